@@ -1,0 +1,53 @@
+#include "csrc/common/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "csrc/common/launch.h"
+
+namespace rf {
+namespace {
+
+struct Dispatch {
+  const char* op = "";
+  const char* backend = "";
+  const char* reason = "";
+  bool fallback = false;
+};
+thread_local Dispatch last;
+
+bool strict() {
+  const char* value =
+      std::getenv("RF_STRICT");  // read per fallback, never on the fast path: tests and users may set it late
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// "op|backend|fallback or direct|reason" of this thread's last call; empty fields before the first.
+std::string last_dispatch() {
+  return concat(last.op, "|", last.backend, "|", last.fallback ? "fallback" : "direct", "|", last.reason);
+}
+
+}  // namespace
+
+void record_dispatch(const char* op, const char* backend, const char* reason) {
+  last = {op, backend, reason, false};
+}
+
+void record_fallback(const char* op, const char* backend, const char* reason) {
+  if (strict())
+    throw std::runtime_error(
+        concat("rf_kernels.", op, ": RF_STRICT=1 forbids the fallback to ", backend, ": ", reason));
+  last = {op, backend, reason, true};
+}
+
+#if !defined(RF_WITH_CUDA)
+const char* cuda_error_text(int) {
+  return "this build has no CUDA part";
+}
+#endif
+
+}  // namespace rf
+
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {
+  m.impl("last_dispatch", TORCH_BOX(&rf::last_dispatch));
+}

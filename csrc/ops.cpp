@@ -1,0 +1,30 @@
+// The one list of what this library registers: a schema line per op, Tensor(a!) on what is mutated. Each op's
+// implementations are registered in its own csrc/<op>/op.cpp.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "csrc/common/check.h"
+#include "rf_build_info.h"
+
+namespace {
+// Facts of the build as JSON (CMake writes them), for `python -m rf_kernels.doctor`.
+std::string build_info() {
+  return RF_BUILD_INFO;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY(rf_kernels, m) {
+  m.def("build_info() -> str");
+  m.def("last_dispatch() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
+
+// An empty module: importing it loads the library, and loading the library registers the ops.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

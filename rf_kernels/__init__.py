@@ -1,0 +1,15 @@
+"""rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per op."""
+
+from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+from .positions import RoPE, RoPE3D
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "Dispatch",
+    "RoPE",
+    "RoPE3D",
+    "build_info",
+    "last_dispatch",
+]

@@ -1,0 +1,1 @@
+"""The typed public functions, one module per op."""
