@@ -16,7 +16,7 @@ help:
 $(SETUP):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q '$(TORCH)' numpy
+	$(PY) -m pip install -q '$(TORCH)' numpy safetensors
 	$(PY) -c 'import tomllib as t' 2>/dev/null || $(PY) -m pip install -q tomli
 	$(PY) -c 'import sys; t = __import__("tomllib" if sys.version_info > (3, 11) else "tomli"); print("\n".join(t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]))' > $(VENV)/requirements-dev.txt
 	$(PY) -m pip install -q -r $(VENV)/requirements-dev.txt
