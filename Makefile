@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-quick ext lint format wheel bench clean help
+.PHONY: demo test test-quick ext lint format wheel check-install clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -55,7 +55,12 @@ format: $(SETUP)
 
 ## make wheel      dist/rf_kernels-*-cp310-abi3-*.whl
 wheel: $(SETUP)
+	rm -rf dist
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+## make check-install every way of building and installing, in a fresh environment
+check-install: wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_install.py --torch '$(TORCH)'
 
 clean:
 	rm -rf build dist out *.egg-info rf_kernels/_C.abi3.so

@@ -51,8 +51,8 @@ class Ring:
 
     def held(self, t_end: int) -> list[int]:
         """Frames of the stream whose own keys and values are in the cache, ascending (sink frames: as they were absorbed into)."""
-        sink = min(t_end, self.sink_frames)
-        return [*range(sink), *range(max(sink, t_end - self.window_frames), t_end)]
+        first = min(t_end, self.sink_frames)
+        return [*range(first), *range(max(first, t_end - self.window_frames), t_end)]
 
     def check_chunk(self, t_begin: int, t_end: int) -> None:
         """Raise unless the frames of the chunk that are new to the ring fit in it."""
