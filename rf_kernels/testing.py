@@ -1,7 +1,8 @@
 """Comparators for tests: ours and those of projects that build on the ops.
 
-The tolerance of a low-precision result is derived, never chosen: at most twice the error that eager PyTorch makes in the same dtype on the
-same input, both against a float64 oracle, plus a stated number of units in the last place (flash-attention's rule).
+The tolerance of a low-precision result is derived, never chosen: at most twice the error that eager PyTorch makes in the same
+dtype on the same input, both against a float64 oracle, plus a stated number of units in the last place (the rule of
+flash-attention's tests).
 """
 
 import hashlib

@@ -15,7 +15,7 @@ def main():
     )  # fmt: skip
     tokens = frames * cache.frame_tokens
     keys, values, worst = [], [], 0.0
-    for chunk in range(12):
+    for _ in range(12):
         q, k, v = (torch.randn(1, tokens, heads, head_dim, dtype=torch.float64) for _ in range(3))
         plan = cache.begin(frames=frames)
         rotated = cache[0].append(q, k, v, plan)

@@ -90,7 +90,7 @@ def test_one_op_one_name_the_same_homes(op):
         f"docs/{op}.md",
     ]
     assert not [home for home in homes if not (ROOT / home).is_file()]
-    assert f"m.def(" in (ROOT / "csrc/ops.cpp").read_text() and f"{op}(" in (ROOT / "csrc/ops.cpp").read_text()
+    assert "m.def(" in (ROOT / "csrc/ops.cpp").read_text() and f"{op}(" in (ROOT / "csrc/ops.cpp").read_text()
 
 
 def test_files_read_in_one_sitting():
