@@ -1,6 +1,7 @@
 """rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per op."""
 
 from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+from .ops.ema_evict import ema_evict
 from .positions import RoPE, RoPE3D
 
 __version__ = "0.1.0"
@@ -11,5 +12,6 @@ __all__ = [
     "RoPE",
     "RoPE3D",
     "build_info",
+    "ema_evict",
     "last_dispatch",
 ]

@@ -1,0 +1,63 @@
+// CPU backend: the rows of kernel.h, one lane each, spread over the threads. A row is computed by one thread
+// from start to end, so the bits do not depend on how many there are.
+#include "csrc/ema_evict/cpu.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "csrc/common/dispatch.h"
+#include "csrc/ema_evict/kernel.h"
+
+namespace rf::ema_evict {
+namespace {
+
+struct OneLane {
+  int lane = 0, lanes = 1;
+  bool all(bool mine) const { return mine; }
+  void count(int64_t* counter, int n) const {
+    std::atomic_ref<int64_t>(*counter).fetch_add(n, std::memory_order_relaxed);
+  }
+};
+
+template <typename T, EmaState kState, int N>
+void rows(const EmaEvictParams& p) {
+  const int64_t elements = int64_t{p.heads} * p.head_dim;
+  const int64_t grain = std::max<int64_t>(1, 16384 / elements);  // ~10 us of work
+  torch::stable::parallel_for(0, p.batch * p.sink_frames * p.frame_tokens, grain,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t row = begin; row < end; ++row)
+                                  evict_row<T, kState, N>(p, row, OneLane{});
+                              });
+}
+
+template <typename T, EmaState kState>
+const char* run(const EmaEvictParams& p) {
+  constexpr int kVec = 8;  // one AVX2 register of float32
+  if (layout_fits<kVec>(p)) {
+    rows<T, kState, kVec>(p);
+    return "vectors of 8";
+  }
+  rows<T, kState, 1>(p);
+  return "scalar: head_dim or the place of its temporal pairs is no multiple of 8";
+}
+
+}  // namespace
+
+const char* evict_cpu(const EmaEvictParams& p, ScalarType dtype, EmaState state) {
+  const char* how = nullptr;
+  RF_DISPATCH_FLOATING(dtype, T, "ema_evict", "k_cache", {
+    if constexpr (sizeof(T) == 2) {
+      if (state == EmaState::kCompensated)
+        how = run<T, EmaState::kCompensated>(p);
+      else if (state == EmaState::kFloat32)
+        how = run<T, EmaState::kFloat32>(p);
+      else
+        how = run<T, EmaState::kPublished>(p);
+    } else {
+      how = run<T, EmaState::kPublished>(p);
+    }
+  });
+  return how;
+}
+
+}  // namespace rf::ema_evict

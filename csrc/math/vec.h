@@ -1,0 +1,57 @@
+// N neighbouring elements that move together: one 16-byte access per 16 bytes on the GPU, where `p` must then
+// be aligned to min(16, N * sizeof(T)); the host has no such requirement.
+#pragma once
+
+#include <cstring>
+
+#include "csrc/math/host_device.h"
+
+// Before a loop over the elements of a Vec: on the GPU its arrays must become registers.
+#if defined(__CUDACC__)
+#define RF_UNROLL _Pragma("unroll")
+#else
+#define RF_UNROLL
+#endif
+
+namespace rf {
+
+template <typename T, int N>
+struct Vec {
+  T v[N];
+};
+
+template <int N, typename T>
+RF_HD Vec<T, N> load_vec(const T* p) {
+  Vec<T, N> out;
+#if defined(__CUDA_ARCH__)
+  // Through uint4: of a struct of eight 2-byte members nvcc would make two 8-byte accesses.
+  if constexpr (sizeof(out) % 16 == 0) {
+    RF_UNROLL
+    for (size_t i = 0; i < sizeof(out) / 16; ++i) {
+      const uint4 raw = reinterpret_cast<const uint4*>(p)[i];
+      memcpy(reinterpret_cast<char*>(&out) + 16 * i, &raw, 16);
+    }
+    return out;
+  }
+#endif
+  memcpy(&out, p, sizeof(out));
+  return out;
+}
+
+template <int N, typename T>
+RF_HD void store_vec(T* p, const Vec<T, N>& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(value) % 16 == 0) {
+    RF_UNROLL
+    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
+      uint4 raw;
+      memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
+      reinterpret_cast<uint4*>(p)[i] = raw;
+    }
+    return;
+  }
+#endif
+  memcpy(p, &value, sizeof(value));
+}
+
+}  // namespace rf
