@@ -1,0 +1,1 @@
+"""The main job on real input: stream from a checkpoint, beside the published path, and report what was found."""

@@ -1,0 +1,128 @@
+"""Beside the published path: the same stream chunk by chunk, and each op at the stream's own shapes."""
+
+import torch
+
+import rf_kernels as rf
+from rf_kernels import bench
+from rf_kernels.reference import published
+
+
+class PublishedTwin:
+    """The published path (rf_kernels.reference.published) with the same weights, fed the same noise, one chunk at a time."""
+
+    def __init__(self, config, stream, state_dict, batch: int, grid, dtype: torch.dtype, device: torch.device):
+        frame_tokens = grid[0] * grid[1]
+        model = published.CausalWanModel(
+            published.WanConfig(**{name: getattr(config, name) for name in published.WanConfig.__dataclass_fields__}),
+            sink_frames=stream.sink_frames,
+            local_attn_size=stream.local_attn_size,
+            max_attention_tokens=stream.local_attn_size * frame_tokens,
+            alpha=stream.alpha,
+        )
+        model.load_state_dict(state_dict)
+        self.model = model.to(device=device, dtype=dtype).eval()
+        self.scheduler = published.FlowMatchScheduler(shift=stream.shift)
+        self.caches = model.new_caches(batch, stream.local_attn_size * frame_tokens, dtype=dtype, device=device)
+        self.steps = published.denoising_steps(self.scheduler, list(stream.denoising_step_list), stream.warp)
+        self.context_noise = stream.context_noise
+        self.frame = 0
+
+    @torch.no_grad()
+    def chunk(self, noise: torch.Tensor, context: torch.Tensor, draws: list[torch.Tensor]) -> torch.Tensor:
+        """The next chunk, from its noise and the draws between its steps."""
+        saved = iter(draws)
+        generator = published.Generator(self.model, self.scheduler, self.caches, context)
+        latents = published.inference_chunk(
+            generator, noise, self.steps, self.frame, context_noise=self.context_noise,
+            draw=lambda like: next(saved).reshape(like.shape),
+        )  # fmt: skip
+        self.frame += noise.shape[1]
+        return latents
+
+
+def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict]:
+    """Time of each op beside what the published path does in its place, at the stream's shapes, in the steady state."""
+    n, chunk, heads, head_dim = grid[0] * grid[1], stream.chunk_frames, config.num_heads, config.head_dim
+    tokens, num_sink_tokens = chunk * n, stream.sink_frames * n
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    q, k, v = (randn(batch, tokens, heads, head_dim) for _ in range(3))
+    weight = randn(config.dim).abs()
+    cache = rf.SinkWindowCache(
+        layers=1, batch=batch, heads=heads, head_dim=head_dim, grid=grid, sink_frames=stream.sink_frames,
+        window_frames=stream.window_frames, sink_policy=stream.policy(), rope=config.rope, dtype=dtype, device=device,
+    )  # fmt: skip
+    twin = published.EMASinkKVCache(batch, stream.local_attn_size * n, heads, head_dim, dtype, device)
+    norm = published.RMSNorm(config.dim, config.eps).to(device=device, dtype=dtype)
+    norm.weight.data.copy_(weight)
+    table = published.rope_table(head_dim, device=device)
+
+    def read(q, end, attention):
+        window = published.read_window(end, tokens, n, num_sink_tokens, stream.local_attn_size * n)
+        return published.cached_attention(q, twin, window, (chunk, *grid), num_sink_tokens, table, attention)
+
+    def our_chunk(commit=True):
+        plan = cache.begin(chunk)
+        out = cache[0].append(q, k, v, plan, q_weight=weight, k_weight=weight)
+        if commit:
+            cache.commit(plan)
+        return plan, out
+
+    start = [0]
+
+    def published_append(at):
+        q_n, k_n = (norm(x.flatten(2)).view_as(x) for x in (q, k))
+        end = twin.append(k_n, v, at, num_sink_tokens, stream.alpha)
+        return read(q_n, end, lambda q, k, v: q)
+
+    def published_chunk():
+        published_append(start[0])
+        start[0] += tokens
+
+    with torch.no_grad():
+        for _ in range(-(-stream.local_attn_size // chunk) + 1):
+            our_chunk()
+            published_chunk()
+        plan, rotated = our_chunk(commit=False)
+        last = start[0] - tokens
+        rows = []
+
+        def add(op, candidates, **counts):
+            timings = bench.measure(candidates, device=device, seconds=seconds)
+            shape = f"[{batch}, {chunk} x {grid[0]} x {grid[1]}, {heads}, {head_dim}]"
+            rows.append(bench.row(op, shape, dtype, timings, **counts))
+
+        options = {"q_weight": weight, "k_weight": weight}
+        add(
+            "rope_append (repeat forward)",
+            {"rf_kernels": lambda: cache[0].append(q, k, v, plan, **options), "published": lambda: published_append(last)},
+        )
+        contiguous = [cache[0].k[:, : plan.kv_tokens].clone(), cache[0].v[:, : plan.kv_tokens].clone()]
+        add(
+            "sink_window_attention",
+            {
+                "rf_kernels": lambda: rf.sink_window_attention(rotated, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens),
+                "SDPA on contiguous keys": lambda: published.sdpa_attention(rotated, *contiguous),
+            },
+        )
+        cache.commit(plan)
+        add("first forward of a chunk (evict + append)", {"rf_kernels": our_chunk, "published": published_chunk})
+
+    shape = (1, 21, config.out_dim, grid[0] * config.patch_size[1], grid[1] * config.patch_size[2])
+    x, fake, real, uncond = (randn(*shape) for _ in range(4))
+    x.requires_grad_()
+
+    def ours():
+        x.grad = None
+        rf.dmd_loss(x, fake=fake, real=real, real_uncond=uncond, real_guidance=3.0).backward()
+
+    def eager():
+        x.grad = None
+        published.dmd_loss(x, fake, real, uncond, real_guidance_scale=3.0).backward()
+
+    timings = bench.measure({"rf_kernels": ours, "published": eager}, device=device, seconds=seconds)
+    rows.append(bench.row("dmd_gradient (loss and backward)", str(list(shape)), dtype, timings))
+    return rows

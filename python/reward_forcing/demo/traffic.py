@@ -1,0 +1,91 @@
+"""Bytes that the cache path moves for one chunk: norm, RoPE, writing, rolling, the sink's average, concatenation. Projections and the
+attention itself are left out. All three figures are counts, not measurements.
+
+- published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
+  calls (views are free); its attention is replaced by a function that touches nothing.
+- ours: what the ops say they move (``rope_append.cost``, ``ema_evict.cost``).
+- floor: what no implementation can avoid. Every forward reads q, k, v and writes them once; a chunk's first forward also reads what
+  leaves, reads and writes the sink's state, and writes the sink's slots.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rf_kernels as rf
+from rf_kernels.reference import published
+
+
+class ByteCounter(TorchDispatchMode):
+    """Adds up bytes read and written by every kernel call inside the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr() for t in operands}
+        is_view = results and all(t.untyped_storage().data_ptr() in storages for t in results) and not func._schema.is_mutable
+        if not is_view:
+            if func._schema.name in ("aten::copy_", "aten::fill_"):
+                operands = operands[1:]  # the destination is written, not read
+            self.bytes += sum(t.numel() * t.element_size() for t in operands + results)
+        return out
+
+
+def published_bytes(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -> int:
+    """One layer, one chunk in the steady state, ``forwards`` forwards."""
+    n, chunk = grid[0] * grid[1], stream.chunk_frames
+    capacity, num_sink_tokens = stream.local_attn_size * n, stream.sink_frames * n
+    cache = published.EMASinkKVCache(batch, capacity, config.num_heads, config.head_dim, dtype)
+    norms = [published.RMSNorm(config.dim, config.eps).to(dtype) for _ in range(2)]
+    table = published.rope_table(config.head_dim)
+    q, k, v = (torch.zeros(batch, chunk * n, config.num_heads, config.head_dim, dtype=dtype) for _ in range(3))
+    tokens = chunk * n
+
+    def forward(start):
+        q_n, k_n = (norm(x.flatten(2)).view_as(x) for norm, x in zip(norms, (q, k), strict=True))
+        end = cache.append(k_n, v, start, num_sink_tokens, stream.alpha)
+        window = published.read_window(end, tokens, n, num_sink_tokens, capacity)
+        published.cached_attention(q_n, cache, window, (chunk, *grid), num_sink_tokens, table, lambda q, k, v: q)
+
+    with torch.no_grad():
+        steady = -(-stream.local_attn_size // chunk) + 1
+        for index in range(steady):
+            forward(index * tokens)
+        with ByteCounter() as counter:
+            for _ in range(forwards):
+                forward(steady * tokens)
+    return counter.bytes
+
+
+def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -> dict:
+    """Bytes per chunk over all layers: published, ours, floor, and the ratios."""
+    n = grid[0] * grid[1]
+    tokens = batch * stream.chunk_frames * n * config.dim
+    row = torch.empty(0, dtype=dtype).element_size() * tokens
+    shape = (batch, stream.chunk_frames * n, config.num_heads, config.head_dim)
+    append = rf.rope_append.cost(q_shape=shape, k_shape=shape, dtype=dtype)["bytes"]
+    sinks = stream.sink_frames > 0 and stream.sink_policy != "none"
+    evict = evict_floor = 0
+    if sinks:
+        evict = rf.ema_evict.cost(
+            batch=batch, frame_tokens=n, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype,
+            sink_frames=stream.sink_frames, evicted_frames=stream.chunk_frames if stream.sink_policy == "ema" else 0,
+            state=stream.sink_state,
+        )["bytes"]  # fmt: skip
+        per_frame = row // stream.chunk_frames
+        leaving = 2 * per_frame * stream.chunk_frames
+        evict_floor = leaving + 6 * per_frame * stream.sink_frames  # state of k and v read and written, slots written
+    layers = config.num_layers
+    result = {
+        "published": layers * published_bytes(config, stream, grid, batch, dtype, forwards),
+        "ours": layers * (forwards * append + evict),
+        "floor": layers * (forwards * 6 * row + evict_floor),
+    }
+    result["published / ours"] = result["published"] / result["ours"]
+    result["ours / floor"] = result["ours"] / result["floor"]
+    return result
