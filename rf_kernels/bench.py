@@ -34,7 +34,11 @@ class Timing:
 
 
 def measure(
-    candidates: dict[str, Callable[[], object]], *, device: torch.device | str = "cpu", seconds: float = 1.0, warmup: int = 2
+    candidates: dict[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 1.0,
+    warmup: int = 2,
 ) -> dict[str, Timing]:
     """Time each candidate, interleaved, for about ``seconds`` per candidate (at least 5 rounds, at most 1000).
 
@@ -67,7 +71,9 @@ def measure(
     return {name: Timing.of(values) for name, values in times.items()}
 
 
-def row(op: str, shape: str, dtype: torch.dtype, timings: dict[str, Timing], *, flops: int = 0, nbytes: int = 0) -> dict:
+def row(
+    op: str, shape: str, dtype: torch.dtype, timings: dict[str, Timing], *, flops: int = 0, nbytes: int = 0
+) -> dict:
     """One result: the first timing is ours, the others are its peers."""
     name, *peers = timings
     ours = timings[name]
@@ -97,7 +103,11 @@ def line(result: dict) -> str:
 
 def _cpu_name() -> str:
     try:
-        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        names = [
+            x.split(":")[1].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith("model name")
+        ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -122,5 +132,9 @@ def environment() -> dict:
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
         smi = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver, SM clock, memory clock": smi}
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver, SM clock, memory clock": smi,
+        }
     return facts

@@ -51,15 +51,27 @@ def devices() -> list[dict]:
     rows = [{"device": "cpu", "served": True, "by": f"C++, {torch.get_num_threads()} threads", "why": "always"}]
     built = importlib.import_module("rf_kernels._backend").build_info()
     if not torch.cuda.is_available():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device (driver, CUDA_VISIBLE_DEVICES)"
+        why = (
+            "this torch is a CPU build"
+            if torch.version.cuda is None
+            else "torch sees no CUDA device (driver, CUDA_VISIBLE_DEVICES)"
+        )
         return [*rows, {"device": "cuda", "served": False, "by": None, "why": why}]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         row = {"device": f"cuda:{index}", "name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}
         archs = built["cuda_archs"].split()
         # SASS runs on its own major version from its minor version on; 90a on 9.0 alone.
-        fits = [a for a in archs if a == f"{major}{minor}a" or (a.isdigit() and int(a[:-1]) == major and int(a[-1]) <= minor)]
-        why = f"the build has {', '.join(fits)}" if fits else f"the build has {built['cuda_archs'] or 'no CUDA part'}: rebuild with RF_CUDA_ARCHS"
+        fits = [
+            a
+            for a in archs
+            if a == f"{major}{minor}a" or (a.isdigit() and int(a[:-1]) == major and int(a[-1]) <= minor)
+        ]
+        why = (
+            f"the build has {', '.join(fits)}"
+            if fits
+            else f"the build has {built['cuda_archs'] or 'no CUDA part'}: rebuild with RF_CUDA_ARCHS"
+        )
         rows.append(row | {"served": bool(fits), "by": "CUDA" if fits else None, "why": why})
     return rows
 
@@ -103,7 +115,9 @@ def show(report: dict) -> None:
         print(f"  {row['device']:8s} {row['by'] or 'not served':20s} {row['why']}")
     print("\nself-test (largest difference from the float64 reference)")
     for row in report["self_test"]:
-        result = f"{row['error']:.1e} (bound {row['bound']:.1e})  {row['backend']}" if "error" in row else row["message"]
+        result = (
+            f"{row['error']:.1e} (bound {row['bound']:.1e})  {row['backend']}" if "error" in row else row["message"]
+        )
         print(f"  {'ok  ' if row['ok'] else 'FAIL'} {row['device']:8s} {row['op']:24s} {result}")
     print("\n" + ("nothing is broken" if report["ok"] else "broken: see above"))
 

@@ -22,7 +22,7 @@ class PublishedTwin:
         model.load_state_dict(state_dict)
         self.model = model.to(device=device, dtype=dtype).eval()
         self.scheduler = published.FlowMatchScheduler(shift=stream.shift)
-        self.caches = model.new_caches(batch, stream.local_attn_size * frame_tokens, dtype=dtype, device=device)
+        self.caches = self.model.new_caches(batch, stream.local_attn_size * frame_tokens)
         self.steps = published.denoising_steps(self.scheduler, list(stream.denoising_step_list), stream.warp)
         self.context_noise = stream.context_noise
         self.frame = 0
@@ -98,13 +98,18 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
         options = {"q_weight": weight, "k_weight": weight}
         add(
             "rope_append (repeat forward)",
-            {"rf_kernels": lambda: cache[0].append(q, k, v, plan, **options), "published": lambda: published_append(last)},
+            {
+                "rf_kernels": lambda: cache[0].append(q, k, v, plan, **options),
+                "published": lambda: published_append(last),
+            },
         )
         contiguous = [cache[0].k[:, : plan.kv_tokens].clone(), cache[0].v[:, : plan.kv_tokens].clone()]
         add(
             "sink_window_attention",
             {
-                "rf_kernels": lambda: rf.sink_window_attention(rotated, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens),
+                "rf_kernels": lambda: rf.sink_window_attention(
+                    rotated, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens
+                ),
                 "SDPA on contiguous keys": lambda: published.sdpa_attention(rotated, *contiguous),
             },
         )
@@ -121,7 +126,8 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
 
     def eager():
         x.grad = None
-        published.dmd_loss(x, fake, real, uncond, real_guidance_scale=3.0).backward()
+        gradient, _ = published.dmd_gradient(x, fake, published.guide(real, uncond, 3.0))
+        published.dmd_loss(x, gradient).backward()
 
     timings = bench.measure({"rf_kernels": ours, "published": eager}, device=device, seconds=seconds)
     rows.append(bench.row("dmd_gradient (loss and backward)", str(list(shape)), dtype, timings))

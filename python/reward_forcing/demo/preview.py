@@ -1,5 +1,5 @@
-"""Latents as pictures a person can look at: three directions of latent space as red, green and blue. No VAE is involved, and every picture
-says so."""
+"""Latents as pictures a person can look at: three directions of latent space as red, green and blue. No VAE is involved, and
+every picture says so."""
 
 from pathlib import Path
 
@@ -41,7 +41,9 @@ def write_preview(latents: torch.Tensor, folder: Path, *, frames_per_second: int
     colours = latent_colours(latents)
     count, height, width, _ = colours.shape
     zoom = max(1, 256 // max(height, width))
-    images = [Image.fromarray(frame).resize((width * zoom, height * zoom), Image.Resampling.NEAREST) for frame in colours]
+    images = [
+        Image.fromarray(frame).resize((width * zoom, height * zoom), Image.Resampling.NEAREST) for frame in colours
+    ]
     movie = [np.asarray(_labelled(image, f"latent frame {i} of {count}")) for i, image in enumerate(images)]
     paths = [folder / "preview.gif", folder / "preview.png"]
     iio.imwrite(paths[0], movie, duration=1000 / frames_per_second, loop=0)

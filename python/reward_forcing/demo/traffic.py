@@ -28,7 +28,9 @@ class ByteCounter(TorchDispatchMode):
         results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr() for t in operands}
-        is_view = results and all(t.untyped_storage().data_ptr() in storages for t in results) and not func._schema.is_mutable
+        is_view = (
+            results and all(t.untyped_storage().data_ptr() in storages for t in results) and not func._schema.is_mutable
+        )
         if not is_view:
             if func._schema.name in ("aten::copy_", "aten::fill_"):
                 operands = operands[1:]  # the destination is written, not read

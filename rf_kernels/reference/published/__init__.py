@@ -8,10 +8,26 @@ transformers under the official parameter names. scheduler: flow matching. pipel
 Re-DMD, DMD, critic, SiD. Section numbers in docstrings refer to tests/golden/README.md.
 """
 
-from .attention import CrossAttentionCache, EMASinkKVCache, read_window, sdpa_attention, softmax_attention
+from .attention import (
+    CrossAttentionCache,
+    EMASinkKVCache,
+    RMSNorm,
+    cached_attention,
+    read_window,
+    sdpa_attention,
+    softmax_attention,
+)
 from .losses import critic_flow_loss, dmd_gradient, dmd_loss, guide, noisy_latent, re_dmd_loss, sid_loss
 from .model import BidirectionalWanModel, CausalWanModel, RolloutCaches, WanConfig
-from .pipeline import GeneratorCall, TrainingRollout, denoising_steps, inference_rollout, training_rollout
+from .pipeline import (
+    Generator,
+    GeneratorCall,
+    TrainingRollout,
+    denoising_steps,
+    inference_chunk,
+    inference_rollout,
+    training_rollout,
+)
 from .rope import axis_pairs, rope_apply, rope_table
 from .scheduler import FlowMatchScheduler, score_timestep
 
@@ -21,16 +37,20 @@ __all__ = [
     "CrossAttentionCache",
     "EMASinkKVCache",
     "FlowMatchScheduler",
+    "Generator",
     "GeneratorCall",
+    "RMSNorm",
     "RolloutCaches",
     "TrainingRollout",
     "WanConfig",
     "axis_pairs",
+    "cached_attention",
     "critic_flow_loss",
     "denoising_steps",
     "dmd_gradient",
     "dmd_loss",
     "guide",
+    "inference_chunk",
     "inference_rollout",
     "noisy_latent",
     "re_dmd_loss",

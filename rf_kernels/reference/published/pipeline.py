@@ -90,6 +90,25 @@ def chunk_sizes(frames: int, chunk_frames: int, independent_first_frame: bool) -
     return first + [chunk_frames] * (rest // chunk_frames)
 
 
+def inference_chunk(
+    generator: Generator,
+    noisy: torch.Tensor,
+    steps: torch.Tensor,
+    frame: int,
+    *,
+    context_noise: float = 0,
+    draw: Draw = torch.randn_like,
+) -> torch.Tensor:
+    """One chunk of ``inference_rollout``, from its noise ``[B, F, C, H, W]``; ``frame``: its first frame in the stream."""
+    shape = noisy.shape[:2]
+    for index, step in enumerate(steps):
+        _, x0 = generator(noisy, step.expand(shape), frame)
+        if index + 1 < len(steps):
+            noisy = generator.renoise(x0, steps[index + 1], draw)
+    generator(x0, steps.new_full(shape, context_noise), frame)
+    return x0
+
+
 def inference_rollout(
     model: CausalWanModel,
     scheduler: FlowMatchScheduler,
@@ -134,15 +153,9 @@ def inference_rollout(
             frame += size
 
     sizes = chunk_sizes(noise.shape[1], chunk_frames, independent_first_frame and initial_latent is None)
-    for noisy in noise.split(sizes, dim=1):
-        shape = noisy.shape[:2]
-        for index, step in enumerate(steps):
-            _, x0 = generator(noisy, step.expand(shape), frame)
-            if index + 1 < len(steps):
-                noisy = generator.renoise(x0, steps[index + 1], draw)
-        outputs.append(x0)
-        generator(x0, steps.new_full(shape, context_noise), frame)
-        frame += shape[1]
+    for chunk_noise in noise.split(sizes, dim=1):
+        outputs.append(inference_chunk(generator, chunk_noise, steps, frame, context_noise=context_noise, draw=draw))
+        frame += chunk_noise.shape[1]
     return torch.cat(outputs, dim=1)
 
 
