@@ -2,6 +2,7 @@
 
 from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
 from .ops.ema_evict import ema_evict
+from .ops.sink_window_attention import sink_window_attention
 from .positions import RoPE, RoPE3D
 
 __version__ = "0.1.0"
@@ -14,4 +15,5 @@ __all__ = [
     "build_info",
     "ema_evict",
     "last_dispatch",
+    "sink_window_attention",
 ]

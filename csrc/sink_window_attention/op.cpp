@@ -1,0 +1,162 @@
+// sink_window_attention: the checks of a call, the choice of a backend, the registration.
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "csrc/common/dispatch.h"
+#include "csrc/sink_window_attention/portable.h"
+
+namespace rf::attention {
+namespace {
+
+constexpr const char* kQueryLayout = "[B, Nq, Hq, D]";
+constexpr const char* kKeyLayout = "[B, T, Hkv, D]";
+constexpr int64_t kMaxHeadDim = 256;
+
+// Matrix kernels step from token to token by a leading dimension of at least one row.
+void check_rows(const char* arg, const Tensor& t) {
+  check_last_dim_contiguous(kOp, arg, t);
+  RF_CHECK_ARG(t.size(1) <= 1 || t.numel() == 0 || t.stride(1) >= t.size(3), kOp, arg,
+               "tokens that do not overlap (stride of dimension 1 at least D)", strides_text(t));
+}
+
+void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_dim(kOp, "q", q, 4, kQueryLayout);
+  RF_DISPATCH_FLOATING(q.scalar_type(), T, kOp, "q", (void)sizeof(T));
+  const int64_t batch = q.size(0), heads = q.size(2), dim = q.size(3);
+  RF_CHECK_ARG(dim >= 1 && dim <= kMaxHeadDim, kOp, "q", concat("a head dim D of 1 to ", kMaxHeadDim),
+               shape_text(q));
+  check_dim(kOp, "k", k, 4, kKeyLayout);
+  check_dtype(kOp, "k", k, q.scalar_type());
+  check_same_device(kOp, "k", k, q);
+  check_size(kOp, "k", k, 0, batch, kKeyLayout);
+  check_size(kOp, "k", k, 3, dim, kKeyLayout);
+  const int64_t kv_heads = k.size(2);
+  RF_CHECK_ARG(kv_heads == heads || (kv_heads > 0 && heads % kv_heads == 0), kOp, "k",
+               concat("a number of heads Hkv that divides Hq = ", heads), shape_text(k));
+  check_dim(kOp, "v", v, 4, kKeyLayout);
+  check_dtype(kOp, "v", v, q.scalar_type());
+  check_same_device(kOp, "v", v, q);
+  for (int64_t i = 0; i < 4; ++i) check_size(kOp, "v", v, i, k.size(i), "k");
+  check_rows("q", q);
+  check_rows("k", k);
+  check_rows("v", v);
+}
+
+// Every query sees the first kv_tokens keys.
+std::vector<QueryChunk> dense_prefix(const Tensor& q, const Tensor& k, std::optional<int64_t> kv_tokens,
+                                     int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
+  const int64_t tokens = k.size(1), valid = kv_tokens.value_or(tokens);
+  RF_CHECK_ARG(valid >= 0 && valid <= tokens, kOp, "kv_tokens",
+               concat("0 to T = ", tokens, ", the tokens of k"), valid);
+  RF_CHECK_ARG(num_sink_tokens == 0, kOp, "num_sink_tokens", "0 without `chunk_ends`", num_sink_tokens);
+  RF_CHECK_ARG(!num_window_tokens.has_value(), kOp, "num_window_tokens", "None without `chunk_ends`",
+               *num_window_tokens);
+  KeyIntervals keys;
+  push_interval(keys, 0, valid);
+  return {{0, q.size(1), keys}};
+}
+
+// Every chunk of queries sees the sink and its own window.
+std::vector<QueryChunk> whole_sequence(const Tensor& q, const Tensor& k, std::optional<int64_t> kv_tokens,
+                                       const std::vector<int64_t>& chunk_ends, int64_t num_sink_tokens,
+                                       std::optional<int64_t> num_window_tokens) {
+  const int64_t tokens = q.size(1);
+  check_size(kOp, "k", k, 1, tokens, "k with `chunk_ends` (a key per query)");
+  RF_CHECK_ARG(!kv_tokens.has_value(), kOp, "kv_tokens", "None with `chunk_ends`", *kv_tokens);
+  RF_CHECK_ARG(num_sink_tokens >= 0, kOp, "num_sink_tokens", "at least 0", num_sink_tokens);
+  const int64_t window = num_window_tokens.value_or(tokens);
+  RF_CHECK_ARG(window >= 0, kOp, "num_window_tokens", "at least 0", window);
+  std::vector<QueryChunk> chunks;
+  chunks.reserve(chunk_ends.size());
+  int64_t begin = 0;
+  for (const int64_t end : chunk_ends) {
+    RF_CHECK_ARG(end > begin && end <= tokens, kOp, "chunk_ends",
+                 concat("ascending token counts up to Nq = ", tokens), end, " after ", begin);
+    chunks.push_back({begin, end, key_intervals(end, num_sink_tokens, window)});
+    begin = end;
+  }
+  RF_CHECK_ARG(begin == tokens, kOp, "chunk_ends", concat("a last entry of Nq = ", tokens), begin);
+  return chunks;
+}
+
+Problem check(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<int64_t> kv_tokens,
+              double softmax_scale, const std::optional<std::vector<int64_t>>& chunk_ends,
+              int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
+  check_tensors(q, k, v);
+  RF_CHECK_ARG(std::isfinite(softmax_scale) && softmax_scale > 0, kOp, "softmax_scale",
+               "a finite number above 0", softmax_scale);
+  return {q, k, v, softmax_scale,
+          chunk_ends.has_value()
+              ? whole_sequence(q, k, kv_tokens, *chunk_ends, num_sink_tokens, num_window_tokens)
+              : dense_prefix(q, k, kv_tokens, num_sink_tokens, num_window_tokens)};
+}
+
+const Backend& choose_cpu(const Problem& problem) {
+  record_dispatch(kOp, "cpu", "");
+  return cpu_backend;
+}
+
+// The one place where a CUDA kernel is chosen: a kernel of this library goes first here, PyTorch's are the
+// fallback.
+const Backend& choose_cuda(const Problem& problem) {
+  const ScalarType dtype = problem.q.scalar_type();
+  RF_CHECK_ARG(dtype != ScalarType::Double, kOp, "q",
+               "dtype float32, bfloat16 or float16 on CUDA (no CUDA attention kernel computes in float64)",
+               dtype_text(dtype));
+  if (dtype == ScalarType::Float) {
+    record_fallback(kOp, "torch_efficient", "no kernel of this library computes in float32");
+    return cuda_efficient_backend;
+  }
+  record_fallback(kOp, "torch_flash", "no kernel of this library for this device and head dim");
+  return cuda_flash_backend;
+}
+
+template <const Backend& (*choose)(const Problem&)>
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
+                                   double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
+                                   int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
+  const Problem problem =
+      check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+  const Attended result = attend(problem, choose(problem));
+  return {result.out, result.lse};
+}
+
+template <const Backend& (*choose)(const Problem&)>
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
+                                            Tensor lse, std::optional<int64_t> kv_tokens,
+                                            double softmax_scale,
+                                            std::optional<std::vector<int64_t>> chunk_ends,
+                                            int64_t num_sink_tokens,
+                                            std::optional<int64_t> num_window_tokens) {
+  const Problem problem =
+      check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
+    check_dim(kOp, name, *t, 4, kQueryLayout);
+    for (int64_t i = 0; i < 4; ++i) check_size(kOp, name, *t, i, q.size(i), kQueryLayout);
+    check_dtype(kOp, name, *t, q.scalar_type());
+    check_same_device(kOp, name, *t, q);
+  }
+  check_dim(kOp, "lse", lse, 3, "[B, Hq, Nq]");
+  check_size(kOp, "lse", lse, 0, q.size(0), "[B, Hq, Nq]");
+  check_size(kOp, "lse", lse, 1, q.size(2), "[B, Hq, Nq]");
+  check_size(kOp, "lse", lse, 2, q.size(1), "[B, Hq, Nq]");
+  check_dtype(kOp, "lse", lse, lse_dtype(q));
+  check_same_device(kOp, "lse", lse, q);
+  const Attended whole{torch::stable::contiguous(out), lse};
+  const Gradients grad = attend_backward(grad_out, problem, whole, choose(problem));
+  return {grad.q, grad.k, grad.v};
+}
+
+}  // namespace
+}  // namespace rf::attention
+
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
+  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward<&rf::attention::choose_cpu>));
+  m.impl("sink_window_attention_backward", TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cpu>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
+  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward<&rf::attention::choose_cuda>));
+  m.impl("sink_window_attention_backward", TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cuda>));
+}

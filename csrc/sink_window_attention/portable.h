@@ -1,0 +1,63 @@
+// Attention over intervals of keys on kernels that PyTorch has: one dense pass per interval, merged by LSE.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "csrc/common/torch_stable.h"
+#include "csrc/math/key_intervals.h"
+
+namespace rf::attention {
+
+inline constexpr const char* kOp = "sink_window_attention";
+
+// Queries [begin, end) and the keys they see.
+struct QueryChunk {
+  int64_t begin, end;
+  KeyIntervals keys;
+};
+
+// A checked call.
+struct Problem {
+  Tensor q, k, v;  // [B, Nq, Hq, D], [B, T, Hkv, D] twice: strided views
+  double softmax_scale;
+  std::vector<QueryChunk> chunks;  // ascending, covering [0, Nq)
+};
+
+struct Attended {
+  Tensor out, lse;  // [B, n, Hq, D] in the dtype of q; [B, Hq, n] natural log, float (double for double)
+};
+struct Gradients {
+  Tensor q, k, v;  // of the shapes of q, k, v
+};
+
+// What a device gives: dense attention of q over all of k and v, and the two reductions around it.
+struct Backend {
+  Attended (*forward)(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale);
+  // With the LSE and output of *all* keys, each interval's gradients are its share of the whole: they add up.
+  Gradients (*backward)(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Attended& whole, double softmax_scale);
+  // rows <- the two parts merged. Neither part is empty.
+  void (*merge)(const Attended& first, const Attended& second, const Attended& rows);
+  void (*accumulate)(const Tensor& sum, const Tensor& term);  // sum += term, in the dtype of sum
+};
+
+extern const Backend cpu_backend;
+extern const Backend cuda_flash_backend;      // half precision
+extern const Backend cuda_efficient_backend;  // float
+
+Attended attend(const Problem& problem, const Backend& backend);
+Gradients attend_backward(const Tensor& grad_out, const Problem& problem, const Attended& whole,
+                          const Backend& backend);
+
+inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t end) {
+  if (begin == 0 && end == t.size(dim)) return t;
+  Tensor view = t;  // another handle of the same tensor: narrow() takes a mutable one
+  return torch::stable::narrow(view, dim, begin, end - begin);
+}
+
+inline ScalarType lse_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace rf::attention

@@ -1,0 +1,129 @@
+// CUDA on PyTorch's own kernels: flash for half precision, memory-efficient for float. Host code only.
+#include "csrc/common/aten.h"
+#include "csrc/sink_window_attention/portable.h"
+
+namespace rf::attention {
+namespace {
+
+using torch::headeronly::HeaderOnlyArrayRef;
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+using torch::stable::reshape;
+using torch::stable::subtract;
+using torch::stable::transpose;
+using torch::stable::unsqueeze;
+
+Tensor call_unary(const char* op, const Tensor& x) {
+  return call_aten(op, "", "T", x)[0];
+}
+
+// Zeros behind the last element of dimension `dim`, up to a multiple. Zero columns of q, k and v change
+// neither a logit nor the columns that are kept.
+Tensor pad_to_multiple(const Tensor& t, int64_t dim, int64_t multiple) {
+  const int64_t missing = (multiple - t.size(dim) % multiple) % multiple;
+  if (missing == 0) return t;
+  std::vector<int64_t> padding(2 * static_cast<size_t>(t.dim() - dim), 0);
+  padding.back() = missing;  // pairs (before, after), last dimension first
+  return torch::stable::pad(t, padding);
+}
+
+// [B, H, S, D] as the kernels take it, D padded to the 16 bytes that their loads need.
+Tensor kernel_view(const Tensor& t) {
+  return transpose(pad_to_multiple(t, 3, 16 / static_cast<int64_t>(t.element_size())), 1, 2);
+}
+// And back to [B, S, H, dim].
+Tensor library_view(const Tensor& t, int64_t dim) {
+  return slice(transpose(t, 1, 2), 3, 0, dim);
+}
+
+Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
+  // -> output, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask
+  const auto result = call_aten("aten::_scaled_dot_product_flash_attention", "", "TTTTiiTTT", kernel_view(q),
+                                kernel_view(k), kernel_view(v), /*dropout_p=*/0.0, /*is_causal=*/false,
+                                /*return_debug_mask=*/false, std::optional<double>(softmax_scale));
+  return {library_view(result[0], q.size(3)), result[1]};
+}
+
+Gradients backward_flash(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const Attended& whole, double softmax_scale) {
+  const Tensor no_dropout = new_empty(q, {0}, ScalarType::Long);
+  const Tensor undefined;  // no cumulative lengths: equal lengths in the batch
+  const auto grad =
+      call_aten("aten::_scaled_dot_product_flash_attention_backward", "", "TTT", kernel_view(grad_out),
+                kernel_view(q), kernel_view(k), kernel_view(v), kernel_view(whole.out), whole.lse, undefined,
+                undefined, /*max_q=*/q.size(1), /*max_k=*/k.size(1), /*dropout_p=*/0.0,
+                /*is_causal=*/false, no_dropout, no_dropout, std::optional<double>(softmax_scale));
+  const int64_t dim = q.size(3);
+  return {library_view(grad[0], dim), library_view(grad[1], dim), library_view(grad[2], dim)};
+}
+
+// The memory-efficient kernels have no grouped-query heads: each key head is repeated for its queries (a
+// copy).
+Tensor repeat_heads(const Tensor& kv, int64_t heads) {
+  const int64_t batch = kv.size(0), tokens = kv.size(1), kv_heads = kv.size(2), dim = kv.size(3);
+  if (kv_heads == heads) return kv;
+  const int64_t size[] = {batch, tokens, kv_heads, heads / kv_heads, dim};
+  const Tensor repeated = call_aten("aten::expand", "", "T", unsqueeze(kv, 3),
+                                    HeaderOnlyArrayRef<int64_t>(size, 5), /*implicit=*/false)[0];
+  return reshape(repeated, {batch, tokens, heads, dim});
+}
+// The gradient of that copy: the sum over the queries' heads of a group.
+Tensor sum_heads(const Tensor& grad, int64_t kv_heads) {
+  const int64_t batch = grad.size(0), tokens = grad.size(1), heads = grad.size(2), dim = grad.size(3);
+  if (kv_heads == heads) return grad;
+  const int64_t group_dim[] = {3};
+  return torch::stable::sum(reshape(grad, {batch, tokens, kv_heads, heads / kv_heads, dim}),
+                            HeaderOnlyArrayRef<int64_t>(group_dim, 1));
+}
+
+Attended forward_efficient(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
+  const int64_t heads = q.size(2);
+  // -> output, log_sumexp, philox_seed, philox_offset
+  const auto result = call_aten("aten::_scaled_dot_product_efficient_attention", "", "TTTT", kernel_view(q),
+                                kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
+                                /*attn_bias=*/std::optional<Tensor>(), /*compute_log_sumexp=*/true,
+                                /*dropout_p=*/0.0, /*is_causal=*/false, std::optional<double>(softmax_scale));
+  return {library_view(result[0], q.size(3)), slice(result[1], 2, 0, q.size(1))};  // its LSE has padded rows
+}
+
+Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Attended& whole, double softmax_scale) {
+  constexpr int64_t kLseRows = 32;  // rows of the LSE come in blocks of 32 (kAlignLSE of the kernel)
+  const int64_t heads = q.size(2), kv_heads = k.size(2), dim = q.size(3);
+  const Tensor no_dropout = new_empty(q, {}, ScalarType::Long);
+  const Tensor undefined;
+  const bool wanted[] = {true, true, true, false};  // q, k, v, bias
+  const auto grad =
+      call_aten("aten::_scaled_dot_product_efficient_attention_backward", "", "TTTT", kernel_view(grad_out),
+                kernel_view(q), kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
+                /*attn_bias=*/undefined, kernel_view(whole.out), pad_to_multiple(whole.lse, 2, kLseRows),
+                no_dropout, no_dropout, /*dropout_p=*/0.0, HeaderOnlyArrayRef<bool>(wanted, 4),
+                /*is_causal=*/false, std::optional<double>(softmax_scale));
+  return {library_view(grad[0], dim), sum_heads(library_view(grad[1], dim), kv_heads),
+          sum_heads(library_view(grad[2], dim), kv_heads)};
+}
+
+// csrc/math/lse_merge.h in tensor ops; the LSE is float, so half-precision outputs are weighed in float and
+// rounded once, by the copy.
+void merge(const Attended& first, const Attended& second, const Attended& rows) {
+  const Tensor lse = call_aten("aten::logaddexp", "", "T", first.lse, second.lse)[0];
+  const auto weighted = [&lse](const Attended& part) {
+    const Tensor weight = unsqueeze(transpose(call_unary("aten::exp", subtract(part.lse, lse)), 1, 2), 3);
+    return call_aten("aten::mul", "Tensor", "T", part.out, weight)[0];
+  };
+  Tensor out_rows = rows.out, lse_rows = rows.lse;
+  torch::stable::copy_(out_rows, subtract(weighted(first), weighted(second), -1.0));
+  torch::stable::copy_(lse_rows, lse);
+}
+
+void accumulate(const Tensor& sum, const Tensor& term) {
+  Tensor target = sum;
+  torch::stable::copy_(target, subtract(sum, term, -1.0));  // sum + term: the stable ABI has no add
+}
+
+}  // namespace
+
+const Backend cuda_flash_backend{&forward_flash, &backward_flash, &merge, &accumulate};
+const Backend cuda_efficient_backend{&forward_efficient, &backward_efficient, &merge, &accumulate};
+
+}  // namespace rf::attention

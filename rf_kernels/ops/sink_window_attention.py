@@ -1,0 +1,191 @@
+"""Attention of a chunk's queries over sink and window; and over whole sequences, a sink and a window per chunk."""
+
+import torch
+
+from .._backend import argument_error, invoke, ops
+
+_OP = "sink_window_attention"
+_MAX_HEAD_DIM = 256
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def sink_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kv_tokens: int | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    chunk_ends: list[int] | tuple[int, ...] | None = None,
+    num_sink_tokens: int = 0,
+    num_window_tokens: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention without a mask over the keys that a query's chunk may see.
+
+    For a query ``i`` with the set ``K(i)`` of visible keys::
+
+        lse[i] = log sum_{j in K(i)} exp(softmax_scale * q[i] . k[j])
+        out[i] = sum_{j in K(i)} exp(softmax_scale * q[i] . k[j] - lse[i]) v[j]
+
+    *Dense prefix* (streaming, the default): ``K(i) = [0, kv_tokens)`` for every query. The cache keeps sink and window in one
+    buffer whose valid slots are a prefix, and softmax does not care about the order of keys.
+
+    *Whole sequence* (``chunk_ends``; diffusion-forced training): the queries of the chunk that ends at token ``t`` see the
+    sink ``[0, min(S, t))`` and their window ``[max(S, t - W), t)``, with ``S = num_sink_tokens``, ``W = num_window_tokens``. This
+    is what streaming the same sequence with a static sink and absolute positions computes.
+
+    Args:
+        q: queries ``[B, Nq, Hq, D]``; float64, float32, bfloat16 or float16 (float64 on CPU only), ``1 <= D <= 256``.
+        k: keys ``[B, T, Hkv, D]``, ``Hkv`` dividing ``Hq``: query head ``h`` reads key head ``h // (Hq // Hkv)``.
+        v: values, of the shape of ``k``. All three may be strided views with a unit stride in ``D``: nothing is copied.
+        kv_tokens: number of valid tokens at the start of k and v, ``0 .. T`` (default ``T``). Tokens behind it are never read
+            and get zero gradient. With 0, ``out`` is 0 and ``lse`` is ``-inf``.
+        softmax_scale: factor on the logits, above 0 (default ``D ** -0.5``).
+        return_lse: also return the log-sum-exp.
+        chunk_ends: ends of the chunks in tokens, ascending; the last is ``Nq = T``. Whole-sequence mode.
+        num_sink_tokens: ``S`` in tokens, whole-sequence mode only.
+        num_window_tokens: ``W`` in tokens, the chunk itself included; None is unlimited. Whole-sequence mode only.
+
+    Returns:
+        ``out [B, Nq, Hq, D]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``, natural logarithm,
+        float32 (float64 for float64 inputs).
+
+    Gradients flow to q, k and v in both modes (once: the backward is not differentiable). The LSE is not differentiable.
+    Nothing is mutated; the output never aliases an input. The result of a sample does not depend on its neighbours in the
+    batch, nor on the number of threads.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype, device, stride, count or range, before anything is computed.
+
+    Source: Reward Forcing (arXiv 2512.04678), EMA-Sink attention of section 3; the merge of two key sets by their LSE is that of
+    FlashAttention-2 (arXiv 2307.08691, section 3.1).
+    """
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] > 0 else 1.0
+    if chunk_ends is not None:
+        chunk_ends = list(chunk_ends)
+    out, lse = invoke(
+        ops.sink_window_attention,
+        q,
+        k,
+        v,
+        kv_tokens,
+        softmax_scale,
+        chunk_ends,
+        num_sink_tokens,
+        num_window_tokens,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _lse_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("rf_kernels::sink_window_attention")
+def _fake(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens):
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_lse_dtype(q.dtype))
+
+
+@torch.library.register_fake("rf_kernels::sink_window_attention_backward")
+def _fake_backward(grad_out, q, k, v, out, lse, *options):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, _grad_lse):
+    options = len(ctx.options) * (None,)
+    if grad_out is None:
+        return None, None, None, *options
+    grads = ops.sink_window_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *options
+
+
+torch.library.register_autograd("rf_kernels::sink_window_attention", _backward, setup_context=_setup_context)
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "rf_kernels.sink_window_attention: its gradient is not differentiable (no double backward)"
+    )
+
+
+# Without it, a second derivative would be taken through the op's internals, and be wrong.
+torch.library.register_autograd("rf_kernels::sink_window_attention_backward", _refuse_double_backward)
+
+
+def supports(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int = 1,
+    kv_heads: int | None = None,
+) -> tuple[bool, str]:
+    """Whether a backend serves such a call, and which one or why not. Needs no GPU."""
+    device = torch.device(device).type
+    kv_heads = heads if kv_heads is None else kv_heads
+    if dtype not in _DTYPES:
+        return False, f"dtype {dtype}: float64, float32, bfloat16 and float16 are supported"
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        return False, f"head dim {head_dim}: 1 to {_MAX_HEAD_DIM} are supported"
+    if heads != kv_heads and (kv_heads < 1 or heads % kv_heads):
+        return False, f"{kv_heads} key heads do not divide {heads} query heads"
+    if device == "cpu":
+        return True, "cpu"
+    if device != "cuda":
+        return False, f"device {device}: cpu and cuda are supported"
+    if dtype == torch.float64:
+        return False, "no CUDA attention kernel computes in float64"
+    return True, "torch_efficient" if dtype == torch.float32 else "torch_flash"
+
+
+def cost(
+    batch: int,
+    queries: int,
+    heads: int,
+    head_dim: int,
+    *,
+    kv_tokens: int | None = None,
+    kv_heads: int | None = None,
+    chunk_ends: list[int] | tuple[int, ...] | None = None,
+    num_sink_tokens: int = 0,
+    num_window_tokens: int | None = None,
+    element_size: int = 2,
+    backward: bool = False,
+) -> dict[str, int]:
+    """FLOPs of the matrix products (2 per multiply-add) and bytes of q, k, v, out and LSE, each moved once.
+
+    Forward: ``4 * D * H`` FLOPs per visible (query, key) pair. Backward: 2.5 times that (five products, recomputation included).
+    Bytes of the backward: q, k, v, out, grad_out and LSE read, grad_q, grad_k, grad_v written.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    if chunk_ends is None:
+        if kv_tokens is None:
+            raise argument_error(_OP, "kv_tokens", "a token count (or `chunk_ends`)", None)
+        pairs, tokens = queries * kv_tokens, kv_tokens
+    else:
+        pairs, tokens, begin = 0, queries, 0
+        for end in chunk_ends:
+            window = end if num_window_tokens is None else num_window_tokens
+            pairs += (end - begin) * (min(num_sink_tokens, end) + end - max(min(num_sink_tokens, end), end - window))
+            begin = end
+    flops = 4 * batch * heads * head_dim * pairs
+    q_bytes = batch * queries * heads * head_dim * element_size
+    kv_bytes = 2 * batch * tokens * kv_heads * head_dim * element_size
+    lse_bytes = batch * heads * queries * (8 if element_size == 8 else 4)
+    if backward:
+        return {"flops": flops * 5 // 2, "bytes": 4 * q_bytes + 2 * kv_bytes + lse_bytes}
+    return {"flops": flops, "bytes": 2 * q_bytes + kv_bytes + lse_bytes}
+
+
+sink_window_attention.supports = supports
+sink_window_attention.cost = cost

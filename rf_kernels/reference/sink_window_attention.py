@@ -1,0 +1,56 @@
+"""Oracle of ``sink_window_attention``: explicit softmax over an explicit list of keys, in the precision of its inputs."""
+
+import torch
+
+
+def _attend(q, k, v, softmax_scale):
+    """``softmax(softmax_scale * q k^T) v`` and the natural-log log-sum-exp, of q [B, n, Hq, D] and k, v [B, m, Hkv, D]."""
+    batch, n, heads, dim = q.shape
+    if k.shape[1] == 0:
+        return torch.zeros_like(q), q.new_full((batch, heads, n), float("-inf"))
+    group = heads // k.shape[2] if heads else 1
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+    out = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(logits, dim=-1), v)
+    return out, torch.logsumexp(logits, dim=-1)
+
+
+def visible_keys(t_end, num_sink_tokens, num_window_tokens):
+    """Indices of the keys that the chunk ending at token ``t_end`` sees: the sink, then the newest tokens of the rest."""
+    keys = range(t_end)
+    oldest = 0 if num_window_tokens is None else t_end - num_window_tokens
+    return [i for i in keys if i < num_sink_tokens or i >= oldest]
+
+
+def sink_window_attention(
+    q,
+    k,
+    v,
+    *,
+    kv_tokens=None,
+    softmax_scale=None,
+    return_lse=False,
+    chunk_ends=None,
+    num_sink_tokens=0,
+    num_window_tokens=None,
+):
+    """``rf_kernels.sink_window_attention`` in plain PyTorch (differentiable; the LSE in the dtype of q).
+
+    Dense prefix: every query attends to tokens ``[0, kv_tokens)``. Whole sequence (``chunk_ends``): the queries of the chunk
+    that ends at ``t_end`` attend to ``[0, min(S, t_end))`` and ``[max(S, t_end - W), t_end)``.
+    """
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if chunk_ends is None:
+        kv_tokens = k.shape[1] if kv_tokens is None else kv_tokens
+        out, lse = _attend(q, k[:, :kv_tokens], v[:, :kv_tokens], softmax_scale)
+    else:
+        outs, lses, begin = [q[:, :0]], [q[:, :0, :, 0].transpose(1, 2)], 0
+        for t_end in chunk_ends:
+            keys = visible_keys(t_end, num_sink_tokens, num_window_tokens)
+            out, lse = _attend(q[:, begin:t_end], k[:, keys], v[:, keys], softmax_scale)
+            outs.append(out)
+            lses.append(lse)
+            begin = t_end
+        out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+    return (out, lse) if return_lse else out
