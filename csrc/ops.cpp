@@ -20,14 +20,13 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "ema_evict(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
       "Tensor(e!)? v_state, Tensor schedule, Tensor turns, Tensor alpha, int frame_tokens, int[] temporal, "
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
-      "sink_window_attention(Tensor q, Tensor k, Tensor v, SymInt? kv_tokens, float softmax_scale, int[]? "
-      "chunk_ends, "
-      "int num_sink_tokens, int? num_window_tokens) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sink_window_attention(Tensor q, Tensor k, Tensor v, SymInt? kv_tokens, float softmax_scale, "
+      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens) -> (Tensor out, Tensor lse)");
   m.def(
       "sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "SymInt? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, int? "
-      "num_window_tokens) -> "
-      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "SymInt? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "
+      "int? num_window_tokens) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {
