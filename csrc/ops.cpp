@@ -27,6 +27,13 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "
       "int? num_window_tokens) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "rope(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps) -> "
+      "Tensor");
+  m.def(
+      "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+      "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {

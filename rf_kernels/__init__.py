@@ -2,6 +2,7 @@
 
 from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
 from .ops.ema_evict import ema_evict
+from .ops.rope_append import rope, rope_append
 from .ops.sink_window_attention import sink_window_attention
 from .positions import RoPE, RoPE3D
 
@@ -15,5 +16,7 @@ __all__ = [
     "build_info",
     "ema_evict",
     "last_dispatch",
+    "rope",
+    "rope_append",
     "sink_window_attention",
 ]
