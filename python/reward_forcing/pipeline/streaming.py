@@ -1,0 +1,171 @@
+"""Few-step streaming generation: noise goes in chunk by chunk, latents come out, memory stays as it was after the
+first chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import rf_kernels as rf
+
+from .._check import expect
+from ..config import StreamConfig
+from ..model import CausalWanModel
+from ..scheduler import FlowMatchScheduler
+from .phases import Phase, PhaseClock
+
+#: Gaussian noise of the shape, dtype and device of its argument.
+NoiseSource = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One generated chunk: ``latents [B, F, C, H, W]``, frames ``[first_frame, first_frame + F)`` of the stream, the
+    ``index``-th chunk.
+    """
+
+    index: int
+    first_frame: int
+    latents: Tensor
+
+
+def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bool = False) -> list[int]:
+    """Frames of every chunk of a clip: one frame first if it is independent, then chunks of ``chunk_frames``.
+
+    Raises:
+        rf_kernels.ArgumentError: the clip is not a whole number of chunks.
+    """
+    first = [1] if independent_first_frame and frames else []
+    chunks, rest = divmod(frames - len(first), chunk_frames)
+    expected = f"{'1 + ' if first else ''}a multiple of {chunk_frames}"
+    expect(rest == 0, "chunk_lengths", "frames", expected, frames)
+    return first + [chunk_frames] * chunks
+
+
+class StreamingPipeline:
+    """Generates a stream with a causal model in a few denoising steps a chunk.
+
+    Every chunk: for each timestep t of the list, ``flow = model(z, t)``, ``x0 = z - sigma(t) flow``, and, but for the
+    last step, ``z = (1 - sigma(t')) x0 + sigma(t') eps`` at the next timestep t'. Then one more forward, on the
+    finished x0, without noise, at timestep ``context_noise``: it leaves the clean keys and values in the cache.
+
+        pipeline = StreamingPipeline(model, StreamConfig(...))
+        for chunk in pipeline.stream(noise_chunks, context):     # noise_chunks: any iterable, also an endless one
+            show(chunk.latents)
+
+    Args:
+        model: the causal transformer.
+        config: chunking, sink, window, schedule.
+        scheduler: defaults to the flow-matching schedule of ``config.shift``.
+    """
+
+    def __init__(self, model: CausalWanModel, config: StreamConfig, scheduler: FlowMatchScheduler | None = None):
+        self.model, self.config = model, config
+        self.scheduler = (scheduler or FlowMatchScheduler(config.shift)).to(model.device)
+        steps = list(config.denoising_step_list)
+        #: Timesteps in use, host numbers.
+        self.timesteps = self.scheduler.warp(steps) if config.warp else [float(t) for t in steps]
+
+    def new_cache(self, batch: int, height: int, width: int, **options) -> rf.SinkWindowCache:
+        """An empty cache for streams of latents ``[batch, frames, C, height, width]``, as ``config`` says."""
+        config = self.config
+        return self.model.new_cache(
+            batch,
+            height,
+            width,
+            sink_frames=config.sink_frames,
+            window_frames=config.window_frames,
+            sink_policy=config.policy(),
+            **options,
+        )
+
+    def split(self, clip: Tensor, *, starts_stream: bool = True) -> list[Tensor]:
+        """The chunks of a whole clip ``[B, F, C, H, W]``. ``starts_stream``: its first frame is the stream's first."""
+        independent = self.config.independent_first_frame and starts_stream
+        lengths = chunk_lengths(clip.shape[1], self.config.chunk_frames, independent_first_frame=independent)
+        return list(clip.split(lengths, dim=1))
+
+    @torch.no_grad()
+    def stream(
+        self,
+        noise_chunks: Iterable[Tensor],
+        context: Tensor,
+        *,
+        initial_latent: Tensor | None = None,
+        cache: rf.SinkWindowCache | None = None,
+        noise_source: NoiseSource = torch.randn_like,
+        on_phase: Callable[[Phase], None] | None = None,
+    ) -> Iterator[Chunk]:
+        """Yield the chunks of a stream as they are finished.
+
+        Args:
+            noise_chunks: initial noise of each chunk ``[B, F, C, H, W]``, F of any length that fits the window; read
+                one at a time.
+            context: text features ``[B, n, text_dim]``.
+            initial_latent: clean frames ``[B, F0, C, H, W]`` that the stream continues; written into the cache at
+                timestep 0, not yielded.
+            cache: a cache of ``new_cache`` to stream into: an empty one, or one that holds a stream to be continued.
+                Mutated.
+            noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per renoising, in
+                order.
+            on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every phase.
+        """
+        clock = PhaseClock(on_phase, self.model.device)
+        text = self.model.text_keys(context)
+        index = 0
+        if initial_latent is not None:
+            starts = cache is None or cache.next_frame == 0
+            for given in self.split(initial_latent, starts_stream=starts):
+                cache = self._cache_for(given, cache)
+                plan = cache.begin(given.shape[1])
+                with clock("prefix", index):
+                    self._forward(given, 0.0, text, cache, plan)
+                cache.commit(plan)
+                index += 1
+        for noise in noise_chunks:
+            cache = self._cache_for(noise, cache)
+            first_frame = cache.next_frame
+            latents = self._generate(noise, text, cache, noise_source, clock, index)
+            yield Chunk(index, first_frame, latents)
+            index += 1
+
+    def rollout(self, noise: Tensor, context: Tensor, *, initial_latent: Tensor | None = None, **options) -> Tensor:
+        """Stream a whole clip: noise ``[B, F, C, H, W]`` -> latents ``[B, F0 + F, C, H, W]``, given frames first."""
+        chunks = self.split(noise, starts_stream=initial_latent is None)
+        generated = self.stream(chunks, context, initial_latent=initial_latent, **options)
+        parts = [] if initial_latent is None else [initial_latent]
+        return torch.cat([*parts, *(chunk.latents for chunk in generated)], dim=1)
+
+    def _cache_for(self, latent: Tensor, cache: rf.SinkWindowCache | None) -> rf.SinkWindowCache:
+        expect(latent.dim() == 5, "StreamingPipeline", "noise", "chunks [B, F, C, H, W]", tuple(latent.shape))
+        if cache is None:
+            return self.new_cache(latent.shape[0], *latent.shape[3:])
+        same = latent.shape[0] == cache.batch
+        expect(same, "StreamingPipeline", "noise", f"the cache's batch of {cache.batch}", latent.shape[0])
+        return cache
+
+    def _forward(self, latent: Tensor, t: float, text, cache, plan) -> Tensor:
+        """Flow of a chunk ``[B, F, C, H, W]`` at one timestep for all of its frames."""
+        timesteps = torch.full((latent.shape[0], 1), t, device=latent.device)
+        return self.model(latent.transpose(1, 2), timesteps, text, cache, plan).transpose(1, 2)
+
+    def _generate(self, z: Tensor, text, cache, noise_source: NoiseSource, clock: PhaseClock, index: int) -> Tensor:
+        """One chunk, from its noise to its committed keys and values."""
+        scheduler, batch = self.scheduler, z.shape[0]
+        plan = cache.begin(z.shape[1])
+        for step, t in enumerate(self.timesteps):
+            with clock("denoise", index, step):
+                flow = self._forward(z, t, text, cache, plan)
+                x0 = scheduler.x0_from_flow(flow, z, torch.full((batch,), t, device=z.device))
+            if step + 1 < len(self.timesteps):
+                with clock("renoise", index, step):
+                    following = torch.full((batch,), self.timesteps[step + 1], device=z.device)
+                    z = scheduler.add_noise(x0, noise_source(x0), following)
+        with clock("context", index):
+            self._forward(x0, float(self.config.context_noise), text, cache, plan)
+        cache.commit(plan)
+        return x0
