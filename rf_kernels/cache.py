@@ -187,7 +187,7 @@ class SinkWindowCache:
         self.dtype, self.device, self.undo_frames = dtype, device, undo_frames
         self._layout = rope.layout if rope is not None else "adjacent"
         turns = rope is not None and rope.temporal_pairs > 0
-        self._temporal = rope.temporal_dims if turns else (0, 0, 1)
+        self._temporal = rope.temporal_dims if turns else (0, 1, 2)
 
         def zeros(tokens, dtype=dtype):
             return torch.zeros(layers, batch, tokens, heads, head_dim, dtype=dtype, device=device)
