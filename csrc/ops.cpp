@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "rope(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps) -> "
       "Tensor");
   m.def(
+      "rope_append_check(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots, "
+      "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
+      "()");
+  m.def(
       "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
       "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
       "Tensor");

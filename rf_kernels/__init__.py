@@ -1,18 +1,28 @@
 """rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per op."""
 
 from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
 from .ops.ema_evict import ema_evict
 from .ops.rope_append import rope, rope_append
 from .ops.sink_window_attention import sink_window_attention
+from .plan import ChunkPlan, Ring
 from .positions import RoPE, RoPE3D
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "ChunkPlan",
     "Dispatch",
+    "EMASink",
+    "LayerCache",
+    "NoSink",
+    "NonFiniteError",
+    "Ring",
     "RoPE",
     "RoPE3D",
+    "SinkWindowCache",
+    "StaticSink",
     "build_info",
     "ema_evict",
     "last_dispatch",

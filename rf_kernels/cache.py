@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._backend import ArgumentError, argument_error, refuse_grad
+from ._backend import ArgumentError, argument_error
 from .ops.ema_evict import ema_evict
 from .ops.rope_append import rope_append, rope_append_check
 from .plan import ChunkPlan, PlanBuffers, Ring
@@ -106,7 +106,6 @@ class LayerCache:
         }  # fmt: skip
         if plan.schedule is not None and not plan.evicted[layer]:
             # Both ops or none: what would make the append refuse must be known before the sink is touched.
-            refuse_grad("rope_append", q=q, k=k, v=v)
             rope_append_check(*arguments, **options)
             cache._evict(layer, plan)
             plan.evicted[layer] = True

@@ -229,11 +229,14 @@ Tensor rope(const Tensor& x, const std::optional<Tensor>& angles, std::vector<in
   return out;
 }
 
-template <typename Backend>
-Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                   const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
-                   std::vector<int64_t> axes, int64_t layout, const std::optional<Tensor>& q_weight,
-                   const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
+// Every check of rope_append, and what they found out. As an op of its own (rope_append_check) it serves
+// callers that write something else first: the cache fuses the leaving frames before it appends, and must
+// know that the append will not be refused.
+RopeAppendParams checked_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                     const Tensor& v_cache, const Tensor& slots,
+                                     const std::optional<Tensor>& angles, const std::vector<int64_t>& axes,
+                                     int64_t layout, const std::optional<Tensor>& q_weight,
+                                     const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
   RopeAppendParams p{};
   check_data(kRopeAppend, "q", q, "[B, N, Hq, D]");
   p.dtype = rope_dtype(kRopeAppend, "q", q);
@@ -270,18 +273,35 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                   {"q_weight", address(q_weight)},
                   {"k_weight", address(k_weight)}});
 
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
   p.batch = q.size(0);
   p.tokens = static_cast<int32_t>(q.size(1));
   p.head_dim = static_cast<int32_t>(q.size(3));
   p.q.in = rows_of(q);
-  p.q.out = mutable_rows_of(q_out);
   p.q.heads = static_cast<int32_t>(q.size(2));
   p.k.in = rows_of(k);
   p.k.out = mutable_rows_of(k_cache);
   p.k.heads = static_cast<int32_t>(k.size(2));
   p.v = rows_of(v);
   p.v_cache = mutable_rows_of(v_cache);
+  return p;
+}
+
+void rope_append_check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                       const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
+                       std::vector<int64_t> axes, int64_t layout, const std::optional<Tensor>& q_weight,
+                       const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
+  checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps);
+}
+
+template <typename Backend>
+Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                   const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
+                   std::vector<int64_t> axes, int64_t layout, const std::optional<Tensor>& q_weight,
+                   const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
+  RopeAppendParams p = checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight,
+                                           k_weight, norm, eps);
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  p.q.out = mutable_rows_of(q_out);
   if (!empty(q) || !empty(k)) Backend::run(kRopeAppend, q, p);
   return q_out;
 }
@@ -292,10 +312,12 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
   m.impl("rope", TORCH_BOX(&rf::rope<rf::Cpu>));
   m.impl("rope_append", TORCH_BOX(&rf::rope_append<rf::Cpu>));
+  m.impl("rope_append_check", TORCH_BOX(&rf::rope_append_check));
 }
 
 // Registered in every build: without a CUDA part the call says so.
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
   m.impl("rope", TORCH_BOX(&rf::rope<rf::Cuda>));
   m.impl("rope_append", TORCH_BOX(&rf::rope_append<rf::Cuda>));
+  m.impl("rope_append_check", TORCH_BOX(&rf::rope_append_check));
 }

@@ -74,9 +74,31 @@ def rope_append(
     the whole cache again in every forward, here a key is rotated once. docs/rope_append.md has the contract and the
     numerics.
     """
-    refuse_grad("rope_append", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, q_weight=q_weight, k_weight=k_weight)
-    return invoke(
-        ops.rope_append.default,
+    return _call(
+        ops.rope_append.default, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps
+    )
+
+
+def rope_append_check(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    *,
+    slots,
+    angles=None,
+    axes=(),
+    layout="adjacent",
+    q_weight=None,
+    k_weight=None,
+    norm="model",
+    eps=1e-6,
+) -> None:
+    """Raise what :func:`rope_append` would raise for these arguments, and do nothing else: for callers that have to write something
+    else before they append."""
+    _call(
+        ops.rope_append_check.default,
         q,
         k,
         v,
@@ -84,13 +106,20 @@ def rope_append(
         v_cache,
         slots,
         angles,
-        list(axes),
-        _code("rope_append", "layout", LAYOUTS, layout),
+        axes,
+        layout,
         q_weight,
         k_weight,
-        _code("rope_append", "norm", _NORMS, norm),
+        norm,
         eps,
     )
+
+
+def _call(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps):
+    refuse_grad("rope_append", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, q_weight=q_weight, k_weight=k_weight)
+    layout = _code("rope_append", "layout", LAYOUTS, layout)
+    norm = _code("rope_append", "norm", _NORMS, norm)
+    return invoke(op, q, k, v, k_cache, v_cache, slots, angles, list(axes), layout, q_weight, k_weight, norm, eps)
 
 
 def rope(
@@ -133,6 +162,11 @@ def rope(
 @torch.library.register_fake("rf_kernels::rope_append")
 def _(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps):
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("rf_kernels::rope_append_check")
+def _(*args):
+    return None
 
 
 @torch.library.register_fake("rf_kernels::rope")
