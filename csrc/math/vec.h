@@ -2,6 +2,8 @@
 // be aligned to min(16, N * sizeof(T)); the host has no such requirement.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #include "csrc/math/host_device.h"
@@ -14,6 +16,14 @@
 #endif
 
 namespace rf {
+
+// Host tests of a kernel's body define RF_TRAP_MISALIGNED: an access that would fault on the GPU then stops
+// them.
+RF_HD void check_alignment([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
+#if defined(RF_TRAP_MISALIGNED) && !defined(__CUDA_ARCH__)
+  if (bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p) % 16 != 0) __builtin_trap();
+#endif
+}
 
 template <typename T, int N>
 struct Vec {
@@ -34,6 +44,7 @@ RF_HD Vec<T, N> load_vec(const T* p) {
     return out;
   }
 #endif
+  check_alignment(p, sizeof(out));
   memcpy(&out, p, sizeof(out));
   return out;
 }
@@ -51,6 +62,7 @@ RF_HD void store_vec(T* p, const Vec<T, N>& value) {
     return;
   }
 #endif
+  check_alignment(p, sizeof(value));
   memcpy(p, &value, sizeof(value));
 }
 

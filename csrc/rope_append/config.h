@@ -13,13 +13,13 @@ struct RopeAppendConfig {
   const char* reason;    // why this `vector`
 };
 
-inline int32_t element_bytes(RopeDtype dtype) {
+RF_HD int32_t element_bytes(RopeDtype dtype) {
   return dtype == RopeDtype::kFloat64 ? 8 : dtype == RopeDtype::kFloat32 ? 4 : 2;
 }
 
 // A unit is 2 * vector dims of a head: `vector` pairs, or as many unrotated dims (the last unit may hold
 // half).
-inline int32_t units_per_head(const RopeAppendParams& p, int32_t vector) {
+RF_HD int32_t units_per_head(const RopeAppendParams& p, int32_t vector) {
   const int32_t tail = p.head_dim - 2 * p.axes.pairs;
   return p.axes.pairs / vector + (tail + 2 * vector - 1) / (2 * vector);
 }

@@ -199,7 +199,15 @@ struct Cpu {
 struct Cuda {
   static void run([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& q,
                   [[maybe_unused]] const RopeAppendParams& p) {
-    throw std::runtime_error(concat("rf_kernels.", op, ": this build has no CUDA part"));
+#if defined(RF_WITH_CUDA)
+    const RopeAppendConfig config = choose_config(p);
+    torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    RF_CHECK_CUDA(op, rf_rope_append_launch(&p, &config, current_stream(q.get_device_index())));
+    record_dispatch(op, "cuda", config.reason);
+#else
+    throw std::runtime_error(
+        concat("rf_kernels.", op, ": this build has no CUDA part (RF_CUDA=OFF, or no nvcc was found)"));
+#endif
   }
 };
 

@@ -5,6 +5,8 @@ The formulas are those of the op's page (docs/rope_append.md). Everything is eva
 once at the end.
 """
 
+import math
+
 import torch
 
 LAYOUTS = ("adjacent", "half", "axis_half")
@@ -30,12 +32,12 @@ def token_angles(angles: torch.Tensor, axes: list[int]) -> torch.Tensor:
     lengths, pairs, offsets = axes[0::3], axes[1::3], axes[2::3]
     parts = []
     for axis, (length, count, offset) in enumerate(zip(lengths, pairs, offsets, strict=True)):
-        rows = angles[:, offset : offset + length * count].view(-1, length, count, 2)
+        rows = angles[:, offset : offset + length * count].reshape(len(angles), length, count, 2)
         # Tokens are the grid of all axes, axis 0 slowest: this axis' rows are broadcast over the other axes.
         shape = [1] * len(lengths)
         shape[axis] = length
-        rows = rows.view(-1, *shape, count, 2).expand(-1, *lengths, count, 2)
-        parts.append(rows.reshape(angles.shape[0], -1, count, 2))
+        rows = rows.reshape(len(angles), *shape, count, 2).expand(-1, *lengths, count, 2)
+        parts.append(rows.reshape(len(angles), math.prod(lengths), count, 2))
     return torch.cat(parts, dim=2)
 
 

@@ -1,0 +1,213 @@
+// The CUDA kernel of rope_append, written as what one lane of a CTA does between two barriers. launch.cu
+// calls the phases with a __syncthreads() in between; tests call the same code on the host, lane after lane.
+//
+// A CTA serves one token: its rows of q, k and v. A unit is 2V dims of a head, held by one lane as two packs
+// of V elements, so that neighbouring lanes move neighbouring 16 bytes, and a pair never leaves its lane:
+//   adjacent pairs, V > 1   packs at V*u and P + V*u, pairs inside of a pack
+//   otherwise               packs at the x dims and the y dims of pairs V*u ... V*u + V - 1
+//   unrotated tail          packs at 2P + V*t and half a tail later (the second may not exist)
+#pragma once
+
+#include "csrc/math/vec.h"
+#include "csrc/rope_append/config.h"
+
+namespace rf {
+
+// `T`: storage, `V`: elements of an access.
+template <typename T, int V>
+class RopeAppendToken {
+ public:
+  using A = acc_t<T>;
+  struct Unit {
+    Vec<T, V> first, second;
+  };
+  // A lane's first unit of q and of k stays here between the phases: at the usual widths a row is read once.
+  struct Registers {
+    Unit q, k;
+  };
+
+  // `shared`: config.shared_bytes, uninitialised, the same for all lanes of the CTA.
+  RF_HD RopeAppendToken(const RopeAppendParams& p, void* shared, int64_t row, int32_t lane, int32_t lanes)
+      : p_(p),
+        lane_(lane),
+        lanes_(lanes),
+        units_(units_per_head(p, V)),
+        batch_(row / p.tokens),
+        token_(static_cast<int32_t>(row % p.tokens)),
+        slot_token_(p.k.heads > 0 ? cache_token(p, batch_, token_) : -1),
+        angles_(static_cast<A*>(shared)),
+        head_sums_(angles_ + 2 * p.axes.pairs),
+        unit_sums_(head_sums_ + p.q.heads + p.k.heads) {}
+
+  // Phase 1: the reads; v goes straight to its slot. Leaves the token's angles and each unit's sum of
+  // squares.
+  RF_HD void read(Registers& rg) {
+    if (lane_ < p_.q.heads * units_) rg.q = load(p_.q.in, lane_);
+    if (lane_ < p_.k.heads * units_) rg.k = load(p_.k.in, lane_);
+    if (slot_token_ >= 0) copy_value();
+    const A* table = static_cast<const A*>(p_.angles) + batch_ * p_.angles_batch_stride;
+    for (int32_t pair = lane_; pair < p_.axes.pairs; pair += lanes_) {
+      const A* row = table + 2 * angle_row(p_.axes, token_, pair);
+      angles_[2 * pair] = row[0];
+      angles_[2 * pair + 1] = row[1];
+    }
+    if (p_.q.weight != nullptr) sum_units(p_.q, rg.q, unit_sums_);
+    if (p_.k.weight != nullptr) sum_units(p_.k, rg.k, unit_sums_ + p_.q.heads * units_);
+  }
+
+  // Phase 2: units to heads, in the order of the dims. (Heads of a tensor without a norm: nobody reads them.)
+  RF_HD void sum_heads() {
+    const int32_t first = p_.q.weight != nullptr ? 0 : p_.q.heads;
+    const int32_t last = p_.q.heads + (p_.k.weight != nullptr ? p_.k.heads : 0);
+    for (int32_t h = first + lane_; h < last; h += lanes_) {
+      A sum = 0;
+      for (int32_t u = 0; u < units_; ++u) sum += unit_sums_[h * units_ + u];
+      head_sums_[h] = sum;
+    }
+  }
+
+  // Phase 3: normalise, rotate, round once, write.
+  RF_HD void write(const Registers& rg) {
+    write_rows(p_.q, rg.q, head_sums_, token_);
+    if (slot_token_ >= 0) write_rows(p_.k, rg.k, head_sums_ + p_.q.heads, slot_token_);
+  }
+
+ private:
+  struct Place {
+    int32_t first, second;  // dims of the head at which the packs begin; second = D: there is none
+    int32_t pair;           // first pair of the unit; P: not rotated
+  };
+
+  RF_HD bool pairs_inside() const { return V > 1 && p_.axes.layout == RopeLayout::kAdjacent; }
+
+  RF_HD Place place(int32_t unit) const {
+    const int32_t pairs = p_.axes.pairs, rotated = pairs / V;
+    if (unit < rotated) {
+      const int32_t pair = V * unit;
+      if (pairs_inside()) return {pair, pairs + pair, pair};
+      const PairDims dims = pair_dims(p_.axes, pair);
+      return {dims.x, dims.y, pair};
+    }
+    const int32_t first = 2 * pairs + V * (unit - rotated);
+    const int32_t second = first + V * (units_ - rotated);
+    return {first, second < p_.head_dim ? second : p_.head_dim, pairs};
+  }
+
+  RF_HD const T* source(const HeadRows& rows, int32_t head) const {
+    return static_cast<const T*>(rows.data) + batch_ * rows.batch_stride + token_ * rows.token_stride +
+           head * rows.head_stride;
+  }
+  RF_HD T* target(const MutableHeadRows& rows, int64_t token, int32_t head) const {
+    return static_cast<T*>(rows.data) + batch_ * rows.batch_stride + token * rows.token_stride +
+           head * rows.head_stride;
+  }
+
+  RF_HD Unit load(const HeadRows& rows, int32_t index) const {
+    const T* head = source(rows, index / units_);
+    const Place at = place(index % units_);
+    Unit unit;
+    unit.first = load_vec<V>(head + at.first);
+    if (at.second < p_.head_dim)
+      unit.second = load_vec<V>(head + at.second);
+    else
+      RF_UNROLL for (int i = 0; i < V; ++i) unit.second.v[i] = from_acc<T>(A(0));
+    return unit;
+  }
+
+  RF_HD void store(const MutableHeadRows& rows, int64_t token, int32_t index, const Unit& unit) const {
+    T* head = target(rows, token, index / units_);
+    const Place at = place(index % units_);
+    store_vec(head + at.first, unit.first);
+    if (at.second < p_.head_dim) store_vec(head + at.second, unit.second);
+  }
+
+  RF_HD void copy_value() const {
+    for (int32_t i = lane_; i < p_.k.heads * units_; i += lanes_)
+      store(p_.v_cache, slot_token_, i, load(p_.v, i));
+  }
+
+  RF_HD void sum_units(const RopeRows& rows, const Unit& held, A* sums) const {
+    for (int32_t i = lane_; i < rows.heads * units_; i += lanes_) {
+      const Unit unit = i == lane_ ? held : load(rows.in, i);
+      A sum = 0;
+      RF_UNROLL for (int j = 0; j < V; ++j) {
+        const A x = to_acc(unit.first.v[j]), y = to_acc(unit.second.v[j]);
+        sum += x * x + y * y;
+      }
+      sums[i] = sum;
+    }
+  }
+
+  RF_HD void write_rows(const RopeRows& rows, const Unit& held, const A* head_sums, int64_t out_token) const {
+    A model_scale = 1;
+    if (rows.weight != nullptr && p_.norm == NormScope::kModel) {
+      A sum = 0;
+      for (int32_t h = 0; h < rows.heads; ++h) sum += head_sums[h];
+      model_scale = rms_scale(sum, static_cast<int64_t>(rows.heads) * p_.head_dim, p_.eps);
+    }
+    for (int32_t i = lane_; i < rows.heads * units_; i += lanes_) {
+      const Unit unit = i == lane_ ? held : load(rows.in, i);
+      const Place at = place(i % units_);
+      A first[V], second[V];
+      RF_UNROLL for (int j = 0; j < V; ++j) {
+        first[j] = to_acc(unit.first.v[j]);
+        second[j] = to_acc(unit.second.v[j]);
+      }
+      if (rows.weight != nullptr) {
+        const bool model = p_.norm == NormScope::kModel;
+        const A scale = model ? model_scale : rms_scale(head_sums[i / units_], int64_t{p_.head_dim}, p_.eps);
+        const int64_t begin = model ? static_cast<int64_t>(i / units_) * p_.head_dim : 0;
+        normalise(rows, begin + at.first, scale, first);
+        if (at.second < p_.head_dim) normalise(rows, begin + at.second, scale, second);
+      }
+      if (at.pair < p_.axes.pairs) rotate(at, first, second);
+      Unit out;
+      RF_UNROLL for (int j = 0; j < V; ++j) {
+        out.first.v[j] = from_acc<T>(first[j]);
+        out.second.v[j] = from_acc<T>(second[j]);
+      }
+      store(rows.out, out_token, i, out);
+    }
+  }
+
+  RF_HD void normalise(const RopeRows& rows, int64_t at, A scale, A (&x)[V]) const {
+    if (rows.float_weight) {
+      const Vec<float, V> weight = load_vec<V>(static_cast<const float*>(rows.weight) + at);
+      RF_UNROLL for (int j = 0; j < V; ++j) x[j] = normalised(x[j], scale, static_cast<A>(weight.v[j]));
+    } else {
+      const Vec<T, V> weight = load_vec<V>(static_cast<const T*>(rows.weight) + at);
+      RF_UNROLL for (int j = 0; j < V; ++j) x[j] = normalised(x[j], scale, to_acc(weight.v[j]));
+    }
+  }
+
+  RF_HD void turn(int32_t pair, A& x, A& y) const {
+    const A c = angles_[2 * pair], s = angles_[2 * pair + 1];
+    const A turned = rotated_x(x, y, c, s);
+    y = rotated_y(x, y, c, s);
+    x = turned;
+  }
+
+  RF_HD void rotate(const Place& at, A (&first)[V], A (&second)[V]) const {
+    if constexpr (V > 1) {
+      if (pairs_inside()) {
+        RF_UNROLL for (int j = 0; j < V; j += 2) {
+          turn((at.first + j) / 2, first[j], first[j + 1]);
+          turn((at.second + j) / 2, second[j], second[j + 1]);
+        }
+        return;
+      }
+    }
+    RF_UNROLL for (int j = 0; j < V; ++j) turn(at.pair + j, first[j], second[j]);
+  }
+
+  const RopeAppendParams& p_;
+  const int32_t lane_, lanes_, units_;
+  const int64_t batch_;
+  const int32_t token_;
+  const int64_t slot_token_;  // -1: this frame has no place in the cache
+  A* const angles_;           // [P, 2]
+  A* const head_sums_;        // [Hq + Hkv]
+  A* const unit_sums_;        // [Hq + Hkv, units]
+};
+
+}  // namespace rf

@@ -1,0 +1,213 @@
+"""The body of rope_append's CUDA kernel (csrc/rope_append/kernel.h), run lane by lane on the host: the code that
+launch.cu compiles for the GPU, against the CPU backend and the float64 oracle. What only a GPU can show is not shown
+here."""
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import rf_kernels as rf
+from rf_kernels.reference import rope_append as ref
+from rf_kernels.testing import assert_equal_bits, assert_within_eager
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+@pytest.fixture(scope="session")
+def lanes(tmp_path_factory):
+    """The compiled driver. Undefined behaviour and a misaligned access trap."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler: the kernel's body cannot be built as host code")
+    library = tmp_path_factory.mktemp("lanes") / "rope_append_lanes.so"
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    traps = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-DRF_TRAP_MISALIGNED"]
+    source = ROOT / "tests/rope_append_lanes.cpp"
+    subprocess.run([COMPILER, *flags, *traps, f"-I{ROOT}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library)).rope_append_lanes
+
+
+def array(values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def run_lanes(lanes, call, *, threads=0, reverse=False):
+    """rope_append by the kernel's body. Returns q_out and the elements per access; the caches of ``call`` are
+    written."""
+    q, k, v, k_cache, v_cache = call.data
+    q_out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    slots, n = call.slots, q.shape[1] // call.slots.shape[-1]
+    weights = (call.kwargs["q_weight"], call.kwargs["k_weight"])
+    angles = call.kwargs["angles"]
+    sizes = [DTYPES.index(q.dtype), {None: 0, "model": 1, "head": 2}[call.kwargs["norm"]], q.shape[3], q.shape[1]]
+    sizes += [q.shape[0], q.shape[2], k.shape[2], *(w is not None and w.dtype != q.dtype for w in weights)]
+    sizes += [slots.stride(0) if slots.ndim == 2 else 0, slots.stride(-1), n, k_cache.shape[1]]
+    sizes += [0 if angles is None or angles.shape[0] == 1 else angles.stride(0)]
+    sizes += [ref.LAYOUTS.index(call.kwargs["layout"]), len(call.kwargs["axes"]) // 3, *call.kwargs["axes"]]
+    strides = [s for t in (q, q_out, k, k_cache, v, v_cache) for s in t.stride()[:3]]
+    tensors = (q, q_out, k, k_cache, v, v_cache, slots, angles, *weights)
+    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    eps = ctypes.c_double(call.kwargs["eps"])
+    vector = lanes(array(sizes), array(strides), pointers, eps, threads, int(reverse))
+    assert vector > 0, "a lane wrote beyond its shared memory"
+    return q_out, vector
+
+
+@dataclass
+class Call:
+    data: tuple
+    slots: torch.Tensor
+    kwargs: dict
+
+    def clone(self, dtype=None):
+        def copy(t):
+            if t is None or not t.is_floating_point():
+                return t
+            return t.to(dtype) if dtype else t.clone(memory_format=torch.preserve_format)
+
+        q, k, v, k_cache, v_cache = self.data
+        data = (
+            (*(copy(t) for t in (q, k, v)), copy(k_cache), copy(v_cache))
+            if dtype
+            else (q, k, v, k_cache.clone(), v_cache.clone())
+        )
+        kwargs = {name: copy(x) if isinstance(x, torch.Tensor) and dtype else x for name, x in self.kwargs.items()}
+        return Call(data, self.slots, kwargs)
+
+    def run(self, path, **more):
+        return path(*self.data, slots=self.slots, **self.kwargs, **more)
+
+
+def make(
+    dtype,
+    *,
+    pairs=(6, 5, 5),
+    dim=32,
+    heads=(4, 2),
+    layout="adjacent",
+    norm="model",
+    batch=2,
+    frames=2,
+    grid=(2, 3),
+    offset=0,
+    per_sample=False,
+    float_weight=False,
+    seed=0,
+):
+    """A call with inputs that are views of one projection, shifted by ``offset`` elements; NaN in the caches."""
+    generator = torch.Generator().manual_seed(seed)
+    q_heads, kv_heads = heads
+    n = grid[0] * grid[1]
+    tokens, cache_tokens = frames * n, (frames + 2) * n
+    width = (q_heads + 2 * kv_heads) * dim
+    pool = torch.randn(batch * tokens * width + offset, generator=generator, dtype=torch.float64).to(dtype)
+    qkv = pool[offset:].view(batch, tokens, q_heads + 2 * kv_heads, dim)
+    q, k, v = qkv.split((q_heads, kv_heads, kv_heads), dim=2)
+    caches = [torch.full((batch, cache_tokens, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2)]
+    angles, axes = None, []
+    if pairs is not None:
+        rope = rf.RoPE(pairs=pairs, bases=(1e4,) * len(pairs), layout=layout)
+        start = (
+            [[5 + f for f in range(frames)]]
+            if not per_sample
+            else [[5 + 7 * b + f for f in range(frames)] for b in range(batch)]
+        )
+        sizes = {1: (), 2: (n,), 3: grid}[len(pairs)]
+        if len(pairs) == 1:
+            start = [list(range(3, 3 + tokens))]
+        angles, axes = rope.table([start, *(range(s) for s in sizes)], dtype=dtype)
+    weights = [None, None]
+    if norm is not None:
+        widths = [h * dim if norm == "model" else dim for h in heads]
+        weights = [torch.randn(w, generator=generator, dtype=torch.float64) for w in widths]
+        weights = [w.float() if float_weight else w.to(dtype) for w in weights]
+    slots = torch.randperm(frames + 2, generator=generator)[:frames].to(torch.int32)
+    if per_sample:
+        slots = torch.stack([slots.roll(b) for b in range(batch)])
+    kwargs = dict(
+        angles=angles, axes=axes, layout=layout, q_weight=weights[0], k_weight=weights[1], norm=norm, eps=1e-6
+    )
+    return Call((q, k, v, *caches), slots, kwargs)
+
+
+CASES = {
+    "wan": dict(pairs=(22, 21, 21), dim=128, heads=(3, 3)),
+    "wan, one head": dict(pairs=(22, 21, 21), dim=128, heads=(1, 1)),
+    "head norm": dict(norm="head"),
+    "no norm": dict(norm=None),
+    "no rotation": dict(pairs=None),
+    "neither": dict(pairs=None, norm=None),
+    "half": dict(layout="half"),
+    "axis_half, whole packs": dict(layout="axis_half", pairs=(8, 8), dim=48),
+    "axis_half, odd axes": dict(layout="axis_half", pairs=(6, 5, 5)),
+    "tail of one pack": dict(pairs=(16,), dim=40, layout="half"),
+    "tail of three packs": dict(pairs=(8,), dim=40),
+    "odd head dim": dict(pairs=(3, 2, 2), dim=17),
+    "pairs that fill no pack": dict(pairs=(5,), dim=16),
+    "an axis without pairs": dict(pairs=(0, 8, 8), layout="axis_half", dim=32),
+    "one token": dict(grid=(1, 1), frames=1, batch=1),
+    "per sample": dict(per_sample=True, batch=3),
+    "float32 weights": dict(float_weight=True, norm="head"),
+    "shifted by one element": dict(offset=1),
+    "more q heads": dict(heads=(8, 1), dim=64, pairs=(16, 16)),
+    "more kv heads": dict(heads=(1, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_body(lanes, name, dtype):
+    call = make(dtype, **CASES[name])
+    ours, backend, eager = call.clone(), call.clone(), call.clone()
+    exact = call.clone(torch.float64)
+    exact.kwargs["angles"] = make(torch.float64, **CASES[name]).kwargs["angles"]
+    q_out, _ = run_lanes(lanes, ours)
+    q_cpu, q_eager, q_exact = backend.run(rf.rope_append), eager.run(ref.rope_append), exact.run(ref.rope_append)
+
+    assert_equal_bits(ours.data[4], backend.data[4])
+    assert_within_eager(q_out, q_exact, q_eager)
+    assert_within_eager(ours.data[3], exact.data[3], eager.data[3])
+    if call.kwargs["norm"] is None:
+        # Without a norm there is no sum whose order could differ: the two backends agree to the last bit.
+        assert_equal_bits(q_out, q_cpu)
+        assert_equal_bits(ours.data[3], backend.data[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lanes_in_any_number_and_order(lanes, dtype):
+    """Within a phase no lane may read what another writes; several passes over a wide row are the same arithmetic."""
+    call = make(dtype, pairs=(16, 8, 8), dim=72, heads=(5, 2))
+    results = []
+    for threads, reverse in ((0, False), (0, True), (32, False), (7, True), (1, False)):
+        one = call.clone()
+        q_out, _ = run_lanes(lanes, one, threads=threads, reverse=reverse)
+        results.append((q_out, one.data[3], one.data[4]))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_equal_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_access_width(lanes, dtype):
+    """16 bytes where rows allow it; else elements, and the reason is on record."""
+    wide = 16 // dtype.itemsize
+    for name in ("wan", "head norm", "half", "axis_half, whole packs", "tail of one pack", "more q heads"):
+        assert run_lanes(lanes, make(dtype, **CASES[name]).clone())[1] == wide, name
+    for name in ("shifted by one element", "odd head dim"):
+        assert run_lanes(lanes, make(dtype, **CASES[name]).clone())[1] == 1, name
+
+
+def test_slots_without_a_place_are_not_written(lanes):
+    call = make(torch.float32, frames=3)
+    call.slots = torch.tensor([1, -1, 5], dtype=torch.int32)  # the cache has frame slots 0 ... 4
+    n = call.data[0].shape[1] // 3
+    run_lanes(lanes, call)
+    for cache in call.data[3:]:
+        written = cache.isfinite().all(dim=(0, 2, 3))
+        assert written.tolist() == [n <= t < 2 * n for t in range(cache.shape[1])]
