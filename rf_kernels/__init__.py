@@ -2,6 +2,7 @@
 
 from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
 from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
+from .ops.dmd_gradient import DMDAux, dmd_gradient, dmd_loss, reward_weight
 from .ops.ema_evict import ema_evict
 from .ops.rope_append import rope, rope_append
 from .ops.sink_window_attention import sink_window_attention
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ChunkPlan",
+    "DMDAux",
     "Dispatch",
     "EMASink",
     "LayerCache",
@@ -24,8 +26,11 @@ __all__ = [
     "SinkWindowCache",
     "StaticSink",
     "build_info",
+    "dmd_gradient",
+    "dmd_loss",
     "ema_evict",
     "last_dispatch",
+    "reward_weight",
     "rope",
     "rope_append",
     "sink_window_attention",

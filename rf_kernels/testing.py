@@ -70,7 +70,7 @@ def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
         expected.shape,
         expected.dtype,
     )
-    a, b = (t.detach().cpu().contiguous().view(torch.uint8).reshape(-1) for t in (actual, expected))
+    a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (actual, expected))
     wrong = (a != b).nonzero()
     if len(wrong):
         index = int(wrong[0]) // actual.element_size()
@@ -88,5 +88,5 @@ def fingerprint(*tensors: torch.Tensor | None) -> str:
             digest.update(b"none")
         else:
             digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

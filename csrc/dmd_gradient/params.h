@@ -1,0 +1,74 @@
+// Arguments of dmd_gradient as plain data: what op.cpp fills in and both backends read.
+#pragma once
+
+#include <cstdint>
+
+namespace rf::dmd {
+
+// Elements of a sample that are reduced together. Fixed, so that neither threads nor neighbours change a bit:
+// inside a tile a tree of depth 11, over the tiles of a sample a running sum in double. 11 roundings of 2^-24
+// bound the error of a float32 sum of positive terms by 6.6e-7.
+constexpr int kTile = 2048;
+constexpr int kMaxDims = 8;
+
+enum class Dtype : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+enum class NanRule : int32_t { kPublished, kSample };
+
+// A tensor broadcast to one sample [M], merged to as few dimensions as its strides allow; the last one varies
+// fastest. No dimension: one value for the sample.
+struct Broadcast {
+  const void* data = nullptr;  // null: absent
+  int64_t batch_stride = 0;    // elements
+  int32_t dims = 0;
+  bool vectorised = false;  // any aligned group of vector_width elements is contiguous and aligned in memory
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+};
+
+struct Params {
+  // inputs, contiguous
+  const void* x = nullptr;            // [B, M] T
+  const void* fake = nullptr;         // [B, M] P
+  const void* real = nullptr;         // [B, M] P
+  const void* fake_uncond = nullptr;  // [B, M] P, null where the guidance is 0
+  const void* real_uncond = nullptr;  // [B, M] P
+  const void* x_t = nullptr;          // [B, M] P, flow only
+  Broadcast sigma;                    // A, flow only
+  Broadcast weight;                   // A
+  Broadcast mask;                     // uint8
+  // outputs
+  void* gradient = nullptr;       // [B, M] T
+  void* loss = nullptr;           // [] A
+  void* sample_loss = nullptr;    // [B] A
+  void* gradient_norm = nullptr;  // [B] A
+  void* normalizer = nullptr;     // [B] A
+  int64_t* dropped = nullptr;     // []
+  void* scale = nullptr;          // [] A: 1 / N ("mean"; 0 where N = 0), else 1
+  // workspace, one entry per tile of the batch
+  void* distance_sum = nullptr;  // [B * tiles] A: sum |x - real|
+  void* peak = nullptr;          // [B * tiles] magnitude_t<A>: largest |fake - real|
+  int64_t* selected = nullptr;   // [B * tiles] selected elements (CUDA: one entry per block)
+  void* loss_sum = nullptr;      // [B * tiles] A: sum w m d^2
+  void* norm_sum = nullptr;      // [B * tiles] A: sum |d|
+  uint32_t* ticket = nullptr;    // CUDA: blocks that have finished
+
+  int64_t batch = 0;        // B
+  int64_t sample_size = 0;  // M
+  int64_t tiles = 0;        // per sample: ceil(M / kTile)
+  double fake_guidance = 0, real_guidance = 0;
+  double eps = 0;
+  bool normalize = true;
+  bool mean = true;            // the loss (and, if scale_gradient, the gradient) is divided by N
+  bool scale_gradient = true;  // false: the gradient is stored as w m d
+  bool vectorised = false;     // 16-byte accesses are aligned for every sample
+  NanRule nan_rule = NanRule::kSample;
+  Dtype dtype = Dtype::kFloat32;             // T
+  Dtype prediction_dtype = Dtype::kFloat32;  // P
+};
+
+// Elements in one 16-byte access of the narrower of the two storage types.
+inline constexpr int vector_width(int bytes, int prediction_bytes) {
+  return 16 / (bytes < prediction_bytes ? bytes : prediction_bytes);
+}
+
+}  // namespace rf::dmd
