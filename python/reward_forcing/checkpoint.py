@@ -84,9 +84,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _published_names(tensors: Mapping, path: Path) -> dict[str, Tensor]:
-    """Parameters under their published names: wrappers and the common prefix are taken off, and nothing may be left
-    over.
-    """
+    """Parameters under their published names: without wrappers and common prefix, and with nothing left over."""
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

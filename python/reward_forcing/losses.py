@@ -43,9 +43,7 @@ def draw_timesteps(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One training timestep per sample, float32 ``[batch]``: uniform integers in [0, num_train_timesteps), warped and
-    clamped.
-    """
+    """One training timestep per sample, float32 ``[batch]``: a uniform integer through ``warp_timesteps``."""
     n = torch.randint(0, num_train_timesteps, (batch,), device=device, generator=generator)
     return warp_timesteps(n, shift=shift, min_step=min_step, max_step=max_step, num_train_timesteps=num_train_timesteps)
 
@@ -90,7 +88,7 @@ def dmd_loss(
         fake, real, fake_uncond, real_uncond: scorers; the unconditional ones are called only where their guidance is
             not 0.
         noise: as x. t: ``[B]``.
-        weight: per sample, frame or element. mask: 1 where an element counts.
+        weight: per sample, frame or element. mask: bool, True where an element counts.
         options: further arguments of ``rf_kernels.dmd_loss`` (``normalize``, ``nan``, ``eps``).
     """
     with torch.no_grad():

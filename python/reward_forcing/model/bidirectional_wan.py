@@ -9,9 +9,7 @@ from .blocks import BidirectionalSelfAttention, TextKeys, WanTransformer
 
 
 class BidirectionalWanModel(WanTransformer):
-    """Flow predictor of a whole clip. Parameters are those of ``CausalWanModel``, name for name; every operation is
-    differentiable.
-    """
+    """Flow predictor of a whole clip, differentiable. Parameters are those of ``CausalWanModel``, name for name."""
 
     self_attention = BidirectionalSelfAttention
 

@@ -115,9 +115,7 @@ class CrossAttention(Projections):
 
 
 class WanBlock(nn.Module):
-    """One transformer block: self-attention, cross-attention and feed-forward, the first and last modulated by time
-    (adaLN).
-    """
+    """One block: self-attention, cross-attention, feed-forward; the first and the last are modulated by time (adaLN)."""
 
     def __init__(self, config: ModelConfig, self_attention: type[Projections]):
         super().__init__()

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-try:
-    import nvtx
-except ImportError:  # the ranges are for profilers; a stream does not need them
-    nvtx = None
+from rf_kernels.profiling import nvtx_range
 
 
 @dataclass(frozen=True)
 class Phase:
     """One finished phase of a chunk.
 
-    name: "prefix" (a given chunk written into the cache), "denoise" (forward and x0), "renoise" (to the next noise
-        level), or "context"
-    (the finished chunk written into the cache). ``step``: denoising step, 0 elsewhere. ``seconds``: wall clock, device
-    work included.
+    Attributes:
+        name: "prefix" (a given chunk goes into the cache), "denoise" (forward, and x0 of it), "renoise" (to the next
+            noise level), or "context" (the finished chunk goes into the cache).
+        chunk: index of the chunk. step: denoising step, 0 elsewhere.
+        seconds: wall clock, device work included.
     """
 
     name: str
@@ -31,15 +29,8 @@ class Phase:
     seconds: float
 
 
-def nvtx_range(name: str) -> AbstractContextManager:
-    """A named range in the profiler's timeline; nothing without the nvtx package."""
-    return nullcontext() if nvtx is None else nvtx.annotate(name, domain="reward_forcing")
-
-
 class PhaseClock:
-    """Marks phases, and reports them to ``on_phase`` if there is one. Only then is the device synchronised at their
-    ends.
-    """
+    """Marks phases, and reports them to ``on_phase`` if there is one: only then is the device synchronised."""
 
     def __init__(self, on_phase: Callable[[Phase], None] | None, device: torch.device):
         self._on_phase, self._device = on_phase, device
@@ -51,7 +42,7 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, name: str, chunk: int, step: int = 0) -> Iterator[None]:
-        with nvtx_range(name):
+        with nvtx_range(name, domain="reward_forcing"):
             if self._on_phase is None:
                 yield
                 return

@@ -24,9 +24,7 @@ NoiseSource = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Chunk:
-    """One generated chunk: ``latents [B, F, C, H, W]``, frames ``[first_frame, first_frame + F)`` of the stream, the
-    ``index``-th chunk.
-    """
+    """One generated chunk: number ``index``, latents ``[B, F, C, H, W]`` of the frames from ``first_frame`` on."""
 
     index: int
     first_frame: int
