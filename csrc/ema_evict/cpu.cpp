@@ -26,7 +26,8 @@ void rows(const EmaEvictParams& p) {
   torch::stable::parallel_for(0, p.batch * p.sink_frames * p.frame_tokens, grain,
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t row = begin; row < end; ++row)
-                                  evict_row<T, kState, N>(p, row, OneLane{});
+                                  for (int first = 0; first == 0 || first < p.sources; first += kGroup)
+                                    evict_row<T, kState, N>(p, row, first, OneLane{});
                               });
 }
 

@@ -79,9 +79,8 @@ struct Cursor {
 // values of one row.
 template <typename T>
 struct Stream {
-  const T* frame0;             // this token in frame slot 0
+  T* frame0;                   // this token in frame slot 0
   int64_t stride_f, stride_h;  // from frame slot to frame slot, from head to head
-  T* slot;                     // this token in the sink frame's slot
   bool separate;               // the slot is written from the state (keys); else it is the state (values)
   T* hi;                       // [H, D] state: hi of a pair, or the whole of it in the cache's dtype
   T* lo;                       // [H, D]
@@ -89,10 +88,14 @@ struct Stream {
   const acc_t<T>* turns;       // [E + 1, nt, 2]
 };
 
-// Up to 32 sources of a row: one bit each says whether the token is fused.
+// Up to kGroup sources of a row: one bit each says whether the token is fused. More go group after group; the
+// state between two groups is what the state's storage holds anyway, so the split changes no bit.
+constexpr int kGroup = 32;
+
 template <typename T>
 struct Group {
   EmaWeights<acc_t<T>> weights;
+  int64_t frame;          // the sink frame, j
   const int32_t* source;  // frame slots of the group
   int first, size;        // place of the group among the row's sources
   uint32_t fuse;
@@ -106,6 +109,7 @@ RF_HD bool finite_share(const EmaEvictParams& p, const Stream<T>& k, const Strea
   const T* k_token = k.frame0 + source * k.stride_f;
   const T* v_token = v.frame0 + source * v.stride_f;
   bool finite = true;
+  RF_NO_UNROLL
   for (Cursor at(lanes.lane, lanes.lanes, p.head_dim / N); at.head < p.heads; at.next()) {
     const Vec<T, N> a = load_vec<N>(k_token + at.head * k.stride_h + at.unit * N);
     const Vec<T, N> b = load_vec<N>(v_token + at.head * v.stride_h + at.unit * N);
@@ -180,12 +184,13 @@ RF_HD void fuse_unit(const EmaEvictParams& p, const Stream<T>& stream, const Gro
   using A = acc_t<T>;
   constexpr int kVecs = kUnit == Unit::kAcross ? 2 : 1;
   const int64_t row = static_cast<int64_t>(head) * p.head_dim;
-  T* slot = stream.slot + head * stream.stride_h;
+  T* slot = stream.frame0 + group.frame * stream.stride_f + head * stream.stride_h;
   A s[kVecs][N];
   RF_UNROLL
   for (int q = 0; q < kVecs; ++q)
     load_state<T, kState, N>(stream, slot + dim[q], row + dim[q], group.init, s[q]);
 
+  RF_NO_UNROLL
   for (int i = 0; i < group.size; ++i) {
     if ((group.fuse >> i & 1u) == 0) continue;
     const T* source = stream.frame0 + group.source[i] * stream.stride_f + head * stream.stride_h;
@@ -223,6 +228,7 @@ RF_HD void fuse_unit(const EmaEvictParams& p, const Stream<T>& stream, const Gro
 template <typename T, EmaState kState, int N, typename Lanes>
 RF_HD void fuse_keys(const EmaEvictParams& p, const Stream<T>& k, const Group<T>& group, const Lanes& lanes) {
   const KeyUnits<N> units(p);
+  RF_NO_UNROLL
   for (Cursor at(lanes.lane, lanes.lanes, units.count); at.head < p.heads; at.next()) {
     if (at.unit >= units.paired) {
       const int dim[2] = {units.plain_dim(at.unit - units.paired), 0};
@@ -242,29 +248,30 @@ RF_HD void fuse_keys(const EmaEvictParams& p, const Stream<T>& k, const Group<T>
 template <typename T, EmaState kState, int N, typename Lanes>
 RF_HD void fuse_values(const EmaEvictParams& p, const Stream<T>& v, const Group<T>& group,
                        const Lanes& lanes) {
+  RF_NO_UNROLL
   for (Cursor at(lanes.lane, lanes.lanes, p.head_dim / N); at.head < p.heads; at.next()) {
     const int dim[2] = {at.unit * N, 0};
     fuse_unit<T, kState, N, Unit::kPlain>(p, v, group, at.head, dim, 0);
   }
 }
 
-// row = (b * S + j) * n + t. A source outside the frames after the sink is left out: on the GPU, where nobody
-// has looked at the schedule, it would be a read out of bounds or of a slot that another row writes.
+// Sources first .. first + 31 of a row; row = (b * S + j) * n + t. A source outside the frames after the sink
+// is left out: on the GPU, where nobody has looked at the schedule, it would be a read out of bounds or of a
+// slot that another row writes.
 template <typename T, EmaState kState, int N, typename Lanes>
-RF_HD void evict_row(const EmaEvictParams& p, int64_t row, const Lanes& lanes) {
+RF_HD void evict_row(const EmaEvictParams& p, int64_t row, int first, const Lanes& lanes) {
   const int64_t t = row % p.frame_tokens;
   const int64_t j = row / p.frame_tokens % p.sink_frames;
   const int64_t b = row / p.frame_tokens / p.sink_frames;
-  const int64_t slot_token = j * p.frame_tokens + t;
-  const int64_t state = (b * p.sink_frames * p.frame_tokens + slot_token) * p.heads * p.head_dim;
-
+  const int32_t* entry = p.schedule + b * p.schedule_stride_b + j * (2 + p.sources);
+  const int count = entry[1] < 0 ? 0 : (entry[1] > p.sources ? p.sources : entry[1]);
+  if (first > 0 && first >= count) return;
+  const int64_t state = row * p.heads * p.head_dim;
   const auto stream = [&](void* cache, int64_t stride_b, int64_t stride_t, int64_t stride_h) {
-    T* sample = static_cast<T*>(cache) + b * stride_b;
     Stream<T> s{};
-    s.frame0 = sample + t * stride_t;
+    s.frame0 = static_cast<T*>(cache) + b * stride_b + t * stride_t;
     s.stride_f = p.frame_tokens * stride_t;
     s.stride_h = stride_h;
-    s.slot = sample + slot_token * stride_t;
     return s;
   };
   Stream<T> k = stream(p.k_cache, p.k_stride_b, p.k_stride_t, p.k_stride_h);
@@ -284,28 +291,27 @@ RF_HD void evict_row(const EmaEvictParams& p, int64_t row, const Lanes& lanes) {
             j * (p.sources + 1) * p.temporal_pairs * 2;
   v.turns = k.turns;  // never looked at: values have plain units alone
 
-  const int32_t* entry = p.schedule + b * p.schedule_stride_b + j * (2 + p.sources);
-  const int count = entry[1] < 0 ? 0 : (entry[1] > p.sources ? p.sources : entry[1]);
   Group<T> group;
   group.weights = ema_weights<acc_t<T>>(p.alpha[j * p.alpha_stride_frame + t * p.alpha_stride_token]);
+  group.frame = j;
+  group.source = entry + 2 + first;
+  group.first = first;
+  group.size = count - first < kGroup ? count - first : kGroup;
+  group.init = entry[0] != 0 && first == 0;
+  group.last = first + group.size == count;
+  group.fuse = 0;
   int skipped = 0;
-  for (group.first = 0; group.first == 0 || group.first < count; group.first += 32) {
-    group.source = entry + 2 + group.first;
-    group.size = count - group.first < 32 ? count - group.first : 32;
-    group.init = entry[0] != 0 && group.first == 0;
-    group.last = group.first + group.size == count;
-    group.fuse = 0;
-    for (int i = 0; i < group.size; ++i) {
-      const int64_t source = group.source[i];
-      if (source < p.sink_frames || source >= p.frames) continue;
-      if (!p.skip_nonfinite || lanes.all(finite_share<T, N>(p, k, v, source, lanes)))
-        group.fuse |= 1u << i;
-      else
-        ++skipped;
-    }
-    fuse_keys<T, kState, N>(p, k, group, lanes);
-    fuse_values<T, kState, N>(p, v, group, lanes);
+  RF_NO_UNROLL
+  for (int i = 0; i < group.size; ++i) {
+    const int64_t source = group.source[i];
+    if (source < p.sink_frames || source >= p.frames) continue;
+    if (!p.skip_nonfinite || lanes.all(finite_share<T, N>(p, k, v, source, lanes)))
+      group.fuse |= 1u << i;
+    else
+      ++skipped;
   }
+  fuse_keys<T, kState, N>(p, k, group, lanes);
+  fuse_values<T, kState, N>(p, v, group, lanes);
   if (skipped != 0 && p.skipped != nullptr) lanes.count(p.skipped, skipped);
 }
 

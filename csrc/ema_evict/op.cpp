@@ -1,8 +1,14 @@
 // ema_evict for PyTorch: every argument check (before the first write), parameters, choice of backend.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
 #include <vector>
 
 #include "csrc/common/dispatch.h"
+#include "csrc/common/launch.h"
 #include "csrc/ema_evict/cpu.h"
+#include "csrc/ema_evict/kernel.h"
+#include "csrc/ema_evict/launch.h"
 #include "csrc/ema_evict/params.h"
 
 namespace rf::ema_evict {
@@ -170,6 +176,46 @@ void check_values(const EmaEvictParams& p, const Tensor& schedule, const Tensor&
     }
 }
 
+// Whether 16-byte accesses serve: the layout of a head, every base address, every stride.
+bool vectors_fit(const EmaEvictParams& p, int64_t item) {
+  const int64_t n = 16 / item;
+  const bool layout = n == 8 ? layout_fits<8>(p) : n == 4 ? layout_fits<4>(p) : layout_fits<2>(p);
+  if (!layout) return false;
+  for (const void* address : {p.k_cache, p.v_cache, p.k_state, p.k_state_lo, p.v_state})
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
+  for (int64_t stride : {p.k_stride_b, p.k_stride_t, p.k_stride_h, p.v_stride_b, p.v_stride_t, p.v_stride_h})
+    if (stride % n != 0) return false;
+  return true;
+}
+
+const char* evict_cuda(const EmaEvictParams& p, const Tensor& k_cache, EmaState state) {
+#if defined(RF_WITH_CUDA)
+  const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
+  void* stream = current_stream(k_cache.get_device_index());
+  const bool vectors = vectors_fit(p, static_cast<int64_t>(k_cache.element_size()));
+  int error = 0;
+  switch (k_cache.scalar_type()) {
+    case ScalarType::BFloat16:
+      error = rf_ema_evict_bf16(&p, state, vectors, stream);
+      break;
+    case ScalarType::Half:
+      error = rf_ema_evict_f16(&p, state, vectors, stream);
+      break;
+    case ScalarType::Float:
+      error = rf_ema_evict_f32(&p, vectors, stream);
+      break;
+    default:
+      error = rf_ema_evict_f64(&p, vectors, stream);
+  }
+  RF_CHECK_CUDA(kOp, error);
+  return vectors ? "16-byte vectors"
+                 : "scalar: an address, a stride or the head's layout is no multiple of 16 bytes";
+#else
+  throw std::runtime_error(
+      "rf_kernels.ema_evict: CUDA tensors, but this build has no CUDA part (RF_CUDA=OFF or no nvcc)");
+#endif
+}
+
 }  // namespace
 
 void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTensor k_state_lo,
@@ -238,11 +284,17 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
     record_dispatch(kOp, k_cache.is_cpu() ? "cpu" : "cuda", "nothing to do");
     return;
   }
-  record_dispatch(kOp, "cpu", evict_cpu(p, k_cache.scalar_type(), state));
+  if (k_cache.is_cpu())
+    record_dispatch(kOp, "cpu", evict_cpu(p, k_cache.scalar_type(), state));
+  else
+    record_dispatch(kOp, "cuda", evict_cuda(p, k_cache, state));
 }
 
 }  // namespace rf::ema_evict
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
+  m.impl("ema_evict", TORCH_BOX(&rf::ema_evict::evict));
+}
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
   m.impl("ema_evict", TORCH_BOX(&rf::ema_evict::evict));
 }

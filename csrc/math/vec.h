@@ -8,11 +8,14 @@
 
 #include "csrc/math/host_device.h"
 
-// Before a loop over the elements of a Vec: on the GPU its arrays must become registers.
+// RF_UNROLL: before a loop over the elements of a Vec; on the GPU its arrays must become registers.
+// RF_NO_UNROLL: before a loop whose length is data and usually 1; nvcc would unroll it by four and spill.
 #if defined(__CUDACC__)
 #define RF_UNROLL _Pragma("unroll")
+#define RF_NO_UNROLL _Pragma("unroll 1")
 #else
 #define RF_UNROLL
+#define RF_NO_UNROLL
 #endif
 
 namespace rf {
