@@ -1,20 +1,27 @@
 """rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per op."""
 
-from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
-from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
-from .ops.dmd_gradient import DMDAux, dmd_gradient, dmd_loss, reward_weight
-from .ops.ema_evict import ema_evict
-from .ops.rope_append import rope, rope_append
-from .ops.sink_window_attention import sink_window_attention
-from .plan import ChunkPlan, Ring
-from .positions import RoPE, RoPE3D
+import sys
+
+try:
+    from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+    from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
+    from .ops.dmd_gradient import DMDOutput, dmd_gradient, dmd_loss, reward_weight
+    from .ops.ema_evict import ema_evict
+    from .ops.rope_append import rope, rope_append
+    from .ops.sink_window_attention import sink_window_attention
+    from .plan import ChunkPlan, Ring
+    from .positions import RoPE, RoPE3D
+except ImportError:
+    # `python -m rf_kernels.doctor` exists to explain this very error, and is the only thing that gets past it.
+    if "rf_kernels.doctor" not in sys.orig_argv:
+        raise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
     "ChunkPlan",
-    "DMDAux",
+    "DMDOutput",
     "Dispatch",
     "EMASink",
     "LayerCache",

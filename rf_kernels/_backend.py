@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError(
         f"rf_kernels: the extension rf_kernels/_C.abi3.so did not load: {error}. In a source tree, build it with `make ext`; "
         "else reinstall the wheel. It needs torch >= 2.10 and, on x86-64, a CPU with AVX2. "
-        "`python rf_kernels/doctor.py` explains more."
+        "`python -m rf_kernels.doctor` explains more."
     ) from error
 
 ops = torch.ops.rf_kernels
