@@ -5,7 +5,7 @@ import sys
 try:
     from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
     from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
-    from .ops.dmd_gradient import DMDOutput, dmd_gradient, dmd_loss, reward_weight
+    from .ops.dmd_gradient import DMDAux, dmd_gradient, dmd_loss, reward_weight
     from .ops.ema_evict import ema_evict
     from .ops.rope_append import rope, rope_append
     from .ops.sink_window_attention import sink_window_attention
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ChunkPlan",
-    "DMDOutput",
+    "DMDAux",
     "Dispatch",
     "EMASink",
     "LayerCache",

@@ -75,4 +75,4 @@ def dmd_gradient(device: torch.device) -> dict:
     expected = dmd_reference.dmd_gradient(
         x.double(), fake=fake.double(), real=real.double(), real_uncond=uncond.double(), reduction="none", **options
     )
-    return _result([out], [expected], 2)
+    return _result([out], [expected.gradient], 2)

@@ -75,9 +75,8 @@ def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -
     evict = evict_floor = 0
     if sinks:
         evict = rf.ema_evict.cost(
-            batch=batch, frame_tokens=n, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype,
-            sink_frames=stream.sink_frames, evicted_frames=stream.chunk_frames if stream.sink_policy == "ema" else 0,
-            state=stream.sink_state,
+            batch=batch, sink_frames=stream.sink_frames, frame_tokens=n, heads=config.num_heads, head_dim=config.head_dim,
+            dtype=dtype, sources=stream.chunk_frames if stream.sink_policy == "ema" else 0, state=stream.sink_state,
         )["bytes"]  # fmt: skip
         per_frame = row // stream.chunk_frames
         leaving = 2 * per_frame * stream.chunk_frames
