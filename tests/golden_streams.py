@@ -64,6 +64,8 @@ class Geometry:
 class ReferenceStream:
     """Stands in for a ``SinkWindowCache`` where the whole model runs on the reference: same protocol, no ring."""
 
+    undo_frames = 0
+
     def __init__(self, geometry: Geometry, layers: int, batch: int):
         self.grid, self.batch, self.next_frame = geometry.grid, batch, 0
         self.layers = [geometry.reference() for _ in range(layers)]
@@ -74,7 +76,7 @@ class ReferenceStream:
     def __getitem__(self, layer):
         return self.layers[layer]
 
-    def begin(self, frames):
+    def begin(self, frames, undo=False):
         for layer in self.layers:
             layer.begin(frames)
         return ReferencePlan(frames)

@@ -25,8 +25,10 @@ from reward_forcing.losses import critic_flow_loss, dmd_loss, draw_timesteps, si
 from reward_forcing.model.blocks import sinusoidal_embedding
 from reward_forcing.pipeline import chunk_lengths
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
+from rf_kernels.reference import published
 
 
 def tiny(**overrides) -> ModelConfig:
@@ -406,6 +408,92 @@ def test_a_stream_can_be_stopped_and_continued():
     assert torch.equal(torch.cat(whole, 1), torch.cat(parts, 1))
 
 
+def test_a_failed_chunk_is_taken_back():
+    """With a save area, a chunk that fails in the middle leaves the stream where it was."""
+    line, chunks = pipeline(), pipeline().split(clip(16))
+    draws = [noise(1, 2, 4, 4, 6, seed=20 + i, dtype=torch.float32) for i in range(8)]
+    whole = [c.latents for c in line.stream(chunks, CONTEXT, noise_source=Draws(draws))]
+
+    def failing(like):
+        raise KeyboardInterrupt
+
+    cache = line.new_cache(1, 4, 6, undo_frames=2)
+    parts = [c.latents for c in line.stream(chunks[:5], CONTEXT, cache=cache, noise_source=Draws(draws[:5]))]
+    with pytest.raises(KeyboardInterrupt):
+        next(line.stream(chunks[5:], CONTEXT, cache=cache, noise_source=failing))
+    assert cache.next_frame == 10
+    parts += [c.latents for c in line.stream(chunks[5:], CONTEXT, cache=cache, noise_source=Draws(draws[5:]))]
+    assert torch.equal(torch.cat(whole, 1), torch.cat(parts, 1))
+
+
+def published_rollout(line: StreamingPipeline, clip_noise, draws) -> torch.Tensor:
+    """The same weights, noise and draws through the oracle of the published path."""
+    config, stream = line.model.config, line.config
+    sizes = {name: getattr(config, name) for name in published.WanConfig.__dataclass_fields__ if hasattr(config, name)}
+    tokens = 2 * 3 * stream.local_attn_size
+    model = published.CausalWanModel(
+        published.WanConfig(**sizes),
+        sink_frames=stream.sink_frames,
+        local_attn_size=stream.local_attn_size,
+        max_attention_tokens=tokens,
+        alpha=stream.alpha,
+    ).to(line.model.dtype)
+    model.load_state_dict(line.model.state_dict(), strict=True)
+    scheduler = published.FlowMatchScheduler(stream.shift)
+    steps = published.denoising_steps(scheduler, list(stream.denoising_step_list), stream.warp)
+    remaining = iter(draws)
+    return published.inference_rollout(
+        model,
+        scheduler,
+        clip_noise,
+        CONTEXT.to(clip_noise.dtype),
+        model.new_caches(1, tokens),
+        steps,
+        chunk_frames=stream.chunk_frames,
+        context_noise=stream.context_noise,
+        draw=lambda like: next(remaining).flatten(0, 1),
+    )
+
+
+@torch.no_grad()
+def test_a_long_stream_is_the_published_one():
+    """Fifty chunks in float64: a cache that turns its sink at every chunk must not drift from one that never rotates what it holds."""
+    line = pipeline(torch.float64, sink_frames=2, local_attn_size=6)
+    source = clip(100, dtype=torch.float64)
+    draws = [noise(1, 2, 4, 4, 6, seed=100 + i) for i in range(50)]
+    ours = line.rollout(source, CONTEXT.double(), noise_source=Draws(draws))
+    theirs = published_rollout(line, source, draws)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    still = pipeline(torch.float64, sink_frames=2, local_attn_size=6, sink_policy="static")
+    static = still.rollout(source, CONTEXT.double(), noise_source=Draws(draws))
+    assert (static[:, -2:] - theirs[:, -2:]).abs().max() > 1e-4, "without the average the end is another"
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operators that wait for a device value."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stream_reads_nothing_back_to_the_host():
+    line = pipeline()
+    cache = line.new_cache(1, 4, 6)
+    with HostReads() as reads:
+        line.rollout(clip(12), CONTEXT, cache=cache, noise_source=seeded())
+    assert reads.found == []
+    with HostReads() as reads:
+        torch.ones(1).item()
+    assert reads.found, "the counter counts"
+
+
 def test_samples_of_a_batch_are_independent():
     line = pipeline(torch.float64)
     batch = torch.cat((clip(8, dtype=torch.float64), clip(8, seed=3, dtype=torch.float64)))
@@ -441,6 +529,7 @@ def test_chunks_are_pulled_one_at_a_time_from_an_endless_source():
     assert not pulled
     for expected in range(3):
         assert next(stream).index == expected and len(pulled) == expected + 1
+        assert torch.is_grad_enabled(), "the consumer's grad mode is its own"
 
 
 def test_phases_are_reported_in_order():

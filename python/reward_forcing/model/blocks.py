@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rf_kernels as rf
 
+from .._check import expect
 from ..config import ModelConfig
 
 #: Keys and values of the text, ``[B, text_len, heads, head_dim]`` each.
@@ -198,8 +199,7 @@ class WanTransformer(nn.Module):
         return [block.cross_attn.keys(text) for block in self.blocks]
 
     def _expect(self, condition: bool, argument: str, expected: str, found: object) -> None:
-        if not condition:
-            raise rf.ArgumentError(f"{type(self).__name__}: argument `{argument}`: expected {expected}, found {found}")
+        expect(condition, type(self).__name__, argument, expected, found)
 
     def _check_latent(self, x: Tensor) -> tuple[int, int, int]:
         """The token grid (frames, rows, columns) of a latent."""

@@ -5,6 +5,7 @@ first chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,20 @@ def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bo
     expected = f"{'1 + ' if first else ''}a multiple of {chunk_frames}"
     expect(rest == 0, "chunk_lengths", "frames", expected, frames)
     return first + [chunk_frames] * chunks
+
+
+@contextmanager
+def _open_chunk(cache: rf.SinkWindowCache, frames: int) -> Iterator[rf.ChunkPlan]:
+    """The plan of the next chunk, committed at the end; if the chunk fails and the cache can undo, taken back."""
+    undo = frames <= cache.undo_frames
+    plan = cache.begin(frames, undo=undo)
+    try:
+        yield plan
+    except BaseException:
+        if undo:
+            cache.rollback(plan)
+        raise
+    cache.commit(plan)
 
 
 class StreamingPipeline:
@@ -111,6 +126,9 @@ class StreamingPipeline:
             noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per renoising, in
                 order.
             on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every phase.
+
+        An exception in the middle of a chunk (also of ``noise_source``) leaves a cache with ``undo_frames`` as it was
+        before that chunk, ready to go on; without, the cache has an open plan and must be ``reset``.
         """
         clock = PhaseClock(on_phase, self.model.device)
         text = self.model.text_keys(context)
@@ -119,15 +137,14 @@ class StreamingPipeline:
             starts = cache is None or cache.next_frame == 0
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
-                plan = cache.begin(given.shape[1])
-                with clock("prefix", index):
+                with _open_chunk(cache, given.shape[1]) as plan, clock("prefix", index):
                     self._forward(given, 0.0, text, cache, plan)
-                cache.commit(plan)
                 index += 1
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
             first_frame = cache.next_frame
-            latents = self._generate(noise, text, cache, noise_source, clock, index)
+            with _open_chunk(cache, noise.shape[1]) as plan:
+                latents = self._generate(noise, text, cache, plan, noise_source, clock, index)
             yield Chunk(index, first_frame, latents)
             index += 1
 
@@ -151,10 +168,11 @@ class StreamingPipeline:
         timesteps = torch.full((latent.shape[0], 1), t, device=latent.device)
         return self.model(latent.transpose(1, 2), timesteps, text, cache, plan).transpose(1, 2)
 
-    def _generate(self, z: Tensor, text, cache, noise_source: NoiseSource, clock: PhaseClock, index: int) -> Tensor:
-        """One chunk, from its noise to its committed keys and values."""
+    def _generate(
+        self, z: Tensor, text, cache, plan, noise_source: NoiseSource, clock: PhaseClock, index: int
+    ) -> Tensor:
+        """One chunk, from its noise to its clean keys and values in the cache."""
         scheduler, batch = self.scheduler, z.shape[0]
-        plan = cache.begin(z.shape[1])
         for step, t in enumerate(self.timesteps):
             with clock("denoise", index, step):
                 flow = self._forward(z, t, text, cache, plan)
@@ -165,5 +183,4 @@ class StreamingPipeline:
                     z = scheduler.add_noise(x0, noise_source(x0), following)
         with clock("context", index):
             self._forward(x0, float(self.config.context_noise), text, cache, plan)
-        cache.commit(plan)
         return x0
