@@ -7,25 +7,115 @@
 namespace rf::attention {
 namespace {
 
+using torch::stable::copy_;
+using torch::stable::new_empty;
 using torch::stable::transpose;
 
-// Its kernels take [B, H, S, D] by strides: a transposed view, no copy.
-Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
-  const auto result =
-      call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", "TT", transpose(q, 1, 2),
-                transpose(k, 1, 2), transpose(v, 1, 2), /*dropout_p=*/0.0, /*is_causal=*/false,
-                /*attn_mask=*/std::optional<Tensor>(), std::optional<double>(softmax_scale));
-  return {transpose(result[0], 1, 2), result[1]};
+// ---- The same bits at every number of threads and place in the batch.
+// The bits of a matrix product depend on how its operands lie to 64 bytes (MKL, float64 and float32), and on
+// whether MKL splits it among threads of its own. So every sample is given the same alignment, and so is the
+// scratch that the kernel keeps per thread. The shapes of models (rows of 64 bytes, 32 queries or more) need
+// no copy for it.
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kMinQueries =
+    32;  // the kernel's smallest query tile: its scratch is a multiple of the tile
+
+bool is_aligned(const Tensor& t, int64_t elements) {
+  return elements * static_cast<int64_t>(t.element_size()) % kAlignment == 0;
 }
 
-Gradients backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+// Rows of zeros up to the smallest query tile: cut off again, and without weight in any gradient.
+Tensor pad_rows(const Tensor& t, int64_t dim) {
+  if (t.size(dim) >= kMinQueries) return t;
+  std::vector<int64_t> padding(2 * static_cast<size_t>(t.dim() - dim), 0);
+  padding.back() = kMinQueries - t.size(dim);  // pairs (before, after), last dimension first
+  return torch::stable::pad(t, padding);
+}
+
+// t itself where it is aligned, else a copy.
+Tensor align(const Tensor& t) {
+  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0 &&
+                       is_aligned(t, t.stride(1)) && (t.size(0) == 1 || is_aligned(t, t.stride(0)));
+  if (aligned) return t;
+  Tensor copy = new_empty(t, t.sizes());
+  return copy_(copy, t);
+}
+
+// Whether the samples of a contiguous tensor of this shape all lie alike; else they are taken one by one.
+bool samples_align(const Tensor& t) {
+  return t.size(0) == 1 || is_aligned(t, t.size(1) * t.size(2) * t.size(3));
+}
+Tensor sample(const Tensor& t, int64_t b) {
+  return slice(t, 0, b, b + 1);
+}
+void set_sample(const Tensor& t, int64_t b, const Tensor& value) {
+  Tensor place = sample(t, b);
+  copy_(place, value);
+}
+
+// The kernel spreads its units over the threads (forward: a query tile of a head; backward: a key head). A
+// single one would run outside of any parallel region, where MKL takes threads for itself; inside a region it
+// does not. Task 0 runs on the calling thread.
+template <typename F>
+void run_units(bool single, const F& f) {
+  if (!single) return f();
+  torch::stable::parallel_for(0, 2, 1, [&f](int64_t begin, int64_t) {
+    if (begin == 0) f();
+  });
+}
+
+// ---- One interval of keys. The kernels take [B, H, S, D] by strides: a transposed view, no copy.
+
+Attended forward(const Tensor& queries, const Tensor& k, const Tensor& v, double softmax_scale) {
+  const Tensor q = pad_rows(queries, 1);
+  const int64_t batch = q.size(0), heads = q.size(2), rows = queries.size(1);
+  if (!samples_align(q) || !samples_align(k)) {
+    const Attended all{new_empty(queries, queries.sizes()),
+                       new_empty(queries, {batch, heads, rows}, lse_dtype(queries))};
+    for (int64_t b = 0; b < batch; ++b) {
+      const Attended one = forward(sample(queries, b), sample(k, b), sample(v, b), softmax_scale);
+      set_sample(all.out, b, one.out);
+      set_sample(all.lse, b, one.lse);
+    }
+    return all;
+  }
+  std::vector<Tensor> result;
+  run_units(batch * heads == 1 && q.size(1) == kMinQueries, [&] {
+    result = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", "TT",
+                       transpose(align(q), 1, 2), transpose(align(k), 1, 2), transpose(align(v), 1, 2),
+                       /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::optional<Tensor>(),
+                       std::optional<double>(softmax_scale));
+  });
+  return {slice(transpose(result[0], 1, 2), 1, 0, rows), slice(result[1], 2, 0, rows)};
+}
+
+Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& k, const Tensor& v,
                    const Attended& whole, double softmax_scale) {
-  const auto grad = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", "TTT",
-                              transpose(grad_out, 1, 2), transpose(q, 1, 2), transpose(k, 1, 2),
-                              transpose(v, 1, 2), transpose(whole.out, 1, 2), whole.lse,
-                              /*dropout_p=*/0.0, /*is_causal=*/false,
-                              /*attn_mask=*/std::optional<Tensor>(), std::optional<double>(softmax_scale));
-  return {transpose(grad[0], 1, 2), transpose(grad[1], 1, 2), transpose(grad[2], 1, 2)};
+  const Tensor q = pad_rows(queries, 1);
+  const int64_t batch = q.size(0), rows = queries.size(1);
+  if (!samples_align(q) || !samples_align(k)) {
+    const Gradients all{new_empty(queries, queries.sizes()), new_empty(k, k.sizes()),
+                        new_empty(v, v.sizes())};
+    for (int64_t b = 0; b < batch; ++b) {
+      const Gradients one = backward(sample(grad_out, b), sample(queries, b), sample(k, b), sample(v, b),
+                                     {sample(whole.out, b), sample(whole.lse, b)}, softmax_scale);
+      set_sample(all.q, b, one.q);
+      set_sample(all.k, b, one.k);
+      set_sample(all.v, b, one.v);
+    }
+    return all;
+  }
+  std::vector<Tensor> grad;
+  run_units(batch * k.size(2) == 1, [&] {
+    grad = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", "TTT",
+                     transpose(align(pad_rows(grad_out, 1)), 1, 2), transpose(align(q), 1, 2),
+                     transpose(align(k), 1, 2), transpose(align(v), 1, 2),
+                     transpose(pad_rows(whole.out, 1), 1, 2), pad_rows(whole.lse, 2),
+                     /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::optional<Tensor>(),
+                     std::optional<double>(softmax_scale));
+  });
+  return {slice(transpose(grad[0], 1, 2), 1, 0, rows), transpose(grad[1], 1, 2), transpose(grad[2], 1, 2)};
 }
 
 // Strided access to [B, n, H, D] (unit stride in D), or to [B, H, n] with `head` and `row` in that order.
