@@ -46,8 +46,9 @@ def _time_plot(chunks) -> str:
         left.plot(index, [c["published_seconds"] for c in chunks], color=_THEIRS, label="published path")
     left.set(xlabel="chunk", ylabel="seconds per chunk", ylim=(0, None))
     left.legend(frameon=False)
-    right.plot(index, [c["memory_bytes"] / 2**20 for c in chunks], color=_OURS)
-    right.set(xlabel="chunk", ylabel="memory of the process, MiB", ylim=(0, None))
+    memory = [c["memory_bytes"] / 2**20 for c in chunks]
+    right.plot(index, memory, color=_OURS)
+    right.set(xlabel="chunk", ylabel="memory of the process, MiB", ylim=(0, 1.2 * max(memory)))
     return _image(figure)
 
 

@@ -4,8 +4,8 @@ attention itself are left out. All three figures are counts, not measurements.
 - published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
   calls (views are free); its attention is replaced by a function that touches nothing.
 - ours: what the ops say they move (``rope_append.cost``, ``ema_evict.cost``).
-- floor: what no implementation can avoid. Every forward reads q, k, v and writes them once; a chunk's first forward also reads what
-  leaves, reads and writes the sink's state, and writes the sink's slots.
+- floor: what no implementation with this state can avoid. Every forward reads q, k, v and writes them once; a chunk's first forward also
+  reads the K and V that leave, reads and writes the sink's state, and writes the sink's slots.
 """
 
 import torch
@@ -64,6 +64,22 @@ def published_bytes(config, stream, grid, batch: int, dtype: torch.dtype, forwar
     return counter.bytes
 
 
+def _evict_floor(config, stream, frame_tokens: int, dtype: torch.dtype) -> int:
+    item, elements = dtype.itemsize, frame_tokens * config.dim
+    if stream.sink_policy != "ema":
+        return stream.sink_frames * elements * 2 * item  # the key state read, the key slot written
+    half = dtype in (torch.bfloat16, torch.float16)
+    state, value_slot = item, 0  # "published": the value slot is the state
+    if half and stream.sink_state == "compensated":
+        state = 2 * item  # hi and lo; the value slot is hi
+    elif half and stream.sink_state == "float32":
+        state, value_slot = 4, item
+    per_sink_frame = (
+        2 * 2 * state + item + value_slot
+    )  # state of K and V read and written; slots that are not state written
+    return elements * (stream.chunk_frames * 2 * item + stream.sink_frames * per_sink_frame)
+
+
 def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -> dict:
     """Bytes per chunk over all layers: published, ours, floor, and the ratios."""
     n = grid[0] * grid[1]
@@ -78,9 +94,7 @@ def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -
             batch=batch, sink_frames=stream.sink_frames, frame_tokens=n, heads=config.num_heads, head_dim=config.head_dim,
             dtype=dtype, sources=stream.chunk_frames if stream.sink_policy == "ema" else 0, state=stream.sink_state,
         )["bytes"]  # fmt: skip
-        per_frame = row // stream.chunk_frames
-        leaving = 2 * per_frame * stream.chunk_frames
-        evict_floor = leaving + 6 * per_frame * stream.sink_frames  # state of k and v read and written, slots written
+        evict_floor = _evict_floor(config, stream, batch * n, dtype)
     layers = config.num_layers
     result = {
         "published": layers * published_bytes(config, stream, grid, batch, dtype, forwards),
