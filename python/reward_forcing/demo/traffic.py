@@ -4,7 +4,7 @@ attention itself are left out. All three figures are counts, not measurements.
 - published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
   calls (views are free); its attention is replaced by a function that touches nothing.
 - ours: what the ops say they move (``rope_append.cost``, ``ema_evict.cost``).
-- floor: what no implementation with this state can avoid. Every forward reads q, k, v and writes them once; a chunk's first forward also
+- floor: what no implementation with this state can avoid. Every forward reads q, k, v and writes them once; a first forward also
   reads the K and V that leave, reads and writes the sink's state, and writes the sink's slots.
 """
 
