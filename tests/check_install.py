@@ -116,8 +116,8 @@ def main():
             archive.extract("rf_kernels/_C.abi3.so", scratch)
         assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))], names
         check_binary(scratch / "rf_kernels" / "_C.abi3.so")
-        audit = run(Path(sys.executable).parent / "abi3audit", "--strict", "--assume-minimum-abi3", "3.10", wheels[0])
-        say((audit.stdout + audit.stderr).strip().splitlines()[-1])
+        audit = run(Path(sys.executable).parent / "abi3audit", "--strict", "--summary", "--assume-minimum-abi3", "3.10", wheels[0])
+        say("abi3audit: " + " ".join((audit.stdout + audit.stderr).split()[1:]))
 
 
 if __name__ == "__main__":
