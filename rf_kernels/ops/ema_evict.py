@@ -104,8 +104,12 @@ def ema_evict(
 
 
 @torch.library.register_fake("rf_kernels::ema_evict")
-def _fake(*args):
-    return None
+def _fake(k_cache, v_cache, *rest):
+    # A meta tensor among real ones would end up here too, and the call would do nothing: it must not pass in silence.
+    names = ("v_cache", "k_state", "k_state_lo", "v_state", "schedule", "turns", "alpha")
+    for name, tensor in zip(names, (v_cache, *rest), strict=False):
+        if tensor is not None and tensor.device != k_cache.device:
+            raise argument_error("ema_evict", name, f"a tensor on {k_cache.device}", tensor.device)
 
 
 def _half(dtype: torch.dtype) -> bool:

@@ -93,28 +93,30 @@ def ema_evict(
             k = read(k_hi, k_lo, k_hi, k_slot, init)
             v = read(v_slot, v_extra, v_extra, v_slot, init)
             a = alpha[j, :, None, None]
+            fused = torch.zeros(n, 1, 1, dtype=torch.bool, device=k_cache.device)
             for i, e in enumerate(sources[:count]):
                 source = slice(e * n, (e + 1) * n)
                 k_source, v_source = k_cache[b, source], v_cache[b, source]
-                fused = torch.ones(n, dtype=torch.bool, device=k_cache.device)
+                taken = torch.ones_like(fused)
                 if on_nonfinite == "skip":
-                    fused = (k_source.isfinite() & v_source.isfinite()).flatten(1).all(1)
+                    taken = (k_source.isfinite() & v_source.isfinite()).all(-1).all(-1)[:, None, None]
                     if skipped is not None:
-                        skipped += (~fused).sum()
+                        skipped += (~taken).sum()
                 turned = _turn(k_source.double(), turns[b, j, i], temporal)
-                fused = fused[:, None, None]
-                k = torch.where(fused, _average(k, turned, a, precision, dtype), k)
-                v = torch.where(fused, _average(v, v_source.double(), a, precision, dtype), v)
-            if precision == "float32":
-                k_hi.copy_(k)
-                v_extra.copy_(v)
-            elif precision == "compensated":
-                v_extra.copy_(_split(v, dtype)[1])
-                hi, lo = _split(k, dtype)
-                k_hi.copy_(hi)
-                k_lo.copy_(lo)
-            else:
-                k_hi.copy_(k)
-            v_slot.copy_(v)
+                k = torch.where(taken, _average(k, turned, a, precision, dtype), k)
+                v = torch.where(taken, _average(v, v_source.double(), a, precision, dtype), v)
+                fused |= taken
+
+            def store(target, value, where):
+                target.copy_(torch.where(where, value.to(target.dtype), target))
+
+            changed = fused | bool(init)
+            if precision == "compensated":
+                store(k_lo, _split(k, dtype)[1], changed)
+                store(v_extra, _split(v, dtype)[1], changed)
+            elif precision == "float32":
+                store(v_extra, v, changed)
+            store(k_hi, k, changed)
+            store(v_slot, v, fused)
             if k_state is not None:
                 k_slot.copy_(_turn(k, turns[b, j, -1], temporal))
