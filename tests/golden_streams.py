@@ -113,7 +113,7 @@ def raw_sink(cache: rf.SinkWindowCache, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def check_against_raw_cache(
-    bound, cache, layer: int, golden_k: Tensor, golden_v: Tensor, label: str, sink: bool = True
+    bound, cache, layer: int, golden_k: Tensor, golden_v: Tensor, label: str, sink_state: bool = True
 ):
     """What a committed cache holds against a recorded raw cache ``[B, capacity, H, D]`` whose newest token is its last
     one written.
@@ -126,22 +126,22 @@ def check_against_raw_cache(
     window = slice(recorded_end - len(frames) * n, recorded_end)
     bound.check(k, golden_k[:, window], f"{label}: window keys")
     bound.check(v, golden_v[:, window], f"{label}: window values")
-    if sink and cache.sink_frames:
+    if sink_state and cache.sink_frames:
         k, v = raw_sink(cache, layer)
         bound.check(k, golden_k[:, : k.shape[1]], f"{label}: sink keys")
         bound.check(v, golden_v[:, : v.shape[1]], f"{label}: sink values")
 
 
 def check_against_reference(
-    bound: Bound, cache, layer: int, reference: StreamingReference, label: str, sink: bool = True
+    bound: Bound, cache, layer: int, reference: StreamingReference, label: str, sink_state: bool = True
 ):
     """What a committed cache holds against the reference's raw keys and values."""
     frames, k, v = held_keys_values(cache, layer)
-    assert frames == sorted(reference.window)
-    pairs = [(f"frame {f}", reference.window[f], i, k, v) for i, f in enumerate(frames)]
-    if sink:
+    assert frames == sorted(reference.window_kv)
+    pairs = [(f"frame {f}", reference.window_kv[f], i, k, v) for i, f in enumerate(frames)]
+    if sink_state:
         sink_k, sink_v = raw_sink(cache, layer)
-        pairs += [(f"sink frame {j}", kv, j, sink_k, sink_v) for j, kv in reference.sink.items()]
+        pairs += [(f"sink frame {j}", kv, j, sink_k, sink_v) for j, kv in reference.sink_kv.items()]
     n = cache.frame_tokens
     for name, (expected_k, expected_v), i, ours_k, ours_v in pairs:
         bound.check(ours_k[:, i * n : (i + 1) * n], expected_k, f"{label}: keys of {name}")

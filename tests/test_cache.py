@@ -109,7 +109,7 @@ def test_half_precision_states(dtype, state):
     k, v = cache.sink_state(0)
     n = cache.frame_tokens
     # Values are averaged as stored; the keys' state also carries the rounding of the rotated keys in the cache.
-    v_reference = torch.cat([reference.sink[j][1] for j in range(2)], 1)
+    v_reference = torch.cat([reference.sink_kv[j][1] for j in range(2)], 1)
     eps = torch.finfo(dtype).eps
     error = relative_l2(v, v_reference)
     assert error < (40 * eps if state == "published" else eps / 4), error

@@ -123,7 +123,7 @@ def test_self_attention_stream(case, dtype, state):
         label, bound = f"after call {call.index}", case.tolerance(dtype, "caches")
         if case.documents_bug:
             exact_state = (dtype, state) != ("bf16", "published")  # that one loses the average to rounding, on purpose
-            check_against_reference(bound, cache, 0, reference, label, sink=exact_state)
+            check_against_reference(bound, cache, 0, reference, label, sink_state=exact_state)
         elif dtype != "bf16" and recorded_k is not None:
             check_against_raw_cache(bound, cache, 0, recorded_k[call.index], recorded_v[call.index], label)
 
@@ -140,9 +140,9 @@ def test_self_attention_stream(case, dtype, state):
         tensors[name] for name in (names if dtype == "bf16" else ("final_cache_k_f64", "final_cache_v_f64"))
     )
     # The recorded bf16 sink is frozen by its rounding: only the published state does the same.
-    sink = dtype != "bf16" or state == "published"
+    compare_sink = dtype != "bf16" or state == "published"
     bound = case.tolerance(dtype, "caches")
-    check_against_raw_cache(bound, cache, 0, final_k, final_v, "at the end", sink=sink)
+    check_against_raw_cache(bound, cache, 0, final_k, final_v, "at the end", sink_state=compare_sink)
     if dtype == "bf16" and geometry.policy == "ema":
         check_bf16_sink(cache, state, geometry.sink_frames * n, tensors)
 
@@ -283,7 +283,7 @@ def test_streaming_pipeline(case, dtype, state, reference_attention):
         case.tolerance(dtype, "latents").check(latents, roll_out(case, exact, stream), "latents of our rule")
         bound, exact_state = case.tolerance(dtype, "caches"), (dtype, state) != ("bf16", "published")
         for layer in range(len(cache)):
-            check_against_reference(bound, cache, layer, stream[layer], f"layer {layer}", sink=exact_state)
+            check_against_reference(bound, cache, layer, stream[layer], f"layer {layer}", sink_state=exact_state)
         return
     goldens = {"float64": ["latents_f64"], "float32": ["latents_f64", "latents_f32"], "bf16": ["bf16.latents"]}[dtype]
     for golden in goldens:

@@ -68,8 +68,8 @@ class StreamingReference:
         alpha: decay of the average.
 
     Attributes:
-        sink: raw (key, value) ``[B, n, H, D]`` by sink frame, as the newest chunk sees them.
-        window: raw (key, value) by frame of the stream, for the newest W frames that are no sink frames.
+        sink_kv: raw (key, value) ``[B, n, H, D]`` by sink frame, as the newest chunk sees them.
+        window_kv: raw (key, value) by frame of the stream, for the newest W frames that are no sink frames.
     """
 
     def __init__(self, *, grid: tuple[int, int], sink_frames: int, window_frames: int, policy: str, alpha: float = 1.0):
@@ -77,19 +77,19 @@ class StreamingReference:
             raise ValueError(f"StreamingReference: argument `policy`: expected ema, static or none, found {policy}")
         self.grid, self.sink_frames, self.window_frames = grid, sink_frames, window_frames
         self.policy, self.alpha = policy, alpha
-        self.sink: dict[int, tuple[Tensor, Tensor]] = {}
-        self.window: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sink_kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.window_kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.t_begin = self.t_end = 0
 
     def begin(self, frames: int) -> None:
         """Start the next chunk: what no longer fits the window leaves, and the sink absorbs it."""
         self.t_begin, self.t_end = self.t_end, self.t_end + frames
-        for e in sorted(f for f in self.window if f < self.t_end - self.window_frames):
-            leaving = self.window.pop(e)
+        for e in sorted(f for f in self.window_kv if f < self.t_end - self.window_frames):
+            leaving = self.window_kv.pop(e)
             if self.policy == "ema" and self.sink_frames:
                 j = (e - self.sink_frames) % self.sink_frames
-                pairs = zip(self.sink[j], leaving, strict=True)
-                self.sink[j] = tuple(self.alpha * old + (1 - self.alpha) * new for old, new in pairs)
+                pairs = zip(self.sink_kv[j], leaving, strict=True)
+                self.sink_kv[j] = tuple(self.alpha * old + (1 - self.alpha) * new for old, new in pairs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the chunk's raw queries ``[B, F * n, H, D]``; its raw keys and values replace those of an
@@ -98,10 +98,10 @@ class StreamingReference:
         frames = list(range(self.t_begin, self.t_end))
         split = zip(frames, k.double().chunk(len(frames), 1), v.double().chunk(len(frames), 1), strict=True)
         for frame, frame_k, frame_v in split:
-            (self.sink if frame < self.sink_frames else self.window)[frame] = (frame_k, frame_v)
+            (self.sink_kv if frame < self.sink_frames else self.window_kv)[frame] = (frame_k, frame_v)
 
         shift = max(0, self.t_end - self.sink_frames - self.window_frames)
-        held = [(j + shift, kv) for j, kv in self.sink.items()] + list(self.window.items())
+        held = [(j + shift, kv) for j, kv in self.sink_kv.items()] + list(self.window_kv.items())
         keys = rotate(
             torch.cat([kv[0] for _, kv in held], 1), token_positions([position for position, _ in held], self.grid)
         )
