@@ -55,6 +55,15 @@ every_state = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny here: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def need(case: Case, *names: str) -> None:
     """Skip where a set has not recorded what a variant of a test compares with."""
     missing = [name for name in names if name not in case.tensors]

@@ -31,6 +31,15 @@ import rf_kernels as rf
 from rf_kernels.reference import published
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny here: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny(**overrides) -> ModelConfig:
     sizes = {
         "dim": 48, "ffn_dim": 80, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4, "text_dim": 10, "text_len": 6,
