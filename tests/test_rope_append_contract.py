@@ -199,7 +199,9 @@ def compiled(backend):
     """Both ops in one graph, eager and compiled: results and caches must be the same bits, without a second compilation."""
     args, keywords = inputs(torch.bfloat16)
     table = {name: keywords[name] for name in ("angles", "axes")}
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend(backend)
 
     def step(q, k, v, k_cache, v_cache, slots):
         out = rf.rope_append(q, k, v, k_cache, v_cache, **keywords | dict(slots=slots))
