@@ -82,8 +82,8 @@ Attended forward(const Tensor& queries, const Tensor& k, const Tensor& v, double
   }
   std::vector<Tensor> result;
   run_units(batch * heads == 1 && q.size(1) == kMinQueries, [&] {
-    result = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", "TT",
-                       transpose(align(q), 1, 2), transpose(align(k), 1, 2), transpose(align(v), 1, 2),
+    result = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", 2, transpose(align(q), 1, 2),
+                       transpose(align(k), 1, 2), transpose(align(v), 1, 2),
                        /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::optional<Tensor>(),
                        std::optional<double>(softmax_scale));
   });
@@ -108,7 +108,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& 
   }
   std::vector<Tensor> grad;
   run_units(batch * k.size(2) == 1, [&] {
-    grad = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", "TTT",
+    grad = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", 3,
                      transpose(align(pad_rows(grad_out, 1)), 1, 2), transpose(align(q), 1, 2),
                      transpose(align(k), 1, 2), transpose(align(v), 1, 2),
                      transpose(pad_rows(whole.out, 1), 1, 2), pad_rows(whole.lse, 2),

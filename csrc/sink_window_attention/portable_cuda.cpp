@@ -14,7 +14,7 @@ using torch::stable::transpose;
 using torch::stable::unsqueeze;
 
 Tensor call_unary(const char* op, const Tensor& x) {
-  return call_aten(op, "", "T", x)[0];
+  return call_aten(op, "", 1, x)[0];
 }
 
 // Zeros behind the last element of dimension `dim`, up to a multiple. Zero columns of q, k and v change
@@ -27,9 +27,12 @@ Tensor pad_to_multiple(const Tensor& t, int64_t dim, int64_t multiple) {
   return torch::stable::pad(t, padding);
 }
 
-// [B, H, S, D] as the kernels take it, D padded to the 16 bytes that their loads need.
+// D padded to the 16 bytes that the kernels' loads need; and that as [B, H, S, D].
+Tensor pad_head(const Tensor& t) {
+  return pad_to_multiple(t, 3, 16 / static_cast<int64_t>(t.element_size()));
+}
 Tensor kernel_view(const Tensor& t) {
-  return transpose(pad_to_multiple(t, 3, 16 / static_cast<int64_t>(t.element_size())), 1, 2);
+  return transpose(pad_head(t), 1, 2);
 }
 // And back to [B, S, H, dim].
 Tensor library_view(const Tensor& t, int64_t dim) {
@@ -37,11 +40,15 @@ Tensor library_view(const Tensor& t, int64_t dim) {
 }
 
 Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
-  // -> output, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask
-  const auto result = call_aten("aten::_scaled_dot_product_flash_attention", "", "TTTTiiTTT", kernel_view(q),
-                                kernel_view(k), kernel_view(v), /*dropout_p=*/0.0, /*is_causal=*/false,
+  // -> output, softmax_logsumexp, rng_state, unused, debug_attn_mask.
+  // (aten::_scaled_dot_product_flash_attention returns numbers among its tensors, and torch_call_dispatcher
+  // mixes up the types of such results.)
+  const auto result = call_aten("aten::_flash_attention_forward", "", 5, pad_head(q), pad_head(k),
+                                pad_head(v), /*cum_seq_q=*/std::optional<Tensor>(),
+                                /*cum_seq_k=*/std::optional<Tensor>(), /*max_q=*/q.size(1),
+                                /*max_k=*/k.size(1), /*dropout_p=*/0.0, /*is_causal=*/false,
                                 /*return_debug_mask=*/false, std::optional<double>(softmax_scale));
-  return {library_view(result[0], q.size(3)), result[1]};
+  return {slice(result[0], 3, 0, q.size(3)), result[1]};
 }
 
 Gradients backward_flash(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -49,7 +56,7 @@ Gradients backward_flash(const Tensor& grad_out, const Tensor& q, const Tensor& 
   const Tensor no_dropout = new_empty(q, {0}, ScalarType::Long);
   const Tensor undefined;  // no cumulative lengths: equal lengths in the batch
   const auto grad =
-      call_aten("aten::_scaled_dot_product_flash_attention_backward", "", "TTT", kernel_view(grad_out),
+      call_aten("aten::_scaled_dot_product_flash_attention_backward", "", 3, kernel_view(grad_out),
                 kernel_view(q), kernel_view(k), kernel_view(v), kernel_view(whole.out), whole.lse, undefined,
                 undefined, /*max_q=*/q.size(1), /*max_k=*/k.size(1), /*dropout_p=*/0.0,
                 /*is_causal=*/false, no_dropout, no_dropout, std::optional<double>(softmax_scale));
@@ -63,7 +70,7 @@ Tensor repeat_heads(const Tensor& kv, int64_t heads) {
   const int64_t batch = kv.size(0), tokens = kv.size(1), kv_heads = kv.size(2), dim = kv.size(3);
   if (kv_heads == heads) return kv;
   const int64_t size[] = {batch, tokens, kv_heads, heads / kv_heads, dim};
-  const Tensor repeated = call_aten("aten::expand", "", "T", unsqueeze(kv, 3),
+  const Tensor repeated = call_aten("aten::expand", "", 1, unsqueeze(kv, 3),
                                     HeaderOnlyArrayRef<int64_t>(size, 5), /*implicit=*/false)[0];
   return reshape(repeated, {batch, tokens, heads, dim});
 }
@@ -79,7 +86,7 @@ Tensor sum_heads(const Tensor& grad, int64_t kv_heads) {
 Attended forward_efficient(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
   const int64_t heads = q.size(2);
   // -> output, log_sumexp, philox_seed, philox_offset
-  const auto result = call_aten("aten::_scaled_dot_product_efficient_attention", "", "TTTT", kernel_view(q),
+  const auto result = call_aten("aten::_scaled_dot_product_efficient_attention", "", 4, kernel_view(q),
                                 kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
                                 /*attn_bias=*/std::optional<Tensor>(), /*compute_log_sumexp=*/true,
                                 /*dropout_p=*/0.0, /*is_causal=*/false, std::optional<double>(softmax_scale));
@@ -94,7 +101,7 @@ Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tens
   const Tensor undefined;
   const bool wanted[] = {true, true, true, false};  // q, k, v, bias
   const auto grad =
-      call_aten("aten::_scaled_dot_product_efficient_attention_backward", "", "TTTT", kernel_view(grad_out),
+      call_aten("aten::_scaled_dot_product_efficient_attention_backward", "", 4, kernel_view(grad_out),
                 kernel_view(q), kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
                 /*attn_bias=*/undefined, kernel_view(whole.out), pad_to_multiple(whole.lse, 2, kLseRows),
                 no_dropout, no_dropout, /*dropout_p=*/0.0, HeaderOnlyArrayRef<bool>(wanted, 4),
@@ -106,10 +113,10 @@ Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tens
 // csrc/math/lse_merge.h in tensor ops; the LSE is float, so half-precision outputs are weighed in float and
 // rounded once, by the copy.
 void merge(const Attended& first, const Attended& second, const Attended& rows) {
-  const Tensor lse = call_aten("aten::logaddexp", "", "T", first.lse, second.lse)[0];
+  const Tensor lse = call_aten("aten::logaddexp", "", 1, first.lse, second.lse)[0];
   const auto weighted = [&lse](const Attended& part) {
     const Tensor weight = unsqueeze(transpose(call_unary("aten::exp", subtract(part.lse, lse)), 1, 2), 3);
-    return call_aten("aten::mul", "Tensor", "T", part.out, weight)[0];
+    return call_aten("aten::mul", "Tensor", 1, part.out, weight)[0];
   };
   Tensor out_rows = rows.out, lse_rows = rows.lse;
   torch::stable::copy_(out_rows, subtract(weighted(first), weighted(second), -1.0));
