@@ -116,7 +116,14 @@ def main():
             archive.extract("rf_kernels/_C.abi3.so", scratch)
         assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))], names
         check_binary(scratch / "rf_kernels" / "_C.abi3.so")
-        audit = run(Path(sys.executable).parent / "abi3audit", "--strict", "--summary", "--assume-minimum-abi3", "3.10", wheels[0])
+        audit = run(
+            Path(sys.executable).parent / "abi3audit",
+            "--strict",
+            "--summary",
+            "--assume-minimum-abi3",
+            "3.10",
+            wheels[0],
+        )
         say("abi3audit: " + " ".join((audit.stdout + audit.stderr).split()[1:]))
 
 

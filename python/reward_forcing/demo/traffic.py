@@ -3,7 +3,8 @@ attention itself are left out. All three figures are counts, not measurements.
 
 - published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
   calls (views are free); its attention is replaced by a function that touches nothing.
-- ours: what the ops say they move (``rope_append.cost``, ``ema_evict.cost``).
+- ours: what the ops say they move (``rope_append.cost``, ``ema_evict.cost``), and the norm weights and the chunk's plan (cosines and
+  sines, slots, schedule), which every call reads.
 - floor: what no implementation with this state can avoid. Every forward reads q, k, v and writes them once; a first forward also
   reads the K and V that leave, reads and writes the sink's state, and writes the sink's slots.
 """
@@ -80,13 +81,15 @@ def _evict_floor(config, stream, frame_tokens: int, dtype: torch.dtype) -> int:
     return elements * (stream.chunk_frames * 2 * item + stream.sink_frames * per_sink_frame)
 
 
-def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -> dict:
+def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int, plan_bytes: int) -> dict:
     """Bytes per chunk over all layers: published, ours, floor, and the ratios."""
     n = grid[0] * grid[1]
     tokens = batch * stream.chunk_frames * n * config.dim
-    row = torch.empty(0, dtype=dtype).element_size() * tokens
-    shape = (batch, stream.chunk_frames * n, config.num_heads, config.head_dim)
-    append = rf.rope_append.cost(q_shape=shape, k_shape=shape, dtype=dtype)["bytes"]
+    row = dtype.itemsize * tokens
+    append = rf.rope_append.cost(
+        batch=batch, tokens=stream.chunk_frames * n, q_heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
+    )["bytes"]
+    weights = 2 * config.dim * dtype.itemsize
     sinks = stream.sink_frames > 0 and stream.sink_policy != "none"
     evict = evict_floor = 0
     if sinks:
@@ -98,7 +101,7 @@ def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -
     layers = config.num_layers
     result = {
         "published": layers * published_bytes(config, stream, grid, batch, dtype, forwards),
-        "ours": layers * (forwards * append + evict),
+        "ours": layers * (forwards * (append + weights + plan_bytes) + evict + plan_bytes),
         "floor": layers * (forwards * 6 * row + evict_floor),
     }
     result["published / ours"] = result["published"] / result["ours"]
