@@ -6,6 +6,7 @@ error of the op that needed it, and a slower path than the device's own kernel i
 """
 
 import json
+import re
 from typing import NamedTuple
 
 import torch
@@ -48,17 +49,70 @@ def build_info() -> dict:
 
 
 _PREFIX = "rf_kernels."
+_WRONG_TYPE = re.compile(
+    r"rf_kernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
 
 
 def invoke(op, *args):
-    """Call a registered op; a failed argument check of the C++ side becomes an ``ArgumentError``."""
+    """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an ``ArgumentError``."""
     try:
         return op(*args)
     except RuntimeError as error:
-        text = str(error)
-        if text.startswith(_PREFIX) and ": argument `" in text.split("\n", 1)[0]:
-            raise ArgumentError(text.split("\n", 1)[0]) from None
+        text = str(error).split("\n", 1)[0]
+        if text.startswith(_PREFIX) and ": argument `" in text:
+            raise ArgumentError(text) from None
+        if wrong := _WRONG_TYPE.match(text):
+            name, expected, argument, found = wrong.groups()
+            raise argument_error(name, argument, f"a value of type {expected}", f"type {found}") from None
+        if isinstance(error, NotImplementedError):  # no backend for such a tensor, or no tensor at all
+            for argument, value in zip(_argument_names(op), args, strict=True):
+                if argument.type.kind() == "TensorType" and not _is_strided(value):
+                    expected = "a dense tensor on cpu or cuda"
+                    raise argument_error(_name(op), argument.name, expected, _kind(value)) from None
         raise
+
+
+def _argument_names(op):
+    return getattr(op, "default", op)._schema.arguments
+
+
+def _name(op) -> str:
+    return getattr(op, "default", op)._schema.name.split("::")[1]
+
+
+def _is_strided(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type in ("cpu", "cuda")
+
+
+def _kind(value) -> str:
+    return f"{value.layout} on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def register_fake(name: str, op: str | None = None):
+    """``torch.library.register_fake`` for an op of ours, with the one check that the real op never gets to make: of mixed devices
+    PyTorch prefers "meta", and would run the fake, which returns memory that nobody wrote.
+
+    Args:
+        name: the registered op.
+        op: how the public op is called, when the registered one is a part of it.
+    """
+
+    def register(fake):
+        arguments = getattr(ops, name).default._schema.arguments
+
+        @torch.library.register_fake(f"rf_kernels::{name}")
+        def checked(*args):
+            tensors = [(a.name, t) for a, t in zip(arguments, args, strict=True) if isinstance(t, torch.Tensor)]
+            device = tensors[0][1].device
+            for argument, tensor in tensors:
+                if tensor.device != device:
+                    raise argument_error(op or name, argument, f"a tensor on {device}", tensor.device)
+            return fake(*args)
+
+        return fake
+
+    return register
 
 
 def argument_error(op: str, argument: str, expected: str, found) -> ArgumentError:
@@ -66,12 +120,40 @@ def argument_error(op: str, argument: str, expected: str, found) -> ArgumentErro
     return ArgumentError(f"{_PREFIX}{op}: argument `{argument}`: expected {expected}, found {found}")
 
 
+def as_list(op: str, argument: str, values) -> list:
+    """A sequence argument as the list that the dispatcher takes."""
+    if isinstance(values, list | tuple | range):
+        return list(values)
+    raise argument_error(op, argument, "a sequence of integers", type(values).__name__)
+
+
+def check_tensors(op: str, required: dict, optional: dict) -> None:
+    """Each a tensor (or None, if optional): for functions that look at their tensors before the op does."""
+    for values, expected in ((required, "a tensor"), (optional, "a tensor or None")):
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor) and (value is not None or values is required):
+                raise argument_error(op, name, expected, type(value).__name__)
+
+
+def number(op: str, argument: str, value) -> float:
+    if isinstance(value, int | float):
+        return float(value)
+    raise argument_error(op, argument, "a number", type(value).__name__)
+
+
+def choice(op: str, argument: str, allowed, value):
+    """One of a few names, or the error that lists them."""
+    if (value is None or isinstance(value, str)) and value in allowed:
+        return value
+    raise argument_error(op, argument, " or ".join(map(repr, allowed)), repr(value))
+
+
 def refuse_grad(op: str, **tensors) -> None:
     """A mutating op has no backward: raise rather than drop the graph in silence (while grad mode is on)."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise argument_error(
                 op,
                 name,

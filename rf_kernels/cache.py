@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._backend import ArgumentError, argument_error
+from ._backend import ArgumentError, argument_error, choice
 from .ops.ema_evict import ema_evict
 from .ops.rope_append import rope_append, rope_append_check
 from .plan import ChunkPlan, PlanBuffers, Ring
@@ -67,13 +67,16 @@ class EMASink:
     on_nonfinite: str = "skip"
 
     def __post_init__(self):
-        for name, value, allowed in (
-            ("state", self.state, ("compensated", "float32", "published")),
-            ("on_nonfinite", self.on_nonfinite, ("skip", "propagate", "raise")),
-        ):
-            if value not in allowed:
-                raise argument_error("EMASink", name, " or ".join(map(repr, allowed)), repr(value))
-        alpha = torch.as_tensor(self.alpha, dtype=torch.float64)
+        choice("EMASink", "state", ("compensated", "float32", "published"), self.state)
+        choice("EMASink", "on_nonfinite", ("skip", "propagate", "raise"), self.on_nonfinite)
+        if not isinstance(self.held, tuple | list) or not all(map(_is_integer, self.held)):
+            raise argument_error("EMASink", "held", "a tuple of sink frames", repr(self.held))
+        try:
+            alpha = torch.as_tensor(self.alpha, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise argument_error(
+                "EMASink", "alpha", "a number, or nested sequences of them", repr(self.alpha)
+            ) from None
         if not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise argument_error("EMASink", "alpha", "values in [0, 1]", self.alpha)
 
@@ -150,16 +153,22 @@ class SinkWindowCache:
         undo_frames: int = 0,
     ):
         op = "SinkWindowCache"
-        grid = tuple(int(g) for g in grid)
-        if sink_policy is None:
-            sink_policy = EMASink() if sink_frames else NoSink()
+        if not isinstance(grid, Sequence) or not all(map(_is_integer, grid)):
+            raise argument_error(op, "grid", "a sequence of integers", repr(grid))
+        grid = tuple(grid)
         for name, value, least in (
             ("layers", layers, 1), ("batch", batch, 1), ("heads", heads, 1), ("head_dim", head_dim, 1),
             ("sink_frames", sink_frames, 0), ("window_frames", window_frames, 0), ("undo_frames", undo_frames, 0),
-            ("grid", min(grid, default=1), 1), ("sink_frames + window_frames", sink_frames + window_frames, 1),
+            ("grid", min(grid, default=1), 1),
         ):  # fmt: skip
             if not _is_integer(value) or value < least:
-                raise argument_error(op, name, f"an integer >= {least}", value)
+                raise argument_error(op, name, f"an integer >= {least}", repr(value))
+        if sink_frames + window_frames < 1:
+            raise argument_error(op, "sink_frames + window_frames", "an integer >= 1", 0)
+        if sink_policy is None:
+            sink_policy = EMASink() if sink_frames else NoSink()
+        if not isinstance(sink_policy, NoSink | StaticSink | EMASink):
+            raise argument_error(op, "sink_policy", "NoSink, StaticSink or EMASink", repr(sink_policy))
         if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise argument_error(op, "dtype", "float64, float32, bfloat16 or float16", dtype)
         if isinstance(sink_policy, NoSink) and sink_frames:
@@ -167,6 +176,8 @@ class SinkWindowCache:
         if isinstance(sink_policy, EMASink) and sink_frames and not window_frames:
             raise argument_error(op, "window_frames", "at least 1 with an EMASink", window_frames)
         if rope is not None:
+            if not isinstance(rope, RoPE):
+                raise argument_error(op, "rope", "a RoPE or None", repr(rope))
             if len(rope.pairs) != 1 + len(grid):
                 raise argument_error(op, "rope", f"{1 + len(grid)} axes (frame, *grid)", f"{len(rope.pairs)} axes")
             if rope.temporal_axis not in (0, None) or (rope.temporal_axis is None and rope.pairs[0]):
@@ -178,7 +189,10 @@ class SinkWindowCache:
         if isinstance(sink_policy, EMASink) and any(not 0 <= j < sink_frames for j in sink_policy.held):
             raise argument_error(op, "sink_policy.held", f"sink frames 0..{sink_frames - 1}", sink_policy.held)
 
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise argument_error(op, "device", "a device", repr(device)) from None
         self.layers, self.batch, self.heads, self.head_dim = layers, batch, heads, head_dim
         self.grid, self.rope, self.sink_policy, self.rephase = grid, rope, sink_policy, rephase
         self.ring = Ring(sink_frames, window_frames)
@@ -333,6 +347,7 @@ class SinkWindowCache:
             schedule=schedule if acts else None,
             turns=turns if acts else None,
             undo=undo,
+            seen_skipped=self._seen_skipped,
             evicted=[False] * self.layers,
             appended=[False] * self.layers,
         )
@@ -374,6 +389,7 @@ class SinkWindowCache:
             raise argument_error("SinkWindowCache.rollback", "plan", "a plan begun with undo=True", "undo=False")
         if plan.undo:
             self._copy_undo(plan, save=False)
+        self._seen_skipped = plan.seen_skipped
         self._close(plan)
 
     def reset(self) -> None:
@@ -425,9 +441,15 @@ class SinkWindowCache:
             if not isinstance(found, torch.Tensor) or found.shape != target.shape or found.dtype != target.dtype:
                 text = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
                 raise argument_error(op, f"tensors.{name}", f"{target.dtype} {list(target.shape)}", text)
+            if found.layout != torch.strided or found.device.type == "meta":
+                raise argument_error(
+                    op, f"tensors.{name}", "a dense tensor with memory", f"{found.layout} on {found.device}"
+                )
+            if found.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and found.numel():
+                raise argument_error(op, f"tensors.{name}", "memory apart from the cache", "the cache's own")
         self.reset()
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            target.copy_(tensors[name].detach())
         self._restart(next_frame, ready)
         self._seen_skipped = int(tensors["skipped"].sum())
 

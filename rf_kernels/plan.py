@@ -90,6 +90,7 @@ class ChunkPlan:
     schedule: torch.Tensor | None = field(repr=False)
     turns: torch.Tensor | None = field(repr=False)
     undo: bool = False
+    seen_skipped: int = 0
     open: bool = True
     evicted: list[bool] = field(default_factory=list, repr=False)
     appended: list[bool] = field(default_factory=list, repr=False)

@@ -5,6 +5,7 @@ position limit (at frame 10^8 a float32 table is within 2^-24 of exact). Design:
 of docs/architecture.md; Wan2.1's split is ``RoPE3D.wan``.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ._backend import argument_error
+from ._backend import argument_error, choice
 
 LAYOUTS = {"adjacent": 0, "half": 1, "axis_half": 2}
 
@@ -47,12 +48,11 @@ class RoPE:
     def __post_init__(self):
         if len(self.pairs) == 0 or len(self.pairs) != len(self.bases):
             raise argument_error("RoPE", "bases", f"one base per axis ({len(self.pairs)} axes)", f"{len(self.bases)}")
-        if any(p < 0 for p in self.pairs):
+        if any(not isinstance(p, int) or p < 0 for p in self.pairs):
             raise argument_error("RoPE", "pairs", "counts >= 0", self.pairs)
-        if any(b <= 0 for b in self.bases):
-            raise argument_error("RoPE", "bases", "positive bases", self.bases)
-        if self.layout not in LAYOUTS:
-            raise argument_error("RoPE", "layout", " or ".join(map(repr, LAYOUTS)), repr(self.layout))
+        if any(not isinstance(b, int | float) or not 0 < b < math.inf for b in self.bases):
+            raise argument_error("RoPE", "bases", "positive numbers", self.bases)
+        choice("RoPE", "layout", LAYOUTS, self.layout)
         if self.temporal_axis is not None and not 0 <= self.temporal_axis < len(self.pairs):
             raise argument_error("RoPE", "temporal_axis", f"None or 0..{len(self.pairs) - 1}", self.temporal_axis)
 
@@ -153,7 +153,7 @@ class RoPE3D(RoPE):
     def wan(cls, head_dim: int, base: float = 10000.0) -> "RoPE3D":
         """Wan2.1's split: of D/2 pairs, D/2 // 3 turn with the row, as many with the column, the rest with the frame
         (22, 21, 21 for D = 128); adjacent pairs; each axis' base runs over its own width."""
-        if head_dim < 2 or head_dim % 2:
+        if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
             raise argument_error("RoPE3D.wan", "head_dim", "an even number >= 2", head_dim)
         spatial = head_dim // 2 // 3
         return cls(pairs=(head_dim // 2 - 2 * spatial, spatial, spatial), bases=(float(base),) * 3)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import argument_error, build_info, invoke, ops
+from .._backend import argument_error, build_info, check_tensors, choice, invoke, number, ops, register_fake
 
 _OP = "dmd_gradient"
 
@@ -34,7 +34,7 @@ def reward_weight(r: Tensor, beta: float) -> Tensor:
     """
     if not isinstance(r, Tensor) or not r.is_floating_point():
         raise argument_error("reward_weight", "r", "a floating-point tensor", getattr(r, "dtype", type(r).__name__))
-    if not math.isfinite(beta):
+    if not math.isfinite(number("reward_weight", "beta", beta)):
         raise argument_error("reward_weight", "beta", "a finite number", beta)
     r = r.detach()
     return torch.exp(beta * r.to(_acc_dtype(r.dtype)))
@@ -96,7 +96,8 @@ def dmd_gradient(
     results do not depend on threads, and norms and ``reduction="none"`` not on the other samples. Nothing is mutated. Inputs that
     are not contiguous are copied. Raises ArgumentError for a wrong call, before anything is computed.
     """
-    _check_reduction(reduction, ("mean", "sum", "none"))
+    choice(_OP, "reduction", ("mean", "sum", "none"), reduction)
+    _check_tensors(x, fake, real, fake_uncond, real_uncond, weight, mask, x_t, sigma)
     with torch.no_grad():
         arguments = _arguments(
             x, fake, real, fake_uncond, real_uncond, real_guidance, fake_guidance, guidance, weight, mask, normalize, eps, nan,
@@ -136,7 +137,8 @@ def dmd_loss(
     division by N waits for backward, so that a scaled loss keeps small gradients out of the subnormal range. Returns the loss, [],
     float32 (float64 for float64 ``x``); or (loss, DMDAux). Differentiating twice raises.
     """
-    _check_reduction(reduction, ("mean", "sum"))
+    choice(_OP, "reduction", ("mean", "sum"), reduction)
+    _check_tensors(x, fake, real, fake_uncond, real_uncond, weight, mask, x_t, sigma)
     fixed = [None if t is None else t.detach() for t in (fake, real, fake_uncond, real_uncond)]
     weight, x_t, sigma = (None if t is None else t.detach() for t in (weight, x_t, sigma))
     arguments = _arguments(
@@ -147,9 +149,16 @@ def dmd_loss(
     return (loss, DMDAux(loss.detach(), *aux)) if return_aux else loss
 
 
-def _check_reduction(reduction, choices):
-    if reduction not in choices:
-        raise argument_error(_OP, "reduction", " or ".join(f'"{c}"' for c in choices), repr(reduction))
+def _check_tensors(x, fake, real, fake_uncond, real_uncond, weight, mask, x_t, sigma):
+    optional = {
+        "fake_uncond": fake_uncond,
+        "real_uncond": real_uncond,
+        "weight": weight,
+        "mask": mask,
+        "x_t": x_t,
+        "sigma": sigma,
+    }
+    check_tensors(_OP, {"x": x, "fake": fake, "real": real}, optional)
 
 
 def _acc_dtype(dtype):
@@ -162,7 +171,7 @@ def _coefficient(which, scale, uncond, guidance):
         if uncond is not None:
             raise argument_error(_OP, which, f"a number, `{which.replace('guidance', 'uncond')}` being given", None)
         return 0.0
-    return float(scale) - (1.0 if guidance == "dmd2" else 0.0)
+    return number(_OP, which, scale) - (1.0 if guidance == "dmd2" else 0.0)
 
 
 def _arguments(
@@ -170,10 +179,8 @@ def _arguments(
     x_t, sigma, reduction, scale_gradient,
 ):  # fmt: skip
     """What only Python can see (strings, conventions), into the arguments of the registered op."""
-    if guidance not in ("self_forcing", "dmd2"):
-        raise argument_error(_OP, "guidance", '"self_forcing" or "dmd2"', repr(guidance))
-    if prediction not in ("x0", "flow"):
-        raise argument_error(_OP, "prediction", '"x0" or "flow"', repr(prediction))
+    choice(_OP, "guidance", ("self_forcing", "dmd2"), guidance)
+    choice(_OP, "prediction", ("x0", "flow"), prediction)
     for name, value in (("x_t", x_t), ("sigma", sigma)):
         if (value is not None) != (prediction == "flow"):
             expected = 'a tensor, with prediction="flow"' if value is None else 'None, with prediction="x0"'
@@ -184,7 +191,7 @@ def _arguments(
     weight = weight.to(acc) if weight is not None and weight.is_floating_point() else weight
     sigma = sigma.to(acc) if sigma is not None and sigma.is_floating_point() else sigma
     return (
-        x, fake, real, fake_uncond, real_uncond, g_fake, g_real, x_t, sigma, weight, mask, bool(normalize), float(eps), nan,
+        x, fake, real, fake_uncond, real_uncond, g_fake, g_real, x_t, sigma, weight, mask, bool(normalize), number(_OP, "eps", eps), nan,
         reduction, scale_gradient,
     )  # fmt: skip
 
@@ -233,7 +240,7 @@ for _function in (dmd_gradient, dmd_loss):
     _function.cost = cost
 
 
-@torch.library.register_fake("rf_kernels::dmd_gradient")
+@register_fake("dmd_gradient")
 def _fake(x, fake, *arguments):
     acc = _acc_dtype(x.dtype)
     per_sample = x.shape[:1]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import argument_error, invoke, ops, refuse_grad
+from .._backend import argument_error, as_list, choice, invoke, ops, refuse_grad, register_fake
 
 STATES = {"compensated": 0, "float32": 1, "published": 2}
 NONFINITE = {"skip": True, "propagate": False}
@@ -76,15 +76,14 @@ def ema_evict(
             looked at (that would synchronise): a source slot that is out of range is left out, a count is limited to
             0..E.
     """
-    if state not in STATES:
-        raise argument_error("ema_evict", "state", " or ".join(map(repr, STATES)), repr(state))
-    if on_nonfinite not in NONFINITE:
-        raise argument_error("ema_evict", "on_nonfinite", " or ".join(map(repr, NONFINITE)), repr(on_nonfinite))
+    choice("ema_evict", "state", STATES, state)
+    choice("ema_evict", "on_nonfinite", NONFINITE, on_nonfinite)
     refuse_grad("ema_evict", k_cache=k_cache, v_cache=v_cache, k_state=k_state, k_state_lo=k_state_lo, v_state=v_state)
     if not isinstance(alpha, torch.Tensor):
-        if not 0 <= alpha <= 1:
-            raise argument_error("ema_evict", "alpha", "a number in [0, 1]", alpha)
-        alpha = torch.full((), alpha, dtype=torch.float64, device=k_cache.device)
+        if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+            raise argument_error("ema_evict", "alpha", "a number in [0, 1], or a tensor", repr(alpha))
+        device = k_cache.device if isinstance(k_cache, torch.Tensor) else "cpu"
+        alpha = torch.full((), alpha, dtype=torch.float64, device=device)
     invoke(
         ops.ema_evict,
         k_cache,
@@ -96,20 +95,16 @@ def ema_evict(
         turns,
         alpha,
         frame_tokens,
-        list(temporal),
+        as_list("ema_evict", "temporal", temporal),
         STATES[state],
         NONFINITE[on_nonfinite],
         skipped,
     )
 
 
-@torch.library.register_fake("rf_kernels::ema_evict")
-def _fake(k_cache, v_cache, *rest):
-    # A meta tensor among real ones would end up here too, and the call would do nothing: it must not pass in silence.
-    names = ("v_cache", "k_state", "k_state_lo", "v_state", "schedule", "turns", "alpha")
-    for name, tensor in zip(names, (v_cache, *rest), strict=False):
-        if tensor is not None and tensor.device != k_cache.device:
-            raise argument_error("ema_evict", name, f"a tensor on {k_cache.device}", tensor.device)
+@register_fake("ema_evict")
+def _fake(*args):
+    return None
 
 
 def _half(dtype: torch.dtype) -> bool:

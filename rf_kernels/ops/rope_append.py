@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import argument_error, build_info, invoke, ops, refuse_grad
+from .._backend import as_list, build_info, choice, invoke, ops, refuse_grad, register_fake
 from ..positions import LAYOUTS
 
 _NORMS = {None: 0, "model": 1, "head": 2}
@@ -14,9 +14,7 @@ _MAX_AXES = 8
 
 
 def _code(op: str, argument: str, table: dict, value) -> int:
-    if value not in table:
-        raise argument_error(op, argument, " or ".join(map(repr, table)), repr(value))
-    return table[value]
+    return table[choice(op, argument, table, value)]
 
 
 def rope_append(
@@ -121,7 +119,8 @@ def _call(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, 
     refuse_grad("rope_append", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, q_weight=q_weight, k_weight=k_weight)
     layout = _code("rope_append", "layout", LAYOUTS, layout)
     norm = _code("rope_append", "norm", _NORMS, norm)
-    return invoke(op, q, k, v, k_cache, v_cache, slots, angles, list(axes), layout, q_weight, k_weight, norm, eps)
+    axes = as_list("rope_append", "axes", axes)
+    return invoke(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps)
 
 
 def rope(
@@ -150,7 +149,7 @@ def rope(
         ops.rope.default,
         x,
         angles,
-        list(axes),
+        as_list("rope", "axes", axes),
         _code("rope", "layout", LAYOUTS, layout),
         weight,
         _code("rope", "norm", _NORMS, norm),
@@ -161,17 +160,17 @@ def rope(
 # ---- fakes and autograd ----------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("rf_kernels::rope_append")
+@register_fake("rope_append")
 def _(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps):
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("rf_kernels::rope_append_check")
+@register_fake("rope_append_check", op="rope_append")
 def _(*args):
     return None
 
 
-@torch.library.register_fake("rf_kernels::rope")
+@register_fake("rope")
 def _(x, angles, axes, layout, weight, norm, eps):
     return x.new_empty(x.shape)
 

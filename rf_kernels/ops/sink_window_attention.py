@@ -2,7 +2,7 @@
 
 import torch
 
-from .._backend import argument_error, invoke, ops
+from .._backend import argument_error, as_list, invoke, ops, register_fake
 
 _OP = "sink_window_attention"
 _MAX_HEAD_DIM = 256
@@ -62,9 +62,10 @@ def sink_window_attention(
     FlashAttention-2 (arXiv 2307.08691, section 3.1).
     """
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] > 0 else 1.0
+        known = isinstance(q, torch.Tensor) and q.dim() > 0 and q.shape[-1] > 0
+        softmax_scale = q.shape[-1] ** -0.5 if known else 1.0
     if chunk_ends is not None:
-        chunk_ends = list(chunk_ends)
+        chunk_ends = as_list(_OP, "chunk_ends", chunk_ends)
     out, lse = invoke(
         ops.sink_window_attention,
         q,
@@ -83,13 +84,13 @@ def _lse_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("rf_kernels::sink_window_attention")
+@register_fake("sink_window_attention")
 def _fake(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens):
     batch, queries, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_lse_dtype(q.dtype))
 
 
-@torch.library.register_fake("rf_kernels::sink_window_attention_backward")
+@register_fake("sink_window_attention_backward", op=_OP)
 def _fake_backward(grad_out, q, k, v, out, lse, *options):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
