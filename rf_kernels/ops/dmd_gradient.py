@@ -191,8 +191,8 @@ def _arguments(
     weight = weight.to(acc) if weight is not None and weight.is_floating_point() else weight
     sigma = sigma.to(acc) if sigma is not None and sigma.is_floating_point() else sigma
     return (
-        x, fake, real, fake_uncond, real_uncond, g_fake, g_real, x_t, sigma, weight, mask, bool(normalize), number(_OP, "eps", eps), nan,
-        reduction, scale_gradient,
+        x, fake, real, fake_uncond, real_uncond, g_fake, g_real, x_t, sigma, weight, mask, bool(normalize),
+        number(_OP, "eps", eps), nan, reduction, scale_gradient,
     )  # fmt: skip
 
 
