@@ -6,6 +6,13 @@
 #include "csrc/math/guidance.h"
 #include "csrc/math/vec.h"
 
+// Keeps a loop a loop in device code.
+#if defined(__CUDACC__)
+#define RF_ROLLED _Pragma("unroll 1")
+#else
+#define RF_ROLLED
+#endif
+
 namespace rf::dmd {
 
 // n of V elements; those beyond are 0. `vectorised`: where n = V, aligned 16-byte pieces may be read.
@@ -37,23 +44,26 @@ RF_HD void store(void* base, int64_t at, int n, bool vectorised, const A* in) {
     if (k < n) p[k] = from_acc<S>(in[k]);
 }
 
-// Offset of element i of sample b. Division by 32-bit numbers is several times faster, and a sample of 2^32
-// elements is rare.
-RF_HD int64_t broadcast_offset(const Broadcast& t, int64_t b, int64_t i) {
+// Offset of element i of sample b, and how many elements from i on lie in the same run of the fastest
+// dimension. Loops stay rolled: the divisions are long code, and most tensors have one or two dimensions
+// left.
+RF_HD int64_t broadcast_offset(const Broadcast& t, int64_t b, int64_t i, int64_t& run) {
   int64_t offset = b * t.batch_stride;
-  if (i <= 0xFFFFFFFFll) {
-    uint32_t rest = static_cast<uint32_t>(i);
-    for (int d = t.dims - 1; d >= 0 && rest != 0; --d) {
-      if (t.size[d] > 0xFFFFFFFFll) return offset + static_cast<int64_t>(rest) * t.stride[d];
-      const uint32_t size = static_cast<uint32_t>(t.size[d]);
-      offset += static_cast<int64_t>(rest % size) * t.stride[d];
-      rest /= size;
-    }
-    return offset;
-  }
+  run = INT64_MAX;
+  RF_ROLLED
   for (int d = t.dims - 1; d >= 0; --d) {
-    offset += (i % t.size[d]) * t.stride[d];
-    i /= t.size[d];
+    const int64_t size = t.size[d];
+    int64_t above, at;
+    if ((i | size) <= 0xFFFFFFFFll) {  // 32-bit division is several times faster
+      above = static_cast<uint32_t>(i) / static_cast<uint32_t>(size);
+      at = static_cast<uint32_t>(i) - static_cast<uint32_t>(above) * static_cast<uint32_t>(size);
+    } else {
+      above = i / size;
+      at = i - above * size;
+    }
+    if (d == t.dims - 1) run = size - at;
+    offset += at * t.stride[d];
+    i = above;
   }
   return offset;
 }
@@ -68,35 +78,32 @@ RF_HD double as_value(double v) {
   return v;
 }
 
-// Elements i .. i + n of a broadcast tensor; those beyond n are 0.
+// Elements i .. i + n of a broadcast tensor, run by run; those beyond n are 0.
 template <int V, typename S, typename A>
 RF_HD void load_broadcast(const Broadcast& t, int64_t b, int64_t i, int n, A* out) {
-  const S* base = static_cast<const S*>(t.data);
-  const int64_t inner = t.dims > 0 ? t.size[t.dims - 1] : 0;
   const int64_t stride = t.dims > 0 ? t.stride[t.dims - 1] : 0;
-  if (n == V && (t.dims == 0 || i % inner + V <= inner)) {  // within one run of the fastest dimension
-    const S* p = base + broadcast_offset(t, b, i);
-    if (t.vectorised) {
+  RF_UNROLL
+  for (int k = 0; k < V; ++k) out[k] = A(0);
+  int64_t run;
+  RF_ROLLED
+  for (int begin = 0; begin < n; begin += static_cast<int>(run)) {
+    const S* p = static_cast<const S*>(t.data) + broadcast_offset(t, b, i + begin, run);
+    const int end = run < n - begin ? begin + static_cast<int>(run) : n;
+    run = end - begin;
+    if (t.vectorised && run == V) {
       const Vec<S, V> packed = load_vec<V>(p);
       RF_UNROLL
       for (int k = 0; k < V; ++k) out[k] = as_value(packed.v[k]);
-      return;
-    }
-    if (stride == 0) {
+    } else if (stride == 0) {
       const A v = as_value(*p);
       RF_UNROLL
-      for (int k = 0; k < V; ++k) out[k] = v;
-    } else if (stride == 1) {
-      RF_UNROLL
-      for (int k = 0; k < V; ++k) out[k] = as_value(p[k]);
+      for (int k = 0; k < V; ++k) out[k] = k >= begin && k < end ? v : out[k];
     } else {
       RF_UNROLL
-      for (int k = 0; k < V; ++k) out[k] = as_value(p[k * stride]);
+      for (int k = 0; k < V; ++k)
+        if (k >= begin && k < end) out[k] = as_value(p[(k - begin) * stride]);
     }
-    return;
   }
-  RF_UNROLL
-  for (int k = 0; k < V; ++k) out[k] = k < n ? A(as_value(base[broadcast_offset(t, b, i + k)])) : A(0);
 }
 
 template <typename P, int V, typename A>

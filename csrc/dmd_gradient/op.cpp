@@ -95,18 +95,19 @@ Broadcast checked_broadcast(const char* arg, const Tensor& t, const Tensor& x, S
   return out;
 }
 
-// Memory that kernels use between their passes; offsets are multiples of 8.
+// Memory that kernels use between their passes; every column begins at a multiple of 8 bytes.
 Tensor make_workspace(const Tensor& x, Params& p, int64_t acc_bytes) {
-  const int64_t tiles = p.batch * p.tiles;
-  const int64_t column = (tiles * acc_bytes + 7) / 8 * 8;
-  Tensor workspace = torch::stable::new_empty(x, {4 * column + tiles * 8 + 8}, ScalarType::Byte);
+  const int64_t tiles = p.batch * p.tiles > 0 ? p.batch * p.tiles : 1;
+  const int64_t column = (tiles * acc_bytes + 7) / 8 * 8, samples = (p.batch * 4 + 7) / 8 * 8;
+  Tensor workspace = torch::stable::new_empty(x, {8 * tiles + 4 * column + samples + 8}, ScalarType::Byte);
   char* at = static_cast<char*>(workspace.mutable_data_ptr());
   p.selected = reinterpret_cast<int64_t*>(at);
-  p.ticket = reinterpret_cast<uint32_t*>(at += tiles * 8);
-  p.distance_sum = at += 8;
+  p.distance_sum = at += 8 * tiles;
   p.peak = at += column;
   p.loss_sum = at += column;
   p.norm_sum = at += column;
+  p.drop = reinterpret_cast<int32_t*>(at += column);
+  p.ticket = reinterpret_cast<uint32_t*>(at += samples);
   return workspace;
 }
 
@@ -205,7 +206,7 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
     record_dispatch(kOp, "cpu", "CPU tensors");
     run_cpu(p);
   } else {
-#if defined(RF_WITH_CUDA) && __has_include("csrc/dmd_gradient/launch.cu")
+#if defined(RF_WITH_CUDA)
     record_dispatch(kOp, "cuda", "CUDA tensors");
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     RF_CHECK_CUDA(kOp, rf_dmd_gradient(&p, current_stream(x.get_device_index())));

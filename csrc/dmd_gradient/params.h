@@ -50,6 +50,7 @@ struct Params {
   int64_t* selected = nullptr;   // [B * tiles] selected elements (CUDA: one entry per block)
   void* loss_sum = nullptr;      // [B * tiles] A: sum w m d^2
   void* norm_sum = nullptr;      // [B * tiles] A: sum |d|
+  int32_t* drop = nullptr;       // [B], CUDA: 1 where the sample is dropped
   uint32_t* ticket = nullptr;    // CUDA: blocks that have finished
 
   int64_t batch = 0;        // B
