@@ -41,9 +41,9 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
   m.def(
       "dmd_gradient(Tensor x, Tensor fake, Tensor real, Tensor? fake_uncond, Tensor? real_uncond, "
       "float fake_guidance, float real_guidance, Tensor? x_t, Tensor? sigma, Tensor? weight, Tensor? mask, "
-      "bool normalize, float eps, str nan, str reduction, bool scale_gradient) -> (Tensor gradient, Tensor "
-      "loss, "
-      "Tensor per_sample_loss, Tensor gradient_norm, Tensor normalizer, Tensor dropped, Tensor scale)");
+      "bool normalize, float eps, str nan, str reduction, bool scale_gradient) -> "
+      "(Tensor gradient, Tensor loss, Tensor per_sample_loss, Tensor gradient_norm, Tensor normalizer, "
+      "Tensor dropped, Tensor scale)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {

@@ -452,8 +452,9 @@ def registered(x, kw, **extra):
 @pytest.mark.parametrize("dtype, prediction", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 def test_opcheck(dtype, prediction):
     x, kw = made((2, 3, 4), dtype, prediction, flow=True)
-    full = registered(x.requires_grad_(), kw, weight=torch.rand(2, 3).to(torch.float64 if dtype == torch.float64 else torch.float32),
-                      mask=torch.rand(2, 3, 4) > 0.5, sigma=kw["sigma"].to(torch.float64 if dtype == torch.float64 else torch.float32))  # fmt: skip
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    kw |= {"sigma": kw["sigma"].to(arithmetic), "weight": torch.rand(2, 3, dtype=arithmetic)}
+    full = registered(x.requires_grad_(), kw, mask=torch.rand(2, 3, 4) > 0.5)
     plain = registered(x.detach(), {"fake": kw["fake"], "real": kw["real"]})
     for arguments in (full, plain):
         torch.library.opcheck(torch.ops.rf_kernels.dmd_gradient.default, arguments)

@@ -19,12 +19,19 @@ namespace rf::dmd {
 template <int V, typename S, typename A>
 RF_HD void load(const void* base, int64_t at, int n, bool vectorised, A* out) {
   const S* p = static_cast<const S*>(base) + at;
+#if defined(__CUDA_ARCH__)
   if (vectorised && n == V) {
     const Vec<S, V> packed = load_vec<V>(p);
     RF_UNROLL
     for (int k = 0; k < V; ++k) out[k] = static_cast<A>(to_acc(packed.v[k]));
     return;
   }
+#else
+  if (n == V) {  // no alignment to care for, and a copy less
+    for (int k = 0; k < V; ++k) out[k] = static_cast<A>(to_acc(p[k]));
+    return;
+  }
+#endif
   RF_UNROLL
   for (int k = 0; k < V; ++k) out[k] = k < n ? static_cast<A>(to_acc(p[k])) : A(0);
 }
@@ -32,13 +39,27 @@ RF_HD void load(const void* base, int64_t at, int n, bool vectorised, A* out) {
 template <int V, typename S, typename A>
 RF_HD void store(void* base, int64_t at, int n, bool vectorised, const A* in) {
   S* p = static_cast<S*>(base) + at;
+#if defined(__CUDA_ARCH__)
   if (vectorised && n == V) {
     Vec<S, V> packed;
     RF_UNROLL
     for (int k = 0; k < V; ++k) packed.v[k] = from_acc<S>(in[k]);
-    store_vec(p, packed);
+    // Through the intrinsic: in reach of the scalar branch below, nvcc splits a plain 16-byte store into
+    // words.
+    RF_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(packed)) / 16; ++i) {
+      uint4 raw;
+      memcpy(&raw, reinterpret_cast<const char*>(&packed) + 16 * i, 16);
+      __stwb(reinterpret_cast<uint4*>(p) + i, raw);
+    }
     return;
   }
+#else
+  if (n == V) {
+    for (int k = 0; k < V; ++k) p[k] = from_acc<S>(in[k]);
+    return;
+  }
+#endif
   RF_UNROLL
   for (int k = 0; k < V; ++k)
     if (k < n) p[k] = from_acc<S>(in[k]);
@@ -187,15 +208,20 @@ template <typename T, typename P, int V, typename A>
 RF_HD void finish(const Params& p, int64_t b, int64_t i, int n, A divisor, A scale, const A* difference,
                   A* loss_term, A* norm_term) {
   A d[V], gradient[V];
-  RF_UNROLL
-  for (int k = 0; k < V; ++k) d[k] = difference[k] / divisor;
   if (p.nan_rule == NanRule::kPublished) {
     const A limit = static_cast<A>(largest_finite<P>());
     RF_UNROLL
-    for (int k = 0; k < V; ++k) d[k] = nan_to_num(d[k], limit);
+    for (int k = 0; k < V; ++k) {
+      d[k] = nan_to_num(difference[k] / divisor, limit);
+      norm_term[k] = absolute(d[k]);
+    }
+  } else {
+    RF_UNROLL
+    for (int k = 0; k < V; ++k) {
+      d[k] = difference[k] / divisor;
+      norm_term[k] = absolute(d[k]);
+    }
   }
-  RF_UNROLL
-  for (int k = 0; k < V; ++k) norm_term[k] = absolute(d[k]);
   if (p.weight.data != nullptr) {
     A weight[V];
     load_broadcast<V, A>(p.weight, b, i, n, weight);

@@ -150,6 +150,7 @@ template <typename P, typename A>
 __device__ __forceinline__ Normalizer<A> sample_normalizer(const Params& p, Shared<A>& shared, int64_t b) {
   double distance = 0;
   magnitude_t<A> peak = 0;
+#pragma unroll 4
   for (int64_t t = threadIdx.x; t < p.tiles; t += kThreads) {
     distance += __ldcg(static_cast<const A*>(p.distance_sum) + b * p.tiles + t);
     const magnitude_t<A> m = __ldcg(static_cast<const magnitude_t<A>*>(p.peak) + b * p.tiles + t);
@@ -249,6 +250,7 @@ __device__ __forceinline__ void finish_batch(const Params& p, Shared<A>& shared,
   long long dropped = 0;
   for (int64_t b = warp; b < p.batch; b += kWarps) {
     double loss = 0, norm = 0;
+#pragma unroll 4
     for (int64_t t = lane; t < p.tiles; t += 32) {
       loss += __ldcg(static_cast<const A*>(p.loss_sum) + b * p.tiles + t);
       norm += __ldcg(static_cast<const A*>(p.norm_sum) + b * p.tiles + t);
