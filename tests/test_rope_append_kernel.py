@@ -211,3 +211,105 @@ def test_slots_without_a_place_are_not_written(lanes):
     for cache in call.data[3:]:
         written = cache.isfinite().all(dim=(0, 2, 3))
         assert written.tolist() == [n <= t < 2 * n for t in range(cache.shape[1])]
+
+
+def shifted(t):
+    """The same values and strides, one element off a 16-byte boundary."""
+    pool = torch.empty(t.numel() + 1, dtype=t.dtype)
+    return pool[1:].view(t.shape).copy_(t)
+
+
+def stretched(t, dim):
+    """The same values, with a stride in ``dim`` that is no multiple of 16 bytes."""
+    order = [dim, *(d for d in range(t.ndim - 1) if d != dim)]
+    flat = t.permute(*order, t.ndim - 1).reshape(t.shape[dim], -1)
+    pool = torch.empty(t.shape[dim], flat.shape[1] + 1, dtype=t.dtype)
+    pool[:, :-1] = flat
+    return (
+        pool[:, :-1]
+        .unflatten(1, [t.shape[d] for d in (*order[1:], t.ndim - 1)])
+        .permute(*(order.index(d) for d in range(t.ndim - 1)), t.ndim - 1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_tensor_is_asked_for_its_alignment(lanes, dtype):
+    """One tensor off, by its address or by one stride, is enough for single elements; the results stay right."""
+    base = make(dtype)
+    base.data = (*(t.contiguous() for t in base.data[:3]), *base.data[3:])
+    eager, exact = base.clone(), base.clone(torch.float64)
+    exact.kwargs["angles"] = make(torch.float64).kwargs["angles"]
+    q_eager, q_exact = eager.run(ref.rope_append), exact.run(ref.rope_append)
+    assert run_lanes(lanes, base.clone())[1] == 16 // dtype.itemsize
+
+    changes = [
+        (i, change) for i in range(5) for change in (shifted, *(lambda t, d=d: stretched(t, d) for d in range(3)))
+    ]
+    for place, change in [*changes, ("q_weight", shifted), ("k_weight", shifted)]:
+        call = base.clone()
+        if isinstance(place, int):
+            call.data = tuple(change(t) if i == place else t for i, t in enumerate(call.data))
+            assert torch.equal(call.data[place].nan_to_num(), base.data[place].nan_to_num())
+        else:
+            call.kwargs[place] = change(call.kwargs[place])
+        q_out, vector = run_lanes(lanes, call)
+        assert vector == 1, place
+        assert_within_eager(q_out, q_exact, q_eager)
+        assert_within_eager(call.data[3], exact.data[3], eager.data[3])
+
+
+# ---- on a GPU: the same calls through the op ------------------------------------------------------------------------
+
+
+def on_gpu(call):
+    def move(t):
+        return t.cuda() if isinstance(t, torch.Tensor) else t
+
+    return Call(tuple(map(move, call.data)), call.slots.cuda(), {name: move(x) for name, x in call.kwargs.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gpu(name, dtype):
+    """The kernel against the oracle; against the CPU backend to the last bit where no sum is involved."""
+    call = make(dtype, **CASES[name])
+    gpu, backend, eager, exact = on_gpu(call), call.clone(), call.clone(), call.clone(torch.float64)
+    exact.kwargs["angles"] = make(torch.float64, **CASES[name]).kwargs["angles"]
+    q_out = gpu.run(rf.rope_append).cpu()
+    assert rf.last_dispatch()[:3] == ("rope_append", "cuda", False)
+    q_cpu, q_eager, q_exact = backend.run(rf.rope_append), eager.run(ref.rope_append), exact.run(ref.rope_append)
+    assert_equal_bits(gpu.data[4].cpu(), backend.data[4])
+    assert_within_eager(q_out, q_exact, q_eager)
+    assert_within_eager(gpu.data[3].cpu(), exact.data[3], eager.data[3])
+    if call.kwargs["norm"] is None:
+        assert_equal_bits(q_out, q_cpu)
+        assert_equal_bits(gpu.data[3].cpu(), backend.data[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_graph_replays_with_new_slots():
+    """Slots and angles are read by the kernel: a captured call follows them without being captured again."""
+    call = on_gpu(make(torch.bfloat16))
+    call.run(rf.rope_append)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q_out = call.run(rf.rope_append)
+    for slots in ([3, 1], [0, -1]):  # the second leaves a frame out
+        call.slots.copy_(torch.tensor(slots, dtype=torch.int32))
+        for cache in call.data[3:]:
+            cache.fill_(float("nan"))
+        graph.replay()
+        expected = make(torch.bfloat16)
+        n = expected.data[0].shape[1] // 2
+        expected.slots = torch.tensor([s if s >= 0 else 2 for s in slots], dtype=torch.int32)
+        direct = on_gpu(expected)
+        assert_equal_bits(q_out, direct.run(rf.rope_append))
+        for cache, other in zip(call.data[3:], direct.data[3:], strict=True):
+            if -1 in slots:
+                other[:, 2 * n : 3 * n] = float("nan")
+            assert torch.equal(cache.isnan(), other.isnan())
+            assert torch.equal(cache.nan_to_num(), other.nan_to_num())
