@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-quick ext lint format wheel check-install clean help
+.PHONY: chip demo test test-quick ext lint format wheel check-install clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -27,6 +27,10 @@ $(SETUP):
 ## make ext        build rf_kernels/_C.abi3.so in place (CMake + Ninja: only what changed)
 ext: $(SETUP)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+
+## make chip       the functional model of a Hopper chip with the kernels on it, for tests (which build it when needed)
+chip: $(SETUP)
+	$(PY) tests/chip/build.py
 
 ## make demo       stream a video from a checkpoint, compare with the published path, write out/
 demo: ext

@@ -1,6 +1,7 @@
 """Drives CMake + Ninja for the one extension, rf_kernels/_C.abi3.so. No network, no third-party source in the tree.
 
-Environment: RF_CUDA=ON|OFF|AUTO, RF_CUDA_ARCHS="90a;80", RF_CPU_ARCH, RF_TORCH_INCLUDE, RF_CUTLASS_INCLUDE, CMAKE_ARGS.
+Environment: RF_CUDA=ON|OFF|AUTO, RF_HOPPER=ON|OFF|AUTO, RF_CUDA_ARCHS="90a;80", RF_CPU_ARCH, RF_TORCH_INCLUDE, RF_CUTLASS_INCLUDE,
+CMAKE_ARGS.
 torch.utils.cpp_extension is not used: it cannot build CUDA sources against a CPU build of torch.
 """
 
@@ -60,6 +61,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         options = {
             "RF_CUDA": os.environ.get("RF_CUDA", "AUTO"),
+            "RF_HOPPER": os.environ.get("RF_HOPPER", "AUTO"),
             "RF_CUDA_ARCHS": os.environ.get("RF_CUDA_ARCHS", ""),
             "RF_CPU_ARCH": os.environ.get("RF_CPU_ARCH", ""),
             "RF_TORCH_INCLUDE": header_folder("RF_TORCH_INCLUDE", "torch", "include"),

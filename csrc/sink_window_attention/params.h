@@ -1,0 +1,44 @@
+// What a launch of the forward kernel is told. Plain data: op.cpp fills it from checked tensors, launchers
+// read it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rf::attention {
+
+enum class AttentionDtype : int { bf16, fp16 };
+
+// Strides in elements; the last dimension is contiguous.
+struct TokenStrides {
+  int64_t batch, token, head;
+};
+
+struct SinkWindowAttentionParams {
+  const void* q;  // [B, Nq, Hq, D]
+  const void* k;  // [B, T, Hkv, D], the first kv_tokens rows are valid: no other is read
+  const void* v;  // [B, T, Hkv, D]
+  void* out;      // [B, Nq, Hq, D]
+  float* lse;     // [B, Hq, Nq], natural logarithm, contiguous
+  TokenStrides q_strides, k_strides, v_strides, out_strides;
+  int batch, q_tokens, q_heads, kv_heads, head_dim, kv_tokens;
+  AttentionDtype dtype;
+  float softmax_scale;
+
+  // Whole-sequence mode: chunk c of the queries ends before row chunk_ends[c] (host memory, ascending, the
+  // last is q_tokens = kv_tokens) and sees keys [0, min(S, t_end)) and [max(S, t_end - W), t_end). 0 chunks:
+  // dense prefix.
+  int num_chunks;
+  const int32_t* chunk_ends;
+  int num_sink_tokens, num_window_tokens;
+
+  // Cuts no query tile over several CTAs: the bits of a result then depend on its own keys alone.
+  bool deterministic;
+
+  // Device scratch of workspace_bytes_sm90(num_sms) bytes (config.h), zeroed once when it is allocated; one
+  // per stream. A launch leaves it ready for the next.
+  void* workspace;
+  int num_sms;
+};
+
+}  // namespace rf::attention

@@ -1,0 +1,58 @@
+// One instantiation of the attention kernel for the model. Compiled several times: CHIP_NAME, CHIP_ELEMENT,
+// CHIP_CONFIG say which. A planted fault is this file with one header of csrc replaced and -Drf=<name>, so
+// that its symbols are its own.
+#include <cstddef>
+
+#include "csrc/sink_window_attention/kernel_fwd_sm90.h"
+#include "tests/chip/variants.h"
+
+namespace {
+
+namespace op = rf::attention;
+
+constexpr const op::FwdConfig& kConfig = op::CHIP_CONFIG;
+using Traits = op::FwdTraitsSm90<rf::CHIP_ELEMENT, kConfig>;
+using Smem = Traits::Smem;
+
+struct State {
+  rf::arch::TensorMap q, k, v;
+  op::FwdKernelParams params;
+};
+
+const char* setup(const void* params, void* memory, chip_tests::GridShape* shape) {
+  const auto& p = *static_cast<const op::SinkWindowAttentionParams*>(params);
+  if (const char* reason = op::unsupported_sm90(p)) return reason;
+  auto& state = *static_cast<State*>(memory);
+  rf::arch::encode_tensor_map(&state.q, op::q_source(p));
+  rf::arch::encode_tensor_map(&state.k, op::k_source(p, kConfig));
+  rf::arch::encode_tensor_map(&state.v, op::v_source(p, kConfig));
+  state.params = op::fwd_kernel_params(p, kConfig);
+  constexpr size_t kStages = Traits::kStages, kWarpgroups = Traits::kWarpgroups;
+  *shape = {state.params.schedule.ranges,
+            Traits::kThreads,
+            kConfig.launch_registers(),
+            sizeof(Smem),
+            {{"q", offsetof(Smem, q), Traits::kQBytes, kWarpgroups},
+             {"k", offsetof(Smem, k), Traits::kKvBytes, kStages},
+             {"v", offsetof(Smem, v), Traits::kKvBytes, kStages},
+             {"q_full", offsetof(Smem, q_full), 8, kWarpgroups},
+             {"q_empty", offsetof(Smem, q_empty), 8, kWarpgroups},
+             {"k_full", offsetof(Smem, k_full), 8, kStages},
+             {"k_empty", offsetof(Smem, k_empty), 8, kStages},
+             {"v_full", offsetof(Smem, v_full), 8, kStages},
+             {"v_empty", offsetof(Smem, v_empty), 8, kStages},
+             {"ticket", offsetof(Smem, ticket), 4, 1}},
+            10};
+  return nullptr;
+}
+
+void thread(const void* memory) {
+  const auto& state = *static_cast<const State*>(memory);
+  op::attention_forward_sm90<Traits>(&state.q, &state.k, &state.v, state.params);
+}
+
+const chip_tests::Registration registration({CHIP_NAME, Traits::kHeadDim,
+                                             std::is_same_v<rf::CHIP_ELEMENT, rf::f16>, sizeof(State), setup,
+                                             thread});
+
+}  // namespace

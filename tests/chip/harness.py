@@ -1,0 +1,124 @@
+"""Running the attention kernel on the model: cases, a float64 oracle, and what must hold after every launch."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from chip.build import load
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+POLICIES = {"random": 0, "tma_late": 1, "wgmma_late": 2}
+LN2 = float(np.log(2.0))
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    """16-bit floats as a numpy array of uint16 that shares their memory."""
+    return x.view(torch.int16).numpy().view(np.uint16)
+
+
+def floats(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(x.view(np.int16)).view(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `capacity` rows of cache, of which the first kv_tokens are valid; the others hold NaN."""
+
+    q_tokens: int
+    kv_tokens: int
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int | None = None
+    capacity: int | None = None
+    num_sms: int = 3
+    resident: int = 1 << 20
+    chunk_ends: tuple = ()
+    num_sink_tokens: int = 0
+    num_window_tokens: int = 0
+    deterministic: bool = False
+    variant: str = "bf16_128"
+    q_scale: float = 1.5
+
+    @property
+    def head_dim(self):
+        return int(self.variant.split("_")[1])
+
+    @property
+    def dtype(self):
+        return DTYPES[self.variant.split("_")[0]]
+
+
+@dataclass
+class Inputs:
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    softmax_scale: float
+    workspace: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        # NaN where no one may read, zeros where flags and ticket are: the first 12 KiB at most.
+        self.workspace = np.full(load().workspace_bytes(self.case.num_sms), 0xFF, np.uint8)
+        self.workspace[: 128 + 4 * 160 * 16] = 0
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    capacity = case.capacity or case.kv_tokens + 37
+    kv_heads = case.kv_heads or case.heads
+    shape_q = (case.batch, case.q_tokens, case.heads, case.head_dim)
+    shape_k = (case.batch, capacity, kv_heads, case.head_dim)
+    q = (case.q_scale * torch.randn(shape_q, generator=generator)).to(case.dtype)
+    k = torch.randn(shape_k, generator=generator).to(case.dtype)
+    v = torch.randn(shape_k, generator=generator).to(case.dtype)
+    k[:, case.kv_tokens :] = float("nan")
+    v[:, case.kv_tokens :] = float("nan")
+    return Inputs(case, q, k, v, case.head_dim**-0.5)
+
+
+def oracle(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in float64 over what each query may see: (out [B, Nq, H, D], lse [B, H, Nq])."""
+    case = inputs.case
+    q, k, v = (t.double() for t in (inputs.q, inputs.k[:, : case.kv_tokens], inputs.v[:, : case.kv_tokens]))
+    group = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) * inputs.softmax_scale
+    if case.chunk_ends:
+        rows, columns = torch.arange(case.q_tokens), torch.arange(case.kv_tokens)
+        ends = torch.tensor(case.chunk_ends)
+        end = ends[torch.searchsorted(ends, rows, right=True)][:, None]
+        seen = (columns < torch.clamp(end, max=case.num_sink_tokens)) | (
+            (columns >= torch.clamp(end - case.num_window_tokens, min=case.num_sink_tokens)) & (columns < end)
+        )
+        s = s.masked_fill(~seen, float("-inf"))
+    lse = torch.logsumexp(s, -1)
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(s, -1), v), lse
+
+
+def run(inputs: Inputs, *, seed: int = 0, policy: str = "random", variant: str | None = None):
+    """(out, lse, stats). Asserts that the launch left flags and ticket as it found them."""
+    case = inputs.case
+    out = np.full(inputs.q.shape, 0xFFFF, np.uint16)
+    lse = np.full((case.batch, case.heads, case.q_tokens), np.nan, np.float32)
+    stats = load().attention(
+        variant or case.variant,
+        bits(inputs.q),
+        bits(inputs.k),
+        bits(inputs.v),
+        out,
+        lse,
+        inputs.workspace,
+        kv_tokens=case.kv_tokens,
+        softmax_scale=inputs.softmax_scale,
+        chunk_ends=list(case.chunk_ends),
+        num_sink_tokens=case.num_sink_tokens,
+        num_window_tokens=case.num_window_tokens,
+        deterministic=case.deterministic,
+        num_sms=case.num_sms,
+        policy=POLICIES[policy],
+        seed=seed,
+        resident=case.resident,
+    )
+    assert not inputs.workspace[: 128 + 4 * 160 * 16].any(), "flags or ticket not left at zero"
+    return floats(out, case.dtype), torch.from_numpy(lse), stats

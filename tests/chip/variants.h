@@ -1,0 +1,36 @@
+// The attention kernel as the model runs it: one Variant per element type and head dimension, and one per
+// planted fault.
+#pragma once
+
+#include <cstddef>
+
+namespace chip_tests {
+
+struct SharedField {
+  const char* name;
+  size_t offset, bytes, count;
+};
+struct GridShape {
+  int ctas, threads, registers_per_thread;
+  size_t shared_bytes;
+  SharedField fields[16];
+  int num_fields;
+};
+
+struct Variant {
+  const char* name;  // "bf16_128", ..., or the name of a planted fault
+  int head_dim;
+  bool fp16;
+  size_t state_bytes;
+  // Builds tensor maps and kernel parameters from a SinkWindowAttentionParams; returns why the kernel
+  // refuses, or null.
+  const char* (*setup)(const void* params, void* state, GridShape* shape);
+  void (*thread)(const void* state);  // the kernel, as one thread runs it
+};
+
+// Called from static initialisers: one per translation unit.
+struct Registration {
+  explicit Registration(const Variant& variant);
+};
+
+}  // namespace chip_tests
