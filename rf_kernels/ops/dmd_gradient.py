@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._backend import argument_error, build_info, check_tensors, choice, invoke, number, ops, register_fake
+from ..profiling import nvtx_annotated
 
 _OP = "dmd_gradient"
 
@@ -40,6 +41,7 @@ def reward_weight(r: Tensor, beta: float) -> Tensor:
     return torch.exp(beta * r.to(_acc_dtype(r.dtype)))
 
 
+@nvtx_annotated
 def dmd_gradient(
     x: Tensor,
     *,
@@ -107,6 +109,7 @@ def dmd_gradient(
     return (gradient, DMDAux(*aux)) if return_aux else gradient
 
 
+@nvtx_annotated
 def dmd_loss(
     x: Tensor,
     *,

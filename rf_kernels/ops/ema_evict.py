@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from .._backend import argument_error, as_list, choice, invoke, ops, refuse_grad, register_fake
+from ..profiling import nvtx_annotated
 
 STATES = {"compensated": 0, "float32": 1, "published": 2}
 NONFINITE = {"skip": True, "propagate": False}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@nvtx_annotated
 def ema_evict(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,

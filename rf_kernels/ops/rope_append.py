@@ -7,6 +7,7 @@ import torch
 
 from .._backend import as_list, build_info, choice, invoke, ops, refuse_grad, register_fake
 from ..positions import LAYOUTS
+from ..profiling import nvtx_annotated
 
 _NORMS = {None: 0, "model": 1, "head": 2}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -17,6 +18,7 @@ def _code(op: str, argument: str, table: dict, value) -> int:
     return table[choice(op, argument, table, value)]
 
 
+@nvtx_annotated
 def rope_append(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -123,6 +125,7 @@ def _call(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, 
     return invoke(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps)
 
 
+@nvtx_annotated
 def rope(
     x: torch.Tensor,
     *,

@@ -3,12 +3,14 @@
 import torch
 
 from .._backend import argument_error, as_list, invoke, ops, register_fake
+from ..profiling import nvtx_annotated
 
 _OP = "sink_window_attention"
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@nvtx_annotated
 def sink_window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
