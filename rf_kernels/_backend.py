@@ -67,7 +67,8 @@ def invoke(op, *args):
             raise argument_error(name, argument, f"a value of type {expected}", f"type {found}") from None
         if isinstance(error, NotImplementedError):  # no backend for such a tensor, or no tensor at all
             for argument, value in zip(_argument_names(op), args, strict=True):
-                if argument.type.kind() == "TensorType" and not _is_strided(value):
+                wrong = isinstance(value, torch.Tensor) or argument.type.kind() == "TensorType"
+                if wrong and not _is_strided(value):
                     expected = "a dense tensor on cpu or cuda"
                     raise argument_error(_name(op), argument.name, expected, _kind(value)) from None
         raise

@@ -110,6 +110,7 @@ class LayerCache:
         if plan.schedule is not None and not plan.evicted[layer]:
             # Both ops or none: what would make the append refuse must be known before the sink is touched.
             rope_append_check(*arguments, **options)
+            cache._check_apart_from_state(q=q, k=k, v=v)
             cache._evict(layer, plan)
             plan.evicted[layer] = True
         q_out = rope_append(*arguments, **options)
@@ -233,10 +234,10 @@ class SinkWindowCache:
         self._undo = None
         if undo_frames:
             chunk = undo_frames * self.frame_tokens
-            self._undo = {"k": zeros(chunk), "v": zeros(chunk), "skipped": torch.empty_like(self._skipped)}
+            self._undo = {"k": zeros(chunk), "v": zeros(chunk), "skipped": torch.zeros_like(self._skipped)}
             if self.k_state is not None:
                 self._undo.update(sink_k=zeros(sink_tokens), sink_v=zeros(sink_tokens))
-                self._undo.update({name: torch.empty_like(t) for name, t in self._states().items()})
+                self._undo.update({name: torch.zeros_like(t) for name, t in self._states().items()})
 
         self._buffers = PlanBuffers(self.ring, grid, rope, table_dtype(dtype), device)
         self._layer_views = [LayerCache(self, layer) for layer in range(layers)]
@@ -521,6 +522,15 @@ class SinkWindowCache:
         raise argument_error(
             op, "plan", "the open plan of this cache", f"{reason} (frames {plan.t_begin}..{plan.t_end})"
         )
+
+    def _check_apart_from_state(self, **inputs) -> None:
+        """The eviction writes the sink's state before the append reads its inputs."""
+        state = {t.untyped_storage().data_ptr() for t in self._states().values()}
+        for name, tensor in inputs.items():
+            if tensor.untyped_storage().data_ptr() in state:
+                raise argument_error(
+                    "SinkWindowCache.append", name, "memory apart from the sink's state", "the state's own"
+                )
 
     def _evict(self, layer: int, plan: ChunkPlan) -> None:
         def of_layer(tensor):
