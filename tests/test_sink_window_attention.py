@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.autograd.profiler import profile
 
