@@ -7,8 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rf_kernels as rf
 from rf_kernels.testing import assert_equal_bits
 
-# What a stream can differ in, as the compiler sees it: attended tokens while the cache fills (a number, then a symbol), and chunks whose
-# first forward evicts, whose repeated forwards do not.
+# What a stream can differ in, as the compiler sees it: attended tokens while the cache fills (a number, then a symbol), and chunks
+# whose first forward evicts while their repeated forwards do not.
 MOST_COMPILATIONS = 5
 
 
