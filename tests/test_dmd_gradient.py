@@ -410,6 +410,21 @@ def test_loss_backward(dtype, reduction):
     torch.testing.assert_close(half, gradient * 0.5, rtol=2e-3, atol=6e-8)
 
 
+def test_backward_twice_through_a_kept_graph():
+    """What a first backward hands out is the caller's to change."""
+    x, kw = made(SHAPE)
+    y = x.clone().requires_grad_()
+    loss = rf.dmd_loss(y, **kw)
+    loss.backward(retain_graph=True)
+    first = y.grad.clone()
+    y.grad.mul_(3.0)
+    y.grad = None
+    loss.backward(retain_graph=True)
+    assert_equal_bits(y.grad, first)
+    loss.backward()  # accumulates
+    torch.testing.assert_close(y.grad, 2 * first, rtol=0, atol=0)
+
+
 def test_float16_gradients_survive_loss_scaling():
     """1 / N alone is below float16: the division is left to backward, where the loss scale meets it first."""
     shape = (1, 8, 16, 60, 104)

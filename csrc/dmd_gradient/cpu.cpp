@@ -1,5 +1,6 @@
 // CPU backend: two parallel passes over fixed tiles, the sums of a sample in between.
 #include <cstring>
+#include <type_traits>
 
 // A loop that copies floats is one vector instruction for eight; as the call of memcpy that gcc makes of it,
 // it would be 16-byte moves through memory.
@@ -17,6 +18,11 @@ namespace {
 constexpr int kChunk = 64;
 // Tiles a thread takes at least.
 constexpr int64_t kGrain = 4;
+
+// Where the gradient has the arithmetic's own type, its memory holds the differences between the passes: one
+// tensor to read again instead of all predictions.
+template <typename T>
+constexpr bool kKept = std::is_same_v<T, acc_t<T>>;
 
 // Sum of kTile terms by halving: element e meets e + 1024, then e + 512, ... Vectorises without reordering.
 template <typename A>
@@ -56,6 +62,7 @@ void measure_tile(const Params& p, int64_t index) {
     const int64_t i = tile.begin + c;
     const int n = tile.size - c < kChunk ? tile.size - c : kChunk;
     estimate<T, P, kChunk>(p, tile.b, i, n, p.normalize, difference, distance + c);
+    if constexpr (kKept<T>) store<kChunk, T>(p.gradient, tile.b * p.sample_size + i, n, true, difference);
     const magnitude_t<A> m = peak_of<kChunk>(p, tile.b, i, n, difference);
     peak = m > peak ? m : peak;
     if (p.mask.data != nullptr) selected += count_selected<kChunk>(p, tile.b, i, n);
@@ -84,7 +91,10 @@ void finish_tile(const Params& p, int64_t index, const Normalizer<acc_t<T>>& n, 
   for (int c = 0; c < tile.size; c += kChunk) {
     const int64_t i = tile.begin + c;
     const int count = tile.size - c < kChunk ? tile.size - c : kChunk;
-    estimate<T, P, kChunk>(p, tile.b, i, count, false, difference, static_cast<A*>(nullptr));
+    if constexpr (kKept<T>)
+      load<kChunk, T>(p.gradient, tile.b * p.sample_size + i, count, true, difference);
+    else
+      estimate<T, P, kChunk>(p, tile.b, i, count, false, difference, static_cast<A*>(nullptr));
     finish<T, P, kChunk>(p, tile.b, i, count, n.divisor, scale, difference, loss_term + c, norm_term + c);
   }
   zero_from(loss_term, tile.size);

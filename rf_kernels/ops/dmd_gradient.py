@@ -268,8 +268,11 @@ def _setup_context(ctx, inputs, output):
 @torch.autograd.function.once_differentiable
 def _backward(ctx, _gradient, grad_loss, *_):
     gradient, scale = ctx.saved_tensors
-    # A 0-dim factor is applied in the arithmetic type: one rounding to the gradient's dtype.
-    dx = gradient * (grad_loss if ctx.scaled else grad_loss * scale)
+    factor = grad_loss if ctx.scaled else grad_loss * scale
+    if type(factor) is Tensor and factor.is_cpu and factor.item() == 1:
+        dx = gradient  # backward() of the loss itself: nothing to multiply by, and on the CPU looking costs nothing
+    else:
+        dx = gradient * factor  # 0-dim: applied in the arithmetic type, one rounding to the gradient's dtype
     return dx, *([None] * 15)
 
 
