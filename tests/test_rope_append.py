@@ -306,9 +306,14 @@ def test_strided_views(dtype):
     expected = rf.rope_append(*plain, **keywords)
     fused = torch.cat(args[:3], dim=2)
     transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in args[:3]]
-    pools = [random_bits(t.shape[0], t.shape[1] + 3, 2 * t.shape[2], t.shape[3] + 5, dtype=dtype) for t in args[3:]]
-    for q, k, v in (fused.split(3, dim=2), transposed):
-        caches = [p[:, 1:-2, ::2, 3:-2] for p in pools]
+    split = fused.split(3, dim=2)
+    pools = [
+        random_bits(t.shape[0], t.shape[1] + 3, step * t.shape[2], t.shape[3] + 5, dtype=dtype)
+        for step, t in zip((2, 3), args[3:], strict=True)
+    ]
+    # Of one kind, and mixed: each tensor must be read and written by its own strides.
+    for q, k, v in (split, transposed, (split[0], transposed[1], args[2]), (args[0], split[1], transposed[2])):
+        caches = [p[:, 1:-2, ::step, 3:-2] for step, p in zip((2, 3), pools, strict=True)]
         for cache, old in zip(caches, args[3:], strict=True):
             cache.copy_(old)
         assert_equal_bits(rf.rope_append(q, k, v, *caches, **keywords), expected)
