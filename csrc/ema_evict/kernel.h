@@ -108,15 +108,16 @@ RF_HD bool finite_share(const EmaEvictParams& p, const Stream<T>& k, const Strea
                         const Lanes& lanes) {
   const T* k_token = k.frame0 + source * k.stride_f;
   const T* v_token = v.frame0 + source * v.stride_f;
-  bool finite = true;
+  int nonfinite = 0;  // an integer sum, so that the host's compiler sees a vector reduction
   RF_NO_UNROLL
   for (Cursor at(lanes.lane, lanes.lanes, p.head_dim / N); at.head < p.heads; at.next()) {
     const Vec<T, N> a = load_vec<N>(k_token + at.head * k.stride_h + at.unit * N);
     const Vec<T, N> b = load_vec<N>(v_token + at.head * v.stride_h + at.unit * N);
     RF_UNROLL
-    for (int e = 0; e < N; ++e) finite &= is_finite(to_acc(a.v[e])) & is_finite(to_acc(b.v[e]));
+    for (int e = 0; e < N; ++e)
+      nonfinite += (is_finite(to_acc(a.v[e])) ? 0 : 1) + (is_finite(to_acc(b.v[e])) ? 0 : 1);
   }
-  return finite;
+  return nonfinite == 0;
 }
 
 // The pairs of one unit, turned; those past the temporal ones stay as they are.
@@ -124,16 +125,20 @@ template <int N, Unit kUnit, typename A, int kVecs>
 RF_HD void turn_unit(const A* table, int first_pair, int temporal_pairs, A (&a)[kVecs][N]) {
   if constexpr (kUnit != Unit::kPlain) {
     constexpr int kPairs = kUnit == Unit::kInside ? N / 2 : N;
+    A cosine[kPairs], sine[kPairs];
     RF_UNROLL
     for (int i = 0; i < kPairs; ++i) {
       const int pair = first_pair + i;
       const bool temporal = pair < temporal_pairs;
-      const A cosine = temporal ? table[2 * pair] : A(1);
-      const A sine = temporal ? table[2 * pair + 1] : A(0);
+      cosine[i] = temporal ? table[2 * pair] : A(1);
+      sine[i] = temporal ? table[2 * pair + 1] : A(0);
+    }
+    RF_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
       if constexpr (kUnit == Unit::kInside)
-        turn_pair(cosine, sine, a[0][2 * i], a[0][2 * i + 1]);
+        turn_pair(cosine[i], sine[i], a[0][2 * i], a[0][2 * i + 1]);
       else
-        turn_pair(cosine, sine, a[0][i], a[1][i]);
+        turn_pair(cosine[i], sine[i], a[0][i], a[1][i]);
     }
   }
 }

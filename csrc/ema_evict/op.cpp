@@ -176,6 +176,7 @@ void check_values(const EmaEvictParams& p, const Tensor& schedule, const Tensor&
     }
 }
 
+#if defined(RF_WITH_CUDA)
 // Whether 16-byte accesses serve: the layout of a head, every base address, every stride.
 bool vectors_fit(const EmaEvictParams& p, int64_t item) {
   const int64_t n = 16 / item;
@@ -187,6 +188,7 @@ bool vectors_fit(const EmaEvictParams& p, int64_t item) {
     if (stride % n != 0) return false;
   return true;
 }
+#endif
 
 const char* evict_cuda(const EmaEvictParams& p, const Tensor& k_cache, EmaState state) {
 #if defined(RF_WITH_CUDA)

@@ -14,7 +14,7 @@
 #define RF_UNROLL _Pragma("unroll")
 #define RF_NO_UNROLL _Pragma("unroll 1")
 #else
-#define RF_UNROLL
+#define RF_UNROLL _Pragma("GCC unroll 1")
 #define RF_NO_UNROLL
 #endif
 
