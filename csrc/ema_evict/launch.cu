@@ -11,9 +11,11 @@ namespace rf::ema_evict {
 namespace {
 
 // 192 threads are one 16-byte vector each of a 12 x 128 row in half precision. Three blocks an SM leave up to
-// 112 registers a thread; of the limits tried (64, 80, 112), the first under which no architecture spills.
+// 112 registers a thread; of the limits tried (64, 80, 112), the first under which the half-precision kernels
+// spill on no architecture. float32 and float64 need two blocks for that (sm_120).
 constexpr int kMaxThreads = 192;
-constexpr int kMinBlocks = 3;
+template <typename T>
+constexpr int kMinBlocks = sizeof(T) == 2 ? 3 : 2;
 
 struct BlockLanes {
   int lane, lanes;
@@ -34,7 +36,7 @@ struct BlockLanes {
 };
 
 template <typename T, EmaState kState, int N>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
     evict_kernel(const __grid_constant__ EmaEvictParams p, int first) {
   const int64_t row = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   if (row >= p.batch * p.sink_frames * p.frame_tokens) return;
