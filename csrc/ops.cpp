@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
   m.def(
       "sink_window_attention(Tensor q, Tensor k, Tensor v, SymInt? kv_tokens, float softmax_scale, "
-      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens) -> (Tensor out, Tensor lse)");
+      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, bool deterministic=False) -> "
+      "(Tensor out, Tensor lse)");
   m.def(
       "sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "

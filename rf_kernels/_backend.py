@@ -104,7 +104,8 @@ def register_fake(name: str, op: str | None = None):
 
         @torch.library.register_fake(f"rf_kernels::{name}")
         def checked(*args):
-            tensors = [(a.name, t) for a, t in zip(arguments, args, strict=True) if isinstance(t, torch.Tensor)]
+            # Not strict: trailing arguments left at their default are not among args.
+            tensors = [(a.name, t) for a, t in zip(arguments, args, strict=False) if isinstance(t, torch.Tensor)]
             device = tensors[0][1].device
             for argument, tensor in tensors:
                 if tensor.device != device:

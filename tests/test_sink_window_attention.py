@@ -376,7 +376,8 @@ def test_opcheck(case):
     (q, k, v), o = make_case(torch.float32, case)
     options = (o.get("kv_tokens"), 0.3, o.get("chunk_ends"), o.get("num_sink_tokens", 0), o.get("num_window_tokens"))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.rf_kernels.sink_window_attention.default, (*leaves, *options))
+    for deterministic in ((), (True,)):  # left at its default, and given
+        torch.library.opcheck(torch.ops.rf_kernels.sink_window_attention.default, (*leaves, *options, *deterministic))
     out, lse = rf.sink_window_attention(q, k, v, softmax_scale=0.3, **o, return_lse=True)
     saved = [t.detach() for t in (torch.ones_like(out), q, k, v, out, lse)]
     torch.library.opcheck(torch.ops.rf_kernels.sink_window_attention_backward.default, (*saved, *options))

@@ -13,6 +13,9 @@ import rf_kernels as rf
 from rf_kernels.reference.sink_window_attention import sink_window_attention as oracle
 from rf_kernels.testing import assert_within_eager
 
+# With a real device the library's own kernels would be handed these tensors' CPU memory.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for CUDA where there is none")
+
 
 def attention(q, k, v, scale):
     """[B, H, S, D], grouped heads: output in the dtype of q and natural-log LSE in float."""
@@ -203,3 +206,10 @@ def test_strict_refuses_the_fallback(monkeypatch):
             rf.sink_window_attention(*on_cuda(*make(dtype, 1, 4, 6, 2, 2, 8)))
         assert not set(KERNELS) & set(OnCuda.calls)
     rf.sink_window_attention(*make(torch.float32, 1, 4, 6, 2, 2, 8))  # the CPU's own backend is no fallback
+
+
+def test_the_fallback_says_why_hopper_was_not_taken():
+    """Half precision without a Hopper device: PyTorch's kernels, and a reason that names the device or the build."""
+    rf.sink_window_attention(*on_cuda(*make(torch.bfloat16, 1, 4, 6, 2, 2, 128)))
+    dispatch = rf.last_dispatch()
+    assert dispatch.backend == "torch_flash" and dispatch.fallback and "Hopper" in dispatch.reason

@@ -256,6 +256,40 @@ def test_real_sizes(case):
     check(make_inputs(case), policy="random")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
+@pytest.mark.parametrize("name", [*DENSE, *WHOLE])
+def test_on_the_chip(name, variant):
+    """The same cases through the public op on a Hopper GPU: the model's claims, checked."""
+    import rf_kernels as rf
+
+    inputs = make_inputs(dataclasses.replace((DENSE | WHOLE)[name], variant=variant))
+    case = inputs.case
+    window = dict(
+        chunk_ends=list(case.chunk_ends), num_sink_tokens=case.num_sink_tokens, num_window_tokens=case.num_window_tokens
+    )
+    options = window if case.chunk_ends else dict(kv_tokens=case.kv_tokens)
+    tokens = case.kv_tokens if case.chunk_ends else None  # in whole-sequence mode there is a key per query
+    tensors = (inputs.q, inputs.k[:, :tokens], inputs.v[:, :tokens])
+    for deterministic in (False, True):
+        results = [
+            rf.sink_window_attention(
+                *(t.cuda() for t in tensors), **options, return_lse=True, deterministic=deterministic
+            )
+            for _ in range(3)
+        ]
+        assert rf.last_dispatch().backend == "hopper"
+        out, lse = (t.cpu() for t in results[0])
+        expected, expected_lse = oracle(inputs)
+        assert_within_eager(out, expected, eager(inputs))
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+        for again in results[1:]:
+            assert_equal_bits(out, again[0].cpu())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def built():
     build.load()

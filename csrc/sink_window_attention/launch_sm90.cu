@@ -28,6 +28,9 @@ int launch(const SinkWindowAttentionParams& p, const FwdConfig& config, cudaStre
   if (int error = arch::encode_tensor_map(&map_q, q_source(p))) return error;
   if (int error = arch::encode_tensor_map(&map_k, k_source(p, config))) return error;
   if (int error = arch::encode_tensor_map(&map_v, v_source(p, config))) return error;
+  if (p.zero_workspace)
+    if (const cudaError_t error = cudaMemsetAsync(p.workspace, 0, WorkspaceLayout::kPartials, stream))
+      return error;
   const FwdKernelParams kernel_params = fwd_kernel_params(p, config);
   const auto kernel = sink_window_attention_fwd_sm90<Traits>;
   constexpr int kSharedBytes = sizeof(typename Traits::Smem);
@@ -56,4 +59,22 @@ extern "C" int rf_sink_window_attention_fwd_sm90(const rf::attention::SinkWindow
                 : launch<FwdTraitsSm90<rf::bf16, kFwdConfigHeadDim128>>(p, kFwdConfigHeadDim128, stream);
   return half ? launch<FwdTraitsSm90<rf::f16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream)
               : launch<FwdTraitsSm90<rf::bf16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream);
+}
+
+// SMs of a device of compute capability 9.0, 0 for any other and where there is no device.
+extern "C" int rf_sm90_num_sms(int device_index) {
+  int major = 0, minor = 0, sms = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index) != cudaSuccess ||
+      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index) != cudaSuccess) {
+    cudaGetLastError();  // leaves no error behind for the caller's next check
+    return 0;
+  }
+  return major == 9 && minor == 0 ? sms : 0;
+}
+
+extern "C" int rf_stream_is_capturing(void* cuda_stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(cuda_stream), &status);
+  return status != cudaStreamCaptureStatusNone;
 }

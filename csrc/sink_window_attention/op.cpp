@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "csrc/common/dispatch.h"
+#include "csrc/sink_window_attention/op_sm90.h"
 #include "csrc/sink_window_attention/portable.h"
 
 namespace rf::attention {
@@ -97,28 +98,54 @@ const Backend& choose_cpu(const Problem& problem) {
   return cpu_backend;
 }
 
-// The one place where a CUDA kernel is chosen: a kernel of this library goes first here, PyTorch's are the
-// fallback.
-const Backend& choose_cuda(const Problem& problem) {
+// PyTorch's kernels, for what no kernel of this library takes.
+const Backend& choose_cuda(const Problem& problem, const char* reason) {
   const ScalarType dtype = problem.q.scalar_type();
   RF_CHECK_ARG(dtype != ScalarType::Double, kOp, "q",
                "dtype float32, bfloat16 or float16 on CUDA (no CUDA attention kernel computes in float64)",
                dtype_text(dtype));
   if (dtype == ScalarType::Float) {
-    record_fallback(kOp, "torch_efficient", "no kernel of this library computes in float32");
+    record_fallback(kOp, "torch_efficient", reason);
     return cuda_efficient_backend;
   }
-  record_fallback(kOp, "torch_flash", "no kernel of this library for this device and head dim");
+  record_fallback(kOp, "torch_flash", reason);
   return cuda_flash_backend;
 }
 
-template <const Backend& (*choose)(const Problem&)>
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
-                                   double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
-                                   int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
+const Backend& choose_cuda_backward(const Problem& problem) {
+  return choose_cuda(problem, "the backward has no kernel of this library");
+}
+
+// Always deterministic: the flag changes nothing here.
+std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
+                                       double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
+                                       int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
+                                       bool deterministic) {
   const Problem problem =
       check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
-  const Attended result = attend(problem, choose(problem));
+  const Attended result = attend(problem, choose_cpu(problem));
+  return {result.out, result.lse};
+}
+
+// The one place where a CUDA kernel is chosen: a kernel of this library goes first, PyTorch's are the
+// fallback.
+std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
+                                        double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
+                                        int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
+                                        bool deterministic) {
+  const Problem problem =
+      check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+  const char* reason = "this build has no Hopper kernels (RF_HOPPER)";
+#if defined(RF_WITH_HOPPER)
+  const Sm90Options options{num_sink_tokens, num_window_tokens, chunk_ends.has_value(), deterministic};
+  reason = refused_by_sm90(problem, options);
+  if (reason == nullptr) {
+    record_dispatch(kOp, "hopper", "");
+    const Attended result = forward_sm90(problem, options);
+    return {result.out, result.lse};
+  }
+#endif
+  const Attended result = attend(problem, choose_cuda(problem, reason));
   return {result.out, result.lse};
 }
 
@@ -152,11 +179,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
 }  // namespace rf::attention
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
-  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward<&rf::attention::choose_cpu>));
+  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward_cpu));
   m.impl("sink_window_attention_backward", TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
-  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward<&rf::attention::choose_cuda>));
-  m.impl("sink_window_attention_backward", TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cuda>));
+  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward_cuda));
+  m.impl("sink_window_attention_backward",
+         TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cuda_backward>));
 }

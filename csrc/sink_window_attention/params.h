@@ -38,6 +38,7 @@ struct SinkWindowAttentionParams {
   // Device scratch of workspace_bytes_sm90(num_sms) bytes (config.h), zeroed once when it is allocated; one
   // per stream. A launch leaves it ready for the next.
   void* workspace;
+  bool zero_workspace;  // zero its flags and ticket first: the launch that finds them uninitialised
   int num_sms;
 };
 

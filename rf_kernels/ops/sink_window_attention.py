@@ -22,6 +22,7 @@ def sink_window_attention(
     chunk_ends: list[int] | tuple[int, ...] | None = None,
     num_sink_tokens: int = 0,
     num_window_tokens: int | None = None,
+    deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention without a mask over the keys that a query's chunk may see.
 
@@ -48,6 +49,10 @@ def sink_window_attention(
         chunk_ends: ends of the chunks in tokens, ascending; the last is ``Nq = T``. Whole-sequence mode.
         num_sink_tokens: ``S`` in tokens, whole-sequence mode only.
         num_window_tokens: ``W`` in tokens, the chunk itself included; None is unlimited. Whole-sequence mode only.
+        deterministic: on Hopper, cut no tile of queries over several multiprocessors. Every call gives the same bits again
+            either way; with True, a sample's bits depend neither on its neighbours in the batch nor on the GPU's size, at the
+            price of the balanced schedule. None: as
+            ``torch.are_deterministic_algorithms_enabled()``. Other backends always behave as with True.
 
     Returns:
         ``out [B, Nq, Hq, D]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``, natural logarithm,
@@ -55,7 +60,7 @@ def sink_window_attention(
 
     Gradients flow to q, k and v in both modes (once: the backward is not differentiable). The LSE is not differentiable.
     Nothing is mutated; the output never aliases an input. The result of a sample does not depend on its neighbours in the
-    batch, nor on the number of threads.
+    batch (on Hopper: with ``deterministic``), nor on the number of threads.
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, stride, count or range, before anything is computed.
@@ -78,6 +83,7 @@ def sink_window_attention(
         chunk_ends,
         num_sink_tokens,
         num_window_tokens,
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
     )
     return (out, lse) if return_lse else out
 
@@ -87,7 +93,7 @@ def _lse_dtype(dtype):
 
 
 @register_fake("sink_window_attention")
-def _fake(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens):
+def _fake(q, k, v, *options):
     batch, queries, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_lse_dtype(q.dtype))
 
@@ -98,7 +104,7 @@ def _fake_backward(grad_out, q, k, v, out, lse, *options):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.options = inputs
+    q, k, v, *ctx.options, _deterministic = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse)
     ctx.mark_non_differentiable(lse)
@@ -106,7 +112,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, _grad_lse):
-    options = len(ctx.options) * (None,)
+    options = (len(ctx.options) + 1) * (None,)
     if grad_out is None:
         return None, None, None, *options
     grads = ops.sink_window_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)

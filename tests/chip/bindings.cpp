@@ -87,6 +87,7 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   p.num_window_tokens = num_window_tokens;
   p.deterministic = deterministic;
   p.num_sms = num_sms;
+  p.zero_workspace = false;
   p.workspace = workspace.mutable_data();
   if (static_cast<size_t>(workspace.size()) < rf::attention::workspace_bytes_sm90(num_sms))
     throw py::value_error("workspace too small");
