@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ._backend import build_info
+from .._backend import build_info
 
 # Larger than any L2 there is (H200: 50 MB): writing it between GPU calls leaves nothing of a candidate's input in the cache.
 _FLUSH_BYTES = 256 << 20
@@ -71,12 +71,35 @@ def measure(
     return {name: Timing.of(values) for name, values in times.items()}
 
 
+def roof(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, float]:
+    """What this machine does at best, measured as the candidates are: ``bytes_per_s`` of a large copy, ``flops_per_s`` of a large
+    matrix product in ``dtype``."""
+    large, side = (1 << 28, 8192) if torch.device(device).type == "cuda" else (1 << 25, 1024)
+    source = torch.ones(large, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    timings = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, device=device, seconds=0.5)
+    return {
+        "bytes_per_s": 2 * source.nbytes / timings["copy"].p20,
+        "flops_per_s": 2 * side**3 / timings["matmul"].p20,
+    }
+
+
 def row(
-    op: str, shape: str, dtype: torch.dtype, timings: dict[str, Timing], *, flops: int = 0, nbytes: int = 0
+    op: str,
+    shape: str,
+    dtype: torch.dtype,
+    timings: dict[str, Timing],
+    *,
+    flops: int = 0,
+    nbytes: int = 0,
+    roof: dict[str, float] | None = None,
 ) -> dict:
-    """One result: the first timing is ours, the others are its peers."""
+    """One result: the first timing is ours, the others are its peers. With ``roof``, also how near ours comes to the longer of the
+    times that the bytes and the FLOPs need there."""
     name, *peers = timings
     ours = timings[name]
+    floor = max(nbytes / roof["bytes_per_s"], flops / roof["flops_per_s"]) if roof else 0.0
     return {
         "op": op,
         "shape": shape,
@@ -84,21 +107,35 @@ def row(
         "timings": {n: asdict(t) for n, t in timings.items()},
         "tflops": flops / ours.p50 / 1e12 if flops else None,
         "gbytes_per_s": nbytes / ours.p50 / 1e9 if nbytes else None,
+        "percent_of_roof": 100 * floor / ours.p50 if floor else None,
         "times_faster_than": {peer: timings[peer].p50 / ours.p50 for peer in peers},
     }
 
 
 def line(result: dict) -> str:
-    """`op shape dtype | us (p50, p20-p80) | TFLOP/s | GB/s | x vs peer`."""
+    """`op shape dtype | us (p50, p20-p80) | TFLOP/s | GB/s | % of roof | x vs peer`."""
     ours = next(iter(result["timings"].values()))
     parts = [f"{result['op']} {result['shape']} {result['dtype']}"]
     parts.append(f"{ours['p50'] * 1e6:.1f} us ({ours['p20'] * 1e6:.1f}-{ours['p80'] * 1e6:.1f})")
     if result["tflops"]:
-        parts.append(f"{result['tflops']:.3f} TFLOP/s")
+        parts.append(f"{result['tflops']:.4f} TFLOP/s")
     if result["gbytes_per_s"]:
         parts.append(f"{result['gbytes_per_s']:.1f} GB/s")
+    if result["percent_of_roof"]:
+        parts.append(f"{result['percent_of_roof']:.0f}% of roof")
     parts += [f"{ratio:.2f}x vs {peer}" for peer, ratio in result["times_faster_than"].items()]
     return " | ".join(parts)
+
+
+def geometric_means(results: list[dict]) -> dict[str, dict[str, float]]:
+    """op -> peer -> geometric mean over the op's results of "times faster than"."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        for peer, ratio in result["times_faster_than"].items():
+            ratios.setdefault(result["op"], {}).setdefault(peer, []).append(ratio)
+    return {
+        op: {peer: statistics.geometric_mean(values) for peer, values in peers.items()} for op, peers in ratios.items()
+    }
 
 
 def _cpu_name() -> str:
