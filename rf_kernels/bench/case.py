@@ -55,13 +55,14 @@ def agree(calls: dict[str, Callable[[], object]], *, ulps: float, floor: float =
     agreement. Each candidate is called once.
 
     Args:
-        ulps: allowance in units in the last place of the dtype of the result.
+        ulps: allowance in units in the last place of the narrowest dtype among the candidate's results.
         floor: allowance where that is less (peers whose own arithmetic is poorer than their dtype).
     """
     truth = truth or next(iter(calls))
     expected = tensors(calls[truth]())
     for name in calls.keys() - {truth}:
-        for i, (found, wanted) in enumerate(zip(tensors(calls[name]()), expected, strict=True)):
-            bound = max(ulps * torch.finfo(found.dtype).eps, floor)
+        results = tensors(calls[name]())
+        bound = max(ulps * max(torch.finfo(found.dtype).eps for found in results), floor)
+        for i, (found, wanted) in enumerate(zip(results, expected, strict=True)):
             error = relative_l2(found.reshape(wanted.shape), wanted)
             assert error <= bound, f"{name}: result {i} differs from {truth} by {error:.1e}, allowed {bound:.1e}"

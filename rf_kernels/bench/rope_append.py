@@ -1,7 +1,7 @@
 """Cases of ``rope_append``. All candidates end with the new k and v in their cache slots and the new q in hand.
 
 - rope_append: one pass.
-- published: RMSNorm with its rounding before the weight, rotation in complex128 with the published table, for the chunk's q and k alone.
+- published: RMSNorm with its rounding before the weight, rotation in complex128 with the published table; the chunk's q and k alone.
 - published_window: the same, but the keys of the whole window are rotated, as the published path does in every forward.
 - eager: the best of plain PyTorch: fused rms_norm, rotation in complex64 with a table made in advance, slice assignments.
 """
