@@ -9,7 +9,7 @@ import torch
 from ..testing import relative_l2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """``build(device)`` makes the inputs, checks that the candidates agree, and returns ``name -> call`` for every name of ``names``.
 

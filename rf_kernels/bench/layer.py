@@ -116,8 +116,8 @@ class Published:
             return attention.cached_attention(
                 q, self.cache, self.window, grid, self.num_sink_tokens, self.table, lambda *qkv: qkv
             )
-        sinks, end = self.num_sink_tokens, self.cache.local_end.item()
-        parts = ([x[:, :sinks], x[:, self.window.start : end]] for x in (self.cache.k, self.cache.v))
+        num_sink_tokens, end = self.num_sink_tokens, self.cache.local_end.item()
+        parts = ([x[:, :num_sink_tokens], x[:, self.window.start : end]] for x in (self.cache.k, self.cache.v))
         return q, *(torch.cat(pair, dim=1) for pair in parts)
 
     def attend(self, q):

@@ -85,8 +85,8 @@ def build_whole(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -
     ready, ready_g = [heads_first(t) for t in (q, k, v)], heads_first(g)
     key = torch.arange(tokens, device=device)
     end = (key // shape.queries + 1).unsqueeze(1) * shape.queries
-    sinks, window = shape.whole["num_sink_tokens"], shape.whole["num_window_tokens"]
-    mask = (key < end) & ((key < sinks) | (key >= end - window))
+    num_sink_tokens, window = shape.whole["num_sink_tokens"], shape.whole["num_window_tokens"]
+    mask = (key < end) & ((key < num_sink_tokens) | (key >= end - window))
 
     def ours(*qkv):
         return sink_window_attention(*qkv, **shape.whole)
