@@ -1,0 +1,29 @@
+"""Fixtures of all tests."""
+
+import pytest
+import torch
+
+_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"))
+DEVICES = ["cpu", pytest.param("cuda", marks=_GPU)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """A test that takes it runs on the CPU, which proves the test, and on a CUDA device where there is one."""
+    return request.param
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.heavy), DEVICES[1]])
+def matrix_device(request):
+    """The same for large sets of cases: on the CPU they belong to the heavy run."""
+    return request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item):
+    """A kernel that wrote out of bounds takes the CUDA context with it: every later test would fail for its sake."""
+    if item.get_closest_marker("gpu") and torch.cuda.is_available() and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the CUDA context was lost in {item.nodeid}: {str(error).splitlines()[0]}", returncode=3)
