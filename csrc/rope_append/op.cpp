@@ -104,8 +104,9 @@ void set_angles(const char* op, const std::optional<Tensor>& angles, const std::
   RF_CHECK_ARG(angles->size(0) == 1 || angles->size(0) == data.size(0), op, "angles",
                concat("size 1 or ", data.size(0), " in dimension 0 of [1 or B, R, 2]"), shape_text(*angles));
   check_size(op, "angles", *angles, 2, 2, "[1 or B, R, 2]");
-  RF_CHECK_ARG(angles->stride(2) == 1 && (angles->size(1) <= 1 || angles->stride(1) == 2), op, "angles",
-               "contiguous rows (cos, sin)", strides_text(*angles));
+  RF_CHECK_ARG(
+      angles->numel() == 0 || (angles->stride(2) == 1 && (angles->size(1) <= 1 || angles->stride(1) == 2)),
+      op, "angles", "contiguous rows (cos, sin)", strides_text(*angles));
 
   const int64_t rows = angles->size(1);
   int64_t tokens = 1, pairs = 0;
