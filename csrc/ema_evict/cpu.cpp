@@ -22,7 +22,7 @@ struct OneLane {
 template <typename T, EmaState kState, int N>
 void rows(const EmaEvictParams& p) {
   const int64_t elements = int64_t{p.heads} * p.head_dim;
-  const int64_t grain = std::max<int64_t>(1, 16384 / elements);  // ~10 us of work
+  const int64_t grain = std::max<int64_t>(1, 16384 / elements);
   torch::stable::parallel_for(0, p.batch * p.sink_frames * p.frame_tokens, grain,
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t row = begin; row < end; ++row)
@@ -33,9 +33,18 @@ void rows(const EmaEvictParams& p) {
 
 template <typename T, EmaState kState>
 const char* run(const EmaEvictParams& p) {
-  constexpr int kVec = 8;  // one AVX2 register of float32
-  if (layout_fits<kVec>(p)) {
-    rows<T, kState, kVec>(p);
+  // As long as the layout allows: a unit's fixed cost (branches, the loop over sources) is then shared by
+  // more elements. bf16 compensated, one thread, time relative to 64: 3.4 at 8, 1.4 at 32, 1.05 at 128.
+  if (layout_fits<64>(p)) {
+    rows<T, kState, 64>(p);
+    return "vectors of 64";
+  }
+  if (layout_fits<32>(p)) {
+    rows<T, kState, 32>(p);
+    return "vectors of 32";
+  }
+  if (layout_fits<8>(p)) {
+    rows<T, kState, 8>(p);
     return "vectors of 8";
   }
   rows<T, kState, 1>(p);

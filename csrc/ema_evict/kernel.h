@@ -172,11 +172,7 @@ RF_HD void store_state(const Stream<T>& stream, int64_t at, const acc_t<T> (&s)[
   } else {
     Vec<T, N> hi, lo;
     RF_UNROLL
-    for (int e = 0; e < N; ++e) {
-      const EmaPair<T> pair = ema_split<T>(s[e]);
-      hi.v[e] = pair.hi;
-      lo.v[e] = pair.lo;
-    }
+    for (int e = 0; e < N; ++e) ema_split<T>(s[e], hi.v[e], lo.v[e]);
     if (stream.separate) store_vec(stream.hi + at, hi);
     if constexpr (kState == EmaState::kCompensated) store_vec(stream.lo + at, lo);
   }

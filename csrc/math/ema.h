@@ -30,20 +30,17 @@ RF_HD EmaWeights<A> ema_weights(double alpha) {
 // A value as hi + lo, each of dtype T: `ema_join(hi, lo)` of a pair that `ema_split` made is that value
 // again, and `hi` is the value rounded to T, bit for bit.
 template <typename T>
-struct EmaPair {
-  T hi, lo;
-};
-
-template <typename T>
 RF_HD acc_t<T> ema_join(T hi, T lo) {
   const acc_t<T> tail = to_acc(lo);
   return tail == 0 ? to_acc(hi) : add_rn(to_acc(hi), tail);  // -0 + 0 would lose the sign of a zero
 }
 
+// Two results by reference, not a struct: g++ packs a pair of 16-bit members into one register, and the loop
+// around it stays scalar.
 template <typename T>
-RF_HD EmaPair<T> ema_split(acc_t<T> value) {
-  const T hi = from_acc<T>(value);
-  return {hi, from_acc<T>(add_rn(value, -to_acc(hi)))};  // the difference is exact
+RF_HD void ema_split(acc_t<T> value, T& hi, T& lo) {
+  hi = from_acc<T>(value);
+  lo = from_acc<T>(add_rn(value, -to_acc(hi)));  // the difference is exact
 }
 
 // One eviction of one element. `state` and the result are what the state's storage holds, so that keeping it
@@ -59,8 +56,9 @@ RF_HD acc_t<T> ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> state, acc_t<T> 
     // keep_tail * state is added to the small term first: there it is not rounded away.
     const acc_t<T> sum = fma_rn(w.keep, state, fma_rn(w.keep_tail, state, mul_rn(w.take, x)));
     if constexpr (kState == EmaState::kFloat32) return sum;
-    const EmaPair<T> pair = ema_split<T>(sum);
-    return ema_join(pair.hi, pair.lo);
+    T hi, lo;
+    ema_split<T>(sum, hi, lo);
+    return ema_join(hi, lo);
   }
 }
 

@@ -48,7 +48,7 @@ RF_HD Vec<T, N> load_vec(const T* p) {
   }
 #endif
   check_alignment(p, sizeof(out));
-  memcpy(&out, p, sizeof(out));
+  for (int e = 0; e < N; ++e) out.v[e] = p[e];
   return out;
 }
 
@@ -66,7 +66,7 @@ RF_HD void store_vec(T* p, const Vec<T, N>& value) {
   }
 #endif
   check_alignment(p, sizeof(value));
-  memcpy(p, &value, sizeof(value));
+  for (int e = 0; e < N; ++e) p[e] = value.v[e];
 }
 
 }  // namespace rf

@@ -142,7 +142,7 @@ def supports(
     )
     if not aligned:
         return True, f"scalar path: head_dim {head_dim} or the place of its temporal pairs is no multiple of {width}"
-    return True, f"vectors of {width} elements"
+    return True, f"vectors of {width} elements" + (" or more" if kind == "cpu" else "")
 
 
 def cost(
