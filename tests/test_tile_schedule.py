@@ -64,8 +64,9 @@ def check_streaming(chip, head_dim, heads, frame, chunk, cache, sms):
     assert (count[(first > 0) | (complete == 0)] >= 2).all()
     assert np.bincount(plan["segments"][:, 1]).max() <= 9  # an owner merges one after the other
     total, longest = plan["units"].sum(), work.max()
-    # Level to the two units that snapping may move at both ends, or not cut where a full last wave leaves 5 % at most.
-    assert longest <= -(-total // plan["ranges"]) + 2 or total >= 0.95 * longest * plan["ranges"]
+    # Level to the units that snapping moves and the one that is not worth a cut, or not cut where a nearly full last wave
+    # leaves 5 % at most.
+    assert longest <= -(-total // plan["ranges"]) + 3 or total >= 0.95 * longest * plan["ranges"]
 
 
 @pytest.mark.parametrize("head_dim", [128, 64])

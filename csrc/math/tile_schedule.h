@@ -142,15 +142,20 @@ inline TileSchedule plan_schedule(const TileMap& map, int tile_m, int tile_n,
   int ranges = min_of(options.ctas, TileSchedule::kMaxRanges);
   if (ranges > tiles && ranges > useful) ranges = max_of(tiles, static_cast<int>(useful));
 
-  // Nothing to gain when the last wave is nearly full (95 %): merging would cost as much.
+  // Dealt whole, the longest range takes `longest` units; level, all would take total / ranges. One unit
+  // saved is less than merging costs. A last wave that is nearly full is better left in step as well: cutting
+  // it would put every CTA at another place of the sequence, for a twentieth of the time at most.
   planner.deal(tiles, ranges, dealt);
   int64_t longest = 0;
   for (int r = 0; r < ranges; ++r) longest = dealt[r] > longest ? dealt[r] : longest;
+  const int full_waves = tiles / ranges;
+  const int64_t left = total - planner.deal(full_waves * ranges, ranges, dealt);
+  const bool nearly_full = left * 10 >= tile_units * ranges * 9 && total * 20 >= longest * ranges * 19;
   int whole = tiles;
-  if (!options.deterministic && total * 100 <= longest * ranges * 95) {
+  if (!options.deterministic && !nearly_full && total < (longest - 1) * ranges) {
     // As many whole waves as leave enough units to level all ranges, in pieces that are not too small.
     const auto target = [&](int r) { return total / ranges + (r < total % ranges ? 1 : 0); };
-    for (int waves = tiles / ranges;; --waves) {
+    for (int waves = full_waves;; --waves) {
       whole = waves * ranges;
       bool level = total - planner.deal(whole, ranges, dealt) >= min_share * ranges || waves == 0;
       for (int r = 0; r < ranges; ++r) level = level && dealt[r] <= target(r);

@@ -51,7 +51,7 @@ def sink_window_attention(
         num_window_tokens: ``W`` in tokens, the chunk itself included; None is unlimited. Whole-sequence mode only.
         deterministic: on Hopper, cut no tile of queries over several multiprocessors. Every call gives the same bits again
             either way; with True, a sample's bits depend neither on its neighbours in the batch nor on the GPU's size, at the
-            price of the balanced schedule. None: as
+            price of the balanced schedule (docs/sink_window_attention_sm90.md). None: as
             ``torch.are_deterministic_algorithms_enabled()``. Other backends always behave as with True.
 
     Returns:
