@@ -12,6 +12,15 @@ import rf_kernels as rf
 from rf_kernels.testing import fingerprint
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class ModelFailed(Exception):
     """What a model may raise between two layers."""
 

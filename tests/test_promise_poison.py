@@ -19,6 +19,15 @@ PAIRS = (
 heavy = pytest.mark.heavy
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def attend(inputs, grad_out, **options):
     """Output, LSE and the three gradients."""
     leaves = [t.detach().requires_grad_() for t in inputs]
