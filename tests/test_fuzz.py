@@ -17,6 +17,15 @@ HEAVY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("op", fuzz.FUZZERS)
 def test_50_configurations(op):
     failures = fuzz.run(op, range(50))
