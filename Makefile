@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip demo test test-quick ext lint format wheel check-install clean help
+.PHONY: chip audit demo test test-quick ext lint format wheel check-install clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -31,6 +31,10 @@ ext: $(SETUP)
 ## make chip       the functional model of a Hopper chip with the kernels on it, for tests (which build it when needed)
 chip: $(SETUP)
 	$(PY) tests/chip/build.py
+
+## make audit      what the compiler made of the CUDA kernels, held against what was intended (2: no CUDA kernels to look at)
+audit: ext
+	$(PY) -m rf_kernels.audit || test $$? -eq 2
 
 ## make demo       stream a video from a checkpoint, compare with the published path, write out/
 demo: ext

@@ -224,7 +224,7 @@ def test_every_element_is_written_once():
 REFUSED = {
     "scale": (dict(softmax_scale=0.0), "softmax_scale"),
     "negative scale": (dict(softmax_scale=-1.0), "softmax_scale"),
-    "stride": (dict(k=torch.zeros(1, 400, 1, 132, dtype=torch.bfloat16)[..., :128]), "multiple of 8 elements"),
+    "stride": (dict(k=torch.zeros(1, 400, 1, 132, dtype=torch.bfloat16)[..., :128]), "multiples of 8 elements"),
     "alignment": (dict(q=torch.zeros(1, 100, 1, 136, dtype=torch.bfloat16)[..., 4:132]), "16-byte aligned"),
 }
 

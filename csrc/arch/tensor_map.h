@@ -24,14 +24,14 @@ struct TileSource {
 
 // What TMA demands of the memory; nullptr when it can be used.
 inline const char* tile_source_problem(const TileSource& s) {
-  if (reinterpret_cast<uintptr_t>(s.data) % 16 != 0) return "data that is not 16-byte aligned";
-  if (s.head_dim % 64 != 0) return "a head dimension that is no multiple of 64";
+  if (reinterpret_cast<uintptr_t>(s.data) % 16 != 0) return "TMA needs data that is 16-byte aligned";
+  if (s.head_dim % 64 != 0) return "the tiles need a head dimension that is a multiple of 64";
   const int64_t strides[] = {s.row_stride, s.head_stride, s.batch_stride};
   const int sizes[] = {s.rows, s.heads, s.batch};
   for (int i = 0; i < 3; ++i)
     if (sizes[i] > 1 && (strides[i] % 8 != 0 || strides[i] <= 0 || strides[i] >= int64_t{1} << 39))
-      return "a stride that is no positive multiple of 8 elements (16 bytes) below 2^39";
-  if (s.box_rows > 256) return "a tile of more than 256 rows";
+      return "TMA needs strides that are positive multiples of 8 elements (16 bytes) below 2^39";
+  if (s.box_rows > 256) return "TMA takes tiles of at most 256 rows";
   return nullptr;
 }
 
@@ -63,8 +63,13 @@ inline int encode_tensor_map(TensorMap* map, const TileSource& source) {
   if (encode == nullptr) {
     void* symbol = nullptr;
     cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &symbol, cudaEnableDefault, &found);
+#endif
     if (error != cudaSuccess) return error;
     if (found != cudaDriverEntryPointSuccess || symbol == nullptr) return cudaErrorSymbolNotFound;
     encode = reinterpret_cast<Encode>(symbol);

@@ -79,22 +79,23 @@ inline arch::TileSource v_source(const SinkWindowAttentionParams& p, const FwdCo
 // nullptr when the kernel takes the call, else the reason why the portable path must.
 inline const char* unsupported_sm90(const SinkWindowAttentionParams& p) {
   const FwdConfig* config = fwd_config_sm90(p.head_dim);
-  if (config == nullptr) return "head_dim other than 64 and 128";
-  if (p.q_tokens < 1 || p.kv_tokens < 1) return "no queries or no keys";
+  if (config == nullptr) return "the Hopper kernel has head dims 64 and 128";
+  if (p.q_tokens < 1 || p.kv_tokens < 1) return "the Hopper kernel needs a query and a key";
   if (p.kv_heads < 1 || p.q_heads % p.kv_heads != 0)
-    return "query heads that are no multiple of the key heads";
-  if (p.num_chunks > TileMap::kMaxChunks) return "more than 128 chunks";
-  if (p.num_chunks > 0 && p.num_sink_tokens + p.num_window_tokens < 1) return "neither sink nor window";
+    return "the Hopper kernel needs query heads that are a multiple of the key heads";
+  if (p.num_chunks > TileMap::kMaxChunks) return "the Hopper kernel takes at most 128 chunks";
+  if (p.num_chunks > 0 && p.num_sink_tokens + p.num_window_tokens < 1)
+    return "the Hopper kernel needs a sink or a window";
   if (!(p.softmax_scale > 0.f) || std::isinf(p.softmax_scale))
-    return "a softmax_scale that is not positive and finite";
+    return "the Hopper kernel needs a softmax_scale that is positive and finite";
   const double tiles =
       static_cast<double>(p.batch) * p.q_heads * (p.q_tokens / config->tile_m() + 1.0 + p.num_chunks);
-  if (tiles >= 1e9) return "more than 10^9 query tiles";
+  if (tiles >= 1e9) return "the Hopper kernel takes at most 10^9 query tiles";
   for (const arch::TileSource& s : {q_source(p), k_source(p, *config), v_source(p, *config)})
     if (const char* problem = arch::tile_source_problem(s)) return problem;
   const TokenStrides& o = p.out_strides;
   if (reinterpret_cast<uintptr_t>(p.out) % 16 != 0 || (o.batch | o.token | o.head) % 8 != 0)
-    return "an output whose rows are not 16-byte aligned";
+    return "the Hopper kernel needs output rows that are 16-byte aligned";
   return nullptr;
 }
 

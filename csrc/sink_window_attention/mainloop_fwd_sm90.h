@@ -215,16 +215,17 @@ struct MainloopFwdSm90 {
       for (int n = run.count - 1; n > 0; --n, ++it) {
         wait_k(it + 1);
         take_turn(w);
-        issue_qk(s, q, k0 + stage(it + 1) * Traits::kKvBytes);  // S of this tile ...
+        // S of this tile and P V of the one before run while ...
+        issue_qk(s, q, k0 + stage(it + 1) * Traits::kKvBytes);
         wait_v(it);
-        issue_pv(f.o, probs,
-                 v0 + stage(it) * Traits::kKvBytes);  // ... and P V of the one before run while ...
+        issue_pv(f.o, probs, v0 + stage(it) * Traits::kKvBytes);
         pass_turn(w);
         wgmma_wait<1>();
         pin_registers(s);
         release(&smem.k_empty[stage(it + 1)]);
+        // ... this warpgroup does the softmax of this tile.
         raise_max(s, f.row, factor, scale);
-        weigh(s, f.row, scale);  // ... this warpgroup does its softmax
+        weigh(s, f.row, scale);
         order_before(f.row[0].sum + f.row[1].sum);
         wgmma_wait<0>();
         pin_registers(f.o);
@@ -234,8 +235,8 @@ struct MainloopFwdSm90 {
         rescale(f.o, factor);
       }
 
-      if (next.count == 0)
-        release(&smem.q_empty[w]);  // the next query rows may come while this tile finishes
+      // The next query rows may come while this tile finishes.
+      if (next.count == 0) release(&smem.q_empty[w]);
       wait_v(it);
       issue_pv(f.o, probs, v0 + stage(it) * Traits::kKvBytes);
       wgmma_wait<0>();
