@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit demo test test-quick ext lint format wheel check-install clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext lint format wheel check-install clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -48,6 +48,10 @@ test: ext
 ## make test-quick the everyday run
 test-quick: ext
 	$(PY) -m pytest -q -m "not heavy"
+
+## make gpu-suite  on a GPU: tests, benchmarks, report and pictures in out/gpu (docs/gpu.md)
+gpu-suite: ext
+	PYTHONPATH=.:python $(PY) -m rf_kernels.gpu_suite --out out/gpu
 
 ## make lint       ruff and clang-format, as CI runs them
 lint: $(SETUP)

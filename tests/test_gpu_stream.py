@@ -8,7 +8,7 @@ from golden_cases import Case, as_dtype, parametrize
 from golden_streams import Geometry, recorded_calls, total_frames
 from gpu_tools import SERVED, Captured, busy, moved, new_stream, no_synchronisation, poisoned_memory
 from promise_tools import POLICIES, make_cache
-from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
+from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline, benchmark
 from reward_forcing.model.blocks import CausalSelfAttention
 from test_dmd_gradient import made
 from test_rope_append import inputs as append_inputs
@@ -116,6 +116,26 @@ def test_captured_forward_follows_the_stream(device, dtype):
     for layer in range(len(eager.cache)):
         for ours, theirs in zip(graphed.cache.sink_state(layer), eager.cache.sink_state(layer), strict=True):
             assert_equal_bits(ours, theirs)
+
+
+@torch.no_grad()
+def test_graphed_chunks_are_those_of_the_pipeline(device):
+    """A whole chunk from captured forwards, as the benchmark times it: the latents of StreamingPipeline, bit for bit."""
+    model, stream = make_model(device), StreamConfig(denoising_step_list=(1000, 750, 500))
+    latent, context = torch.randn(1, 3, 4, *LATENT[3:]).to(device, model.dtype), torch.zeros(1, 8, 16, device=device)
+    plain, graphed = (benchmark.Ours(model, stream, latent, context.to(model.dtype)) for _ in range(2))
+    for number in range(5):
+        given = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number)).to(device, model.dtype)
+        plain.step(given)
+        graphed.step(given)
+    plain.step(latent)
+    graphs, chunks = benchmark.Graphs(graphed), plain.chunks()  # the graphs take a chunk to make
+    for number in range(3):
+        torch.manual_seed(number)
+        expected = next(chunks).latents
+        torch.manual_seed(number)
+        assert_equal_bits(graphs.chunk(), expected)
+    assert_equal_bits(graphed.cache.k, plain.cache.k)
 
 
 def test_captured_ops_read_new_contents(device):

@@ -75,9 +75,9 @@ def roof(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, fl
     """What this machine does at best, measured as the candidates are: ``bytes_per_s`` of a large copy, ``flops_per_s`` of a large
     matrix product in ``dtype``."""
     large, side = (1 << 28, 8192) if torch.device(device).type == "cuda" else (1 << 25, 1024)
-    source = torch.ones(large, dtype=torch.float32, device=device)
+    source = torch.randn(large, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    a = torch.ones(side, side, dtype=dtype, device=device)
+    a = torch.randn(side, side, device=device).to(dtype)  # zeros and ones draw less power: the clock would be higher
     timings = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, device=device, seconds=0.5)
     return {
         "bytes_per_s": 2 * source.nbytes / timings["copy"].p20,

@@ -93,10 +93,14 @@ def disagreement(name: str, found: torch.Tensor, truth: torch.Tensor, ulps: floa
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """The call's device work as a CUDA graph's replay."""
+    before = torch.cuda.current_stream()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails at its end leaves its own stream current
     return graph.replay
 
 
@@ -150,5 +154,3 @@ def measured_roof(options: Options, dtype: torch.dtype = torch.bfloat16) -> dict
     if options.tiny:
         return {"bytes_per_s": 1e9, "flops_per_s": 1e9}  # a dry run's numbers mean nothing, and need not take long
     return roof(dtype, options.device)
-
-
