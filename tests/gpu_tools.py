@@ -71,16 +71,26 @@ class Captured:
 
 
 @contextmanager
-def poisoned_memory(device):
-    """New tensors hold NaN: PyTorch fills what it hands out, and on CUDA the allocator's free blocks are filled too."""
+def deterministic_algorithms(fill=False):
+    """PyTorch's switch, which the ops follow; ``fill``: new tensors hold NaN."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = fill
     try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+@contextmanager
+def poisoned_memory(device):
+    """Under deterministic algorithms: new tensors hold NaN, and on CUDA the allocator's free blocks are filled with it too."""
+    with deterministic_algorithms(fill=True):
         if torch.device(device).type == "cuda":
             sizes = [2**power for power in range(9, 27)]  # bytes, both pools of the allocator
             blocks = [torch.full((size // 4,), float("nan"), device=device) for size in sizes for _ in range(4)]
@@ -88,9 +98,6 @@ def poisoned_memory(device):
             del blocks
         assert bool(torch.empty(1000, device=device).isnan().all())
         yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 def busy(device, seconds=0.2):

@@ -76,6 +76,11 @@ def fa3(q, k, v, split, num_splits=None):
     return call
 
 
+def deterministic(q, k, v, split):
+    """Ours, without cuts of tiles over several multiprocessors."""
+    return lambda: sink_window_attention(q, k, v, deterministic=True)
+
+
 #: name -> make(q, k, v, tokens of the sink) -> call
 PEERS = {
     "cudnn_sdpa": sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -84,6 +89,7 @@ PEERS = {
     "concatenated": concatenated,
     "flex_attention": flex,
     "flash_attention_3": fa3,
+    f"{OURS}, deterministic": deterministic,
     **{f"flash_attention_3, {n or 'its own'} splits": partial(fa3, num_splits=n) for n in SPLITS},
 }
 
