@@ -39,10 +39,10 @@ REAL = {
 
 @pytest.fixture(autouse=True)
 def seed_and_one_thread():
-    """On the CPU the tensors are tiny: threads would only wait for one another."""
+    """Without a GPU the tensors are tiny: threads would only wait for one another."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads if torch.cuda.is_available() else 1)
     yield
     torch.set_num_threads(threads)
 
@@ -137,8 +137,11 @@ def test_append(matrix_device, monkeypatch, shape, layout, norm, dtype):
     compare(dtype, APPEND_SHAPES[shape] | {"layout": layout, "norm": norm})
 
 
-@served
-@pytest.mark.parametrize("heads", [12, 3, 40])
+@pytest.mark.parametrize(
+    "heads, dtype",
+    [(12, torch.bfloat16), (12, torch.float16), (12, torch.float32), (3, torch.bfloat16), (40, torch.bfloat16)],
+    ids=str,
+)
 def test_append_at_real_sizes(matrix_device, monkeypatch, heads, dtype):
     monkeypatch.setattr(rf, "rope_append", on(matrix_device, rf.rope_append))
     grid = (3, 30, 52) if matrix_device == "cuda" else (3, 5, 4)
@@ -210,8 +213,9 @@ def test_evict_skips_and_counts_what_is_not_finite(device, dtype):
     assert_equal_bits(out[1][:, 3], case.v[:, 3])
 
 
-@served
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "dtype, state", [*((torch.bfloat16, s) for s in STATES), (torch.float32, "published")], ids=str
+)
 def test_evict_at_real_sizes(matrix_device, state, dtype):
     n = 1560 if matrix_device == "cuda" else 39
     schedule = [[0, 1, 3], [0, 1, 4], [0, 1, 5]]

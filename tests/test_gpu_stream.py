@@ -33,10 +33,10 @@ FRAMES, LENGTH, LATENT = 3, 9, (1, 4, 3, 10, 14)  # 35 tokens a frame: no multip
 
 @pytest.fixture(autouse=True)
 def seed_and_one_thread():
-    """On the CPU the tensors are tiny: threads would only wait for one another."""
+    """Without a GPU the tensors are tiny: threads would only wait for one another."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads if torch.cuda.is_available() else 1)
     yield
     torch.set_num_threads(threads)
 
@@ -280,7 +280,8 @@ def test_work_goes_to_the_current_stream(device, dtype):
     for name, call in every_op(device, dtype).items():
         expected, own = [t.clone() for t in call()], new_stream(device)
         with own:
-            call()  # its memory and workspaces: an allocation could wait for the device
+            warm = [t.clone() for t in call()]  # memory and workspaces: an allocation could wait for the device
+        del warm
         if device == "cuda":
             torch.cuda.synchronize()
         busy(device)

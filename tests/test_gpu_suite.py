@@ -145,8 +145,9 @@ def test_tests_that_fail_or_take_their_process_along_are_reported(tmp_path, own_
 
 def test_a_test_run_that_hangs_or_selects_nothing_is_reported(tmp_path):
     slow = tmp_path / "test_slow.py"
-    slow.write_text("import time\ndef test_slow(): time.sleep(60)\n")
-    assert "ran past its limit" in checks.run_pytest([str(slow)], 3)[-1]["message"]
+    slow.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
+    quick, stopped = checks.run_pytest([str(slow)], 6)
+    assert quick["outcome"] == "passed" and "ran past its limit" in stopped["message"]
     assert "no test was selected" in checks.run_pytest([str(slow), "-k", "nothing"], 60)[-1]["message"]
 
 
@@ -244,6 +245,8 @@ def test_smi_is_read_in_its_own_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     found = machine.smi(("clocks.sm", "clocks.mem", "power.draw"))
     assert found == {"clocks.sm": "1980 MHz", "clocks.mem": "3201 MHz", "power.draw": "612.5 W"}
+    tool.write_text('#!/bin/sh\ncase "$1" in *pstate*) exit 2;; *) echo 7;; esac\n')
+    assert machine.smi(("power.draw", "pstate")) == {"power.draw": "7", "pstate": "status 2"}
     tool.write_text("#!/bin/sh\necho 'no devices were found' >&2\nexit 6\n")
     assert machine.smi(("clocks.sm",)) == {"error": "no devices were found"}
 

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .jobs import Options
+from .report import read_rows
 
 #: A call of every op at small sizes, no graphs (the sanitizer runs without the caching allocator).
 SANITIZED = "dispatch or skips or agrees or dmd_loss or sees_nothing or (attention_of_extreme and bfloat16)"
@@ -25,46 +25,31 @@ def gpu_test_files(tests: Path) -> list[Path]:
     return [p for p in files if p.name.startswith("test_gpu_") or "mark.gpu" in p.read_text()]
 
 
-def results_of(report: Path) -> list[dict]:
-    """Rows of a JUnit file: id, outcome, seconds, message."""
-    rows = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        row = {"id": f"{case.get('classname')}::{case.get('name')}", "seconds": float(case.get("time") or 0)}
-        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        row["outcome"] = "passed" if found is None else {"failure": "failed"}.get(found.tag, found.tag)
-        if found is not None:
-            text = f"{found.get('message') or ''}\n{found.text or ''}".strip()
-            row["message"] = text[-1500:] if row["outcome"] != "skipped" else text[:300]
-        rows.append(row)
-    return rows
-
-
 def run_pytest(selection: list[str], limit: float, *, wrap=(), environment=None) -> list[dict]:
-    """A pytest process, a row per test; a process that ends in another way than by passing or failing tests is a row too."""
+    """A pytest process, a row per finished test; a process that ends in another way than by passing or failing tests is a row too."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        command = [*wrap, *pytest, f"--junitxml={report}", *selection]
-        name = Path(selection[0]).stem
+        rows = Path(folder) / "rows.jsonl"
+        environment = os.environ | (environment or {}) | {"RF_TEST_ROWS": str(rows)}
+        options = ["-q", "-p", "no:cacheprovider", "-p", "rf_kernels.gpu_suite.pytest_rows"]
+        command = [*wrap, sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *selection]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit, env=os.environ | (environment or {})
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
             status, output = done.returncode, done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
             status, output = None, (error.stdout or b"").decode(errors="replace")
-        rows = results_of(report) if report.exists() else []
+        found = [{name: value for name, value in row.items() if name != "kind"} for row in read_rows(rows)]
     print(output[-6000:], flush=True)
-    failed = any(row["outcome"] in ("failed", "error") for row in rows)
+    failed = any(row["outcome"] in ("failed", "error") for row in found)
     if status is None:
         how = f"ran past its limit of {limit:.0f} s"
     elif status == NO_TESTS:
         how = "no test was selected"
     elif status == 0 or (status == 1 and failed):
-        return rows
+        return found
     else:
         how = f"ended with status {status}"
-    return [*rows, {"id": f"{name}: the process", "outcome": "error", "message": f"{how}\n{output[-1200:]}"}]
+    message = f"{how}\n{output[-1200:]}"
+    return [*found, {"id": f"{Path(selection[0]).stem}: the process", "outcome": "error", "message": message}]
 
 
 def run_files(options: Options, files: list[Path], mark: str) -> None:

@@ -24,10 +24,13 @@ def smi(fields) -> dict | None:
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {"error": f"{type(error).__name__}"}
-    if done.returncode != 0:
-        return {"error": (done.stdout + done.stderr).strip().splitlines()[0] if done.stdout + done.stderr else "failed"}
-    return dict(zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(",")), strict=False))
+        return {"error": type(error).__name__}
+    if done.returncode == 0 and done.stdout.strip():
+        return dict(zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(",")), strict=False))
+    if len(fields) > 1:  # a name that this driver does not know spoils the whole query
+        readings = {field: smi((field,)) for field in fields}
+        return {field: reading.get(field, reading.get("error")) for field, reading in readings.items()}
+    return {"error": (done.stdout + done.stderr).strip().partition("\n")[0] or f"status {done.returncode}"}
 
 
 def revision(root: Path) -> str | None:
