@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
             "--steps", type=int, nargs="+", default=[1000, 750, 500, 250], help="nominal denoising steps"
         )
         command.add_argument("--shift", type=float, default=5.0, help="timestep shift")
+        command.add_argument("--measure-seconds", type=float, default=1.0, help="time spent on each op beside its peer")
         command.add_argument(
             "--no-compare", action="store_true", help="do not run the published path beside the stream"
         )
@@ -72,22 +73,23 @@ def main(argv: list[str] | None = None) -> int:
     from .demo.preview import write_preview
     from .demo.report import write_report
 
-    stream = StreamConfig(
-        chunk_frames=arguments.chunk_frames,
-        sink_frames=0 if arguments.sink_policy == "none" else arguments.sink_frames,
-        local_attn_size=arguments.local_attn_size,
-        alpha=arguments.alpha,
-        sink_policy=arguments.sink_policy,
-        sink_state=arguments.sink_state,
-        denoising_step_list=tuple(arguments.steps),
-        shift=arguments.shift,
-    )
-    job = StreamJob(
-        checkpoint=arguments.checkpoint, frames=arguments.frames, height=arguments.height, width=arguments.width,
-        heads=arguments.heads, context=arguments.context, seed=arguments.seed, dtype=_DTYPES[arguments.dtype],
-        device=arguments.device, compare=not arguments.no_compare and arguments.sink_policy == "ema", stream=stream,
-    )  # fmt: skip
     try:
+        stream = StreamConfig(
+            chunk_frames=arguments.chunk_frames,
+            sink_frames=0 if arguments.sink_policy == "none" else arguments.sink_frames,
+            local_attn_size=arguments.local_attn_size,
+            alpha=arguments.alpha,
+            sink_policy=arguments.sink_policy,
+            sink_state=arguments.sink_state,
+            denoising_step_list=tuple(arguments.steps),
+            shift=arguments.shift,
+        )
+        job = StreamJob(
+            checkpoint=arguments.checkpoint, frames=arguments.frames, height=arguments.height, width=arguments.width,
+            heads=arguments.heads, context=arguments.context, seed=arguments.seed, dtype=_DTYPES[arguments.dtype],
+            device=arguments.device, compare=not arguments.no_compare and arguments.sink_policy == "ema", stream=stream,
+            measure_seconds=arguments.measure_seconds,
+        )  # fmt: skip
         arguments.out.mkdir(parents=True, exist_ok=True)
         latents, figures = run(job, progress=lambda chunks: tqdm(chunks, desc="streaming", unit="chunk"))
     except (ValueError, FileNotFoundError) as error:
