@@ -42,7 +42,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         Stage("model", "reward_forcing.benchmark", 100),
     ]
     if options.sanitizer:
-        found.insert(2, Stage("sanitizer", checks, 120, ("sanitizer", tests)))
+        found.append(Stage("sanitizer", checks, 120, ("sanitizer", tests)))  # last: it gets what time is left
     return [stage for stage in found if not options.only or stage.name in options.only]
 
 
