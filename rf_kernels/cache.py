@@ -126,7 +126,7 @@ class SinkWindowCache:
         grid: tokens of a frame along its spatial axes, e.g. ``(30, 52)``; n = their product.
         sink_frames, window_frames: S and W in latent frames; sink and window together are what a query sees (L = S + W).
         sink_policy: ``NoSink()``, ``StaticSink()`` or ``EMASink(...)``. Default: NoSink without sink frames, else EMASink().
-        rope: positions of (frame, *grid), ``RoPE3D.wan(head_dim)`` for Wan; None for keys without positions.
+        rope: positions of ``(frame, *grid)``, ``RoPE3D.wan(head_dim)`` for Wan; None for keys without positions.
         dtype, device: of keys and values.
         rephase: move the sink's positions along with the window (published behaviour); False keeps absolute positions.
         undo_frames: frames of the largest chunk that ``begin(undo=True)`` may be asked for (its save area is allocated here).
@@ -275,12 +275,12 @@ class SinkWindowCache:
 
     @property
     def plan_nbytes(self) -> int:
-        """Bytes of a chunk's plan on the device: slots, schedule, cosines and sines."""
+        """Bytes of a chunk's plan on the device (slots, schedule, cosines and sines)."""
         return sum(t.numel() * t.element_size() for t in (self._buffers.ints, self._buffers.floats))
 
     @property
     def skipped_tokens(self) -> torch.Tensor:
-        """int64 [layers] on the device: tokens of leaving frames that were not fused because they were not finite."""
+        """``int64 [layers]`` on the device; counts tokens of leaving frames that were not fused because they were not finite."""
         return self._skipped
 
     def sink_state(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,7 +93,7 @@ class RoPE:
 
     @cached_property
     def temporal_dims(self) -> tuple[int, int, int]:
-        """(first dim of x, first dim of y, step): temporal pair i is dims (x0 + i*step, y0 + i*step) of the head."""
+        """First dim of x, first dim of y, step; temporal pair i is dims ``(x0 + i*step, y0 + i*step)`` of the head."""
         axis = self.temporal_axis or 0
         before = sum(self.pairs[:axis])
         if self.layout == "adjacent":

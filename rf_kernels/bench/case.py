@@ -33,7 +33,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """A name for the command line: ``op/shape/dtype``."""
+        """``op/shape/dtype``, the case's name on the command line."""
         shape = re.sub(r"[^A-Za-z0-9.]+", "-", self.shape).strip("-")
         return f"{self.op}/{shape}/{str(self.dtype).removeprefix('torch.')}"
 

@@ -64,7 +64,7 @@ def dmd_gradient(
     return_aux: bool = False,
 ):
     """Gradient of the distribution-matching loss on the generator's output ``x`` (DMD, arXiv 2311.18828, eq. 7-8; Re-DMD, arXiv
-    2512.04678, eq. 11).
+    2512.04678, eq. 11)::
 
         real = c + g (c - u), fake likewise;     g = s ("self_forcing"), s - 1 ("dmd2": real = u + s (c - u))
         d    = (fake - real) / (mean|x - real| + eps), the mean over all elements of the sample, then the NaN rule
@@ -131,7 +131,7 @@ def dmd_loss(
     reduction: str = "mean",
     return_aux: bool = False,
 ):
-    """The distribution-matching loss as a scalar that is differentiable in ``x``, and in ``x`` alone.
+    """The distribution-matching loss as a scalar that is differentiable in ``x``, and in ``x`` alone::
 
         loss = sum( w m (x - stop(x - d))^2 ) / (2 N)        d loss / d x = w m d / N
 

@@ -228,7 +228,7 @@ def _supports(
     """Whether a backend serves heads of this kind, and how (or why not). Needs no GPU.
 
     Args:
-        pairs: rotated pairs of each axis, as :attr:`RoPE.pairs`; empty: no rotation.
+        pairs: rotated pairs of each axis, as ``RoPE.pairs``; empty: no rotation.
     """
     if dtype not in _DTYPES:
         return False, f"dtype {dtype}: float64, float32, bfloat16 or float16 are supported"

@@ -7,11 +7,10 @@ what it reads and runs one softmax. The rule, with S sink frames, W window frame
 
 - The sink holds frames 0..S-1; slots that were never written are not attended.
 - When a chunk begins, frames e with max(S, t_begin - W) <= e < t_end - W leave the window, in ascending order; with
-the policy "ema" each is
-  absorbed by sink frame j = (e - S) mod S, keys and values alike: ``sink_j <- alpha sink_j + (1 - alpha) x_e`` (Reward
-  Forcing, arXiv 2512.04678). With "static" and "none" it is dropped.
+  the policy "ema" each is absorbed by sink frame j = (e - S) mod S, keys and values alike:
+  ``sink_j <- alpha sink_j + (1 - alpha) x_e`` (Reward Forcing, arXiv 2512.04678). With "static" and "none" it is dropped.
 - Queries see sink frame j at the temporal position j + max(0, t_end - L), and the newest W frames (sink frames apart)
-at their own.
+  at their own.
 
 Where the published code does the same (chunk, sink and overflow all of one length) this agrees with it to rounding;
 where it does not, tests/golden/index.json says ``documents_bug``, and this is what the library is compared with.

@@ -54,7 +54,7 @@ class Window(NamedTuple):
 
     start: int  #: first slot of the window part; it ends at the local end
     attended_tokens: int  #: keys that enter the softmax, zero slots that were never written included
-    kv_frames: int  #: whole frames among them: these are rotated, at positions 0, 1, 2, ...
+    kv_frames: int  #: whole frames among them; these are rotated, at positions 0, 1, 2, ...
     q_start_frame: int  #: frame position of the first query
 
 

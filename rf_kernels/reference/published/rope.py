@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-#: Rows of the published table: the frame position, and therefore the length of the key sequence, is limited to it.
+#: Rows of the published table; the frame position, and therefore the length of the key sequence, is limited to it.
 TABLE_ROWS = 1024
 
 
