@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext lint format wheel check-install clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -52,6 +52,10 @@ test-quick: ext
 ## make gpu-suite  on a GPU: tests, benchmarks, report and pictures in out/gpu (docs/gpu.md)
 gpu-suite: ext
 	PYTHONPATH=.:python $(PY) -m rf_kernels.gpu_suite --out out/gpu
+
+## make docs       the API reference from the docstrings, in build/docs (warnings are errors)
+docs: ext
+	$(PY) -m sphinx -q -n -W --keep-going -b html -d build/doctrees docs/api build/docs
 
 ## make lint       ruff and clang-format, as CI runs them
 lint: $(SETUP)
