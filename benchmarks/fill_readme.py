@@ -1,0 +1,150 @@
+"""Fill the marked sections of README.md and docs/ from the reports in benchmarks/results.
+
+    python -m rf_kernels.bench --device cpu --threads 2 --json benchmarks/results/cpu.json
+    python benchmarks/accuracy.py && python benchmarks/ema_study.py
+    python benchmarks/fill_readme.py            # writes; --check: exit 1 where a section is not what the reports say
+
+CPU figures are ratios: absolute times of a shared machine say nothing.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ("rope_append", "ema_evict", "sink_window_attention", "dmd_gradient")
+PEERS = {
+    "published": "published path",
+    "published_window": "published, all of the window rotated",
+    "eager": "best plain PyTorch",
+    "sdpa": "SDPA alone",
+    "concatenated": "concatenation, SDPA",
+    "masked_sdpa": "SDPA with a mask",
+    "float64": "eager float64",
+}
+
+
+def load(name: str):
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def where(report: dict) -> str:
+    facts = report["environment"]
+    machine = f"{facts['cpu']}, {facts['threads']} threads"
+    return f"{machine}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}"
+
+
+def ratios(results: list[dict]) -> list[str]:
+    """A row a case, a column a peer."""
+    peers = list(dict.fromkeys(peer for r in results for peer in r["times_faster_than"]))
+    rows = []
+    for r in results:
+        found = r["times_faster_than"]
+        cells = [f"{found[peer]:.2f}x" if peer in found else "" for peer in peers]
+        rows.append([r["shape"], r["dtype"], *cells])
+    return table(["case", "dtype", *(PEERS[peer] for peer in peers)], rows)
+
+
+def speed_of(op: str) -> list[str]:
+    report = load("cpu")
+    lines = [f"Times faster than each peer on the CPU ({where(report)}); `python -m rf_kernels.bench --op {op}`:", ""]
+    return lines + ratios([r for r in report["results"] if r["op"] == op])
+
+
+def aims() -> list[str]:
+    report = load("cpu")
+    rows = []
+    for verdict in report["aims"]:
+        state = {True: "met", False: "missed", None: "not measured"}[verdict["met"]]
+        figure = "" if verdict["figure"] is None else f"{verdict['figure']:.2f}"
+        rows.append([verdict["aim"], figure, verdict["bound"].replace("<", "\\<").replace(">", "\\>"), state])
+    lines = [f"CPU, float32, ratios of medians, candidates interleaved ({where(report)}):", ""]
+    lines += table(["job", "ratio", "aim", ""], rows)
+    means = [
+        [f"`{op}`", ", ".join(f"{mean:.2f}x {PEERS[peer]}" for peer, mean in peers.items())]
+        for op, peers in report["geometric_means"].items()
+    ]
+    lines += ["", "Geometric means over the shapes and dtypes of that run, times faster than each peer:", ""]
+    return lines + table(["op", "times faster than"], means)
+
+
+def layer() -> list[str]:
+    return ratios([r for r in load("cpu")["results"] if r["op"] == "layer"])
+
+
+def accuracy() -> list[str]:
+    rows: dict[tuple, dict] = {}
+    for r in load("accuracy"):
+        rows.setdefault((r["op"], r["quantity"]), {})[r["dtype"]] = f"{r['ours']:.1e} / {r['eager']:.1e}"
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    cells = [[f"`{op}`", quantity, *(found.get(d, "") for d in dtypes)] for (op, quantity), found in rows.items()]
+    return table(["op", "quantity", *dtypes], cells)
+
+
+def ema_study() -> list[str]:
+    rows = []
+    for alpha, found in load("ema_study")["alpha"].items():
+        for r in found:
+            if r["evictions"] in (1, 10, 100, 1000):
+                states = [f"{r['state'][name]:.1e}" for name in ("published", "compensated", "float32")]
+                cells = [f"{r['no_update']:.1e}", *states, f"{r['slot']['compensated']:.1e}"]
+                rows.append([alpha, str(r["evictions"]), *cells, f"{r['published_never_changed']:.0%}"])
+    header = [
+        "alpha",
+        "evictions",
+        "no update",
+        "published",
+        "compensated",
+        "float32",
+        "read by attention (compensated)",
+    ]
+    return table([*header, "published: elements never changed"], rows)
+
+
+SECTIONS = {
+    "README.md": {"aims": aims},
+    "docs/cache.md": {"layer": layer},
+    "docs/numerics.md": {"accuracy": accuracy, "ema_study": ema_study},
+    **{f"docs/{op}.md": {"speed": lambda op=op: speed_of(op)} for op in OPS},
+}
+
+
+def filled(text: str, sections: dict) -> str:
+    """``text`` with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced."""
+    for name, make in sections.items():
+        begin, end = f"<!-- begin {name} (benchmarks/fill_readme.py) -->", f"<!-- end {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"expected one section `{name}`, found {len(pattern.findall(text))}")
+        body = "\n".join([begin, "", *make(), "", end])
+        text = pattern.sub(lambda _, body=body: body, text)
+    return text
+
+
+def stale() -> list[str]:
+    """Documents whose sections are not what the reports say."""
+    texts = {name: (ROOT / name).read_text() for name in SECTIONS}
+    return [name for name, text in texts.items() if filled(text, SECTIONS[name]) != text]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        names = stale()
+        print("\n".join(f"{name}: not what benchmarks/results says" for name in names))
+        return int(bool(names))
+    for name, sections in SECTIONS.items():
+        path = ROOT / name
+        path.write_text(filled(path.read_text(), sections))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
