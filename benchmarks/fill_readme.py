@@ -1,6 +1,6 @@
 """Fill the marked sections of README.md and docs/ from the reports in benchmarks/results.
 
-    python -m rf_kernels.bench --device cpu --threads 2 --json benchmarks/results/cpu.json
+    python -m rf_kernels.bench --quick --settle 3 --device cpu --threads 2 --json benchmarks/results/cpu.json
     python benchmarks/accuracy.py && python benchmarks/ema_study.py
     python benchmarks/fill_readme.py            # writes; --check: exit 1 where a section is not what the reports say
 

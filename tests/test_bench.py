@@ -92,6 +92,20 @@ def test_a_run_prints_writes_and_plots(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "plots/layer.png").stat().st_size > 1000
 
 
+def test_a_disturbed_case_is_repeated_and_the_calmest_run_kept(monkeypatch):
+    case = CASES[0]
+    runs = []
+    for p80 in (2.0, 1.2, 1.1):
+        timings = {"ours": Timing(1.0, 1.0, p80, 5), "peer": Timing(1.0, 1.0, 1.0, 5)}
+        runs.append(bench.row(case.op, case.shape, case.dtype, timings))
+    monkeypatch.setattr(command, "run_apart", lambda *_: runs[next(turn)])
+    turn = iter(range(3))
+    kept = command.settled(case, command.parse(["--settle", "3"]))
+    assert kept["runs"] == 2 and command.spread(kept) == 1.2
+    turn = iter(range(3))
+    assert command.settled(case, command.parse([]))["runs"] == 1
+
+
 def test_unknown_cases_are_refused():
     with pytest.raises(SystemExit, match="no such case on cpu: nothing/like/it"):
         command.main(["--case", "nothing/like/it", "--device", "cpu"])

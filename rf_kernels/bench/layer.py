@@ -228,9 +228,12 @@ def build_forward(layer: Layer, device: str) -> dict:
 def build_update(layer: Layer, device: str) -> dict:
     chunk, paths = streams(layer, device)
 
+    # Without norm and RoPE nothing is to be done to q: ours is given a q of no heads, the others never touch theirs.
+    q_heads = layer.heads if layer.rotary else 0
+
     def update(path):
         path.begin()
-        q = path.append(*chunk)
+        q = path.append(chunk[0][:, :, :q_heads] if path is paths["rf_kernels"] else chunk[0], *chunk[1:])
         result = path.attended(q) if isinstance(path, Published) else q
         path.commit()
         return result
@@ -247,8 +250,8 @@ def costs(layer: Layer, update: bool) -> dict[str, int]:
     """The floors of the ops that the job consists of."""
     rope_ = RoPE3D.wan(layer.head_dim)
     append = rope_append.cost(
-        batch=1, tokens=layer.tokens, q_heads=layer.heads, head_dim=layer.head_dim, dtype=layer.dtype,
-        pairs=rope_.pairs if layer.rotary else (), norm=layer.rotary,
+        batch=1, tokens=layer.tokens, q_heads=layer.heads if layer.rotary or not update else 0, kv_heads=layer.heads,
+        head_dim=layer.head_dim, dtype=layer.dtype, pairs=rope_.pairs if layer.rotary else (), norm=layer.rotary,
     )  # fmt: skip
     if update:
         other = ema_evict.cost(
