@@ -427,8 +427,8 @@ class SinkWindowCache:
             if meta.get(name) != expected:
                 raise argument_error(op, f"meta.{name}", repr(expected), repr(meta.get(name)))
         next_frame, ready = meta.get("next_frame"), meta.get("state_ready")
-        if not _is_integer(next_frame) or next_frame < 0:
-            raise argument_error(op, "meta.next_frame", "an integer >= 0", repr(next_frame))
+        if not _is_integer(next_frame) or not 0 <= next_frame < 2**53:  # positions are exact in float64
+            raise argument_error(op, "meta.next_frame", "an integer in [0, 2**53)", repr(next_frame))
         # The state is taken at the first chunk that makes a frame leave, so the two must agree.
         if ready is not (self.k_state is not None and next_frame > self.ring.length):
             raise argument_error(op, "meta.state_ready", f"the value that {next_frame} frames imply", repr(ready))
@@ -471,6 +471,12 @@ class SinkWindowCache:
 
         op = "SinkWindowCache.load"
         try:
+            # What the parser builds from a header is many times its size: only one as long as ours is given to it.
+            with open(path, "rb") as file:
+                claimed = int.from_bytes(file.read(8), "little")
+            limit = 4096 + 4 * len(json.dumps(self._identity()))
+            if claimed > limit:
+                raise ValueError(f"a header of {claimed} bytes, expected at most {limit}")
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 text = (file.metadata() or {}).get("rf_kernels")
                 if text is None:
@@ -481,7 +487,7 @@ class SinkWindowCache:
             meta = json.loads(text)
         except (ArgumentError, FileNotFoundError, PermissionError):
             raise
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
             raise argument_error(op, "path", "a readable stream file", f"{path}: {error}") from error
         self.load_state_dict({"meta": meta, "tensors": tensors})
 

@@ -2,13 +2,12 @@
 
 A file may hold the parameters at its top level or under ``generator``, ``generator_ema`` or ``model``; names may carry
 FSDP, compile, activation-checkpointing or DDP wrappers and a leading prefix such as ``model.``. A .pt file is read
-with ``weights_only=True``: a pickle that wants to run code is refused.
+with ``weights_only=True``: a pickle that wants to run code is refused, and so are archives older than torch 1.6.
 """
 
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._files import check_archive, check_header
 from .config import ModelConfig
 from .model import BidirectionalWanModel, CausalWanModel
 
@@ -41,27 +41,49 @@ def _some(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: unreadable, or with a header that claims too much.
+    """
     from safetensors.torch import load_file
 
     try:
+        check_header(path)
         return load_file(path)
-    except SafetensorError as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged header fails in the parser, or anywhere in what builds tensors from it
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def _read_pickle(path: Path) -> Mapping:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        sizes = check_archive(path)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: refused, it holds more than tensors and plain containers: {reason}") from error
-    except (EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    except Exception as error:  # a damaged pickle fails wherever its opcodes lead
+        raise CheckpointError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {type(data).__name__}")
+    _check_storages(data, sizes, path)
     return data
+
+
+def _check_storages(data: Mapping, sizes: frozenset[int], path: Path) -> None:
+    """Mapped tensors lie in one record: a storage that claims another size would reach into its neighbours."""
+    entries = [values for values in data.values() if isinstance(values, Mapping)]
+    for name, tensor in (item for mapping in (data, *entries) for item in mapping.items()):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            continue  # no parameter either: refused where it is asked for
+        storage = tensor.untyped_storage().nbytes()
+        if tensor.numel() and storage not in sizes:
+            raise CheckpointError(f"{path}: {name} claims a storage of {storage} bytes, which no record has")
 
 
 def _select(data: Mapping, entry: str | None, path: Path) -> Mapping:
@@ -88,11 +110,18 @@ def _published_names(tensors: Mapping, path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: expected tensors by name, found {name!r}: {type(tensor).__name__}")
+            raise CheckpointError(f"{path}: expected tensors by name, found {name!r:.80}: {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+            found = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+            raise CheckpointError(f"{path}: expected {name} as a dense tensor of floating point, found {found}")
         bare = _unwrapped(name)
         if bare in state:
             raise CheckpointError(f"{path}: two tensors for {bare}, one of them named {name}")
         state[bare] = tensor
+    # Strides of 0 make a tensor of any size out of one element; the copy that a conversion makes would have that size.
+    claimed, held = sum(t.numel() * t.element_size() for t in state.values()), path.stat().st_size
+    if claimed > held:
+        raise CheckpointError(f"{path}: its tensors claim {claimed} bytes, in a file of {held}")
     prefixes = [name.removesuffix(_ANCHOR) for name in state if name == _ANCHOR or name.endswith("." + _ANCHOR)]
     if len(prefixes) != 1:
         found = f"the prefixes {prefixes}" if prefixes else f"none among {_some(state) or 'no tensors'}"
@@ -118,7 +147,7 @@ def read_checkpoint(path: str | Path, *, entry: str | None = None) -> dict[str, 
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
-        tensors: Mapping = _read_safetensors(path)
+        tensors: Mapping = read_safetensors(path)
         if entry is not None:
             tensors = {name: t for name, t in tensors.items() if name.startswith(entry + ".")}
     else:

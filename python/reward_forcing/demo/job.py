@@ -11,7 +11,7 @@ import torch
 
 from rf_kernels import bench
 
-from ..checkpoint import infer_config, load_causal_model, read_checkpoint
+from ..checkpoint import infer_config, load_causal_model, read_checkpoint, read_safetensors
 from ..config import StreamConfig
 from ..pipeline import StreamingPipeline
 from . import traffic
@@ -54,9 +54,7 @@ def memory_bytes(device: torch.device) -> int:
 def _context(job: StreamJob, config, generator: torch.Generator) -> torch.Tensor:
     if job.context is None:
         return torch.randn(1, config.text_len, config.text_dim, generator=generator)
-    from safetensors.torch import load_file
-
-    tensors = load_file(job.context)
+    tensors = read_safetensors(Path(job.context))
     if "context" not in tensors:
         raise ValueError(f"{job.context}: expected a tensor named `context`, found {sorted(tensors)}")
     return tensors["context"].reshape(1, *tensors["context"].shape[-2:])
