@@ -85,18 +85,44 @@ def _tuple_depth(pickled: bytes) -> int:
     return deepest
 
 
-def check_archive(path: Path) -> frozenset[int]:
-    """The zip archive of ``torch.save``: nothing compressed (a few bytes could become gigabytes), pickles undamaged and shallow.
+def _places(file, records: list[zipfile.ZipInfo], end: int) -> dict[int, int]:
+    """Size of the contents of each record by where they begin.
+
+    Records lie one behind the other, as their own headers and the directory agree. Only the headers say where contents begin, and a
+    reader that maps them checks nothing: a damaged length would shift a tensor.
+    """
+    places = {}
+    records = sorted(records, key=lambda record: record.header_offset)
+    for record, after in zip(records, [*(r.header_offset for r in records[1:]), end], strict=True):
+        file.seek(record.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\3\4":
+            raise ValueError(f"record {record.filename} is not where the directory says")
+        begin = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        places[begin], behind = record.file_size, begin + record.file_size
+        gaps = (0,)
+        if record.flag_bits & 8:  # sizes and checksum follow the contents
+            file.seek(behind)
+            gaps = (16, 24) if file.read(4) == b"PK\7\10" else ()
+        if after - behind not in gaps:
+            raise ValueError(f"record {record.filename} does not end where the next begins")
+    return places
+
+
+def check_archive(path: Path) -> dict[int, int]:
+    """The zip archive of ``torch.save``: nothing compressed (a few bytes could become gigabytes), every record in its place, pickles
+    undamaged and shallow.
 
     Returns:
-        the sizes of its records, one of which every tensor's storage must have.
+        size of every record's contents by their offset in the file, ascending.
     Raises:
         ValueError, zipfile.BadZipFile: what is wrong with it.
     """
     size = path.stat().st_size
     check_description(_directory_bytes(path), size)
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         records = archive.infolist()
+        places = _places(file, records, archive.start_dir)
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise ValueError(f"record {record.filename} is compressed, which torch.save never does")
@@ -107,4 +133,13 @@ def check_archive(path: Path) -> frozenset[int]:
                     raise ValueError(
                         f"record {record.filename} nests tuples {depth} levels deep, at most {_DEPTH} expected"
                     )
-    return frozenset(record.file_size for record in records)
+    return places
+
+
+def storages_are_records(storages: list[tuple[int, int]], places: dict[int, int]) -> bool:
+    """Whether storages (address, bytes) of a mapped file are whole records of it, wherever the map begins."""
+    if not storages:
+        return True
+    first = min(storages)
+    bases = (first[0] - offset for offset, size in places.items() if size == first[1])
+    return any(all(places.get(address - base) == size for address, size in storages) for base in bases)

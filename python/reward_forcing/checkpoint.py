@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._files import check_archive, check_header
+from ._files import check_archive, check_header, storages_are_records
 from .config import ModelConfig
 from .model import BidirectionalWanModel, CausalWanModel
 
@@ -60,7 +60,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Mapping:
     try:
-        sizes = check_archive(path)
+        places = check_archive(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
@@ -71,19 +71,20 @@ def _read_pickle(path: Path) -> Mapping:
         raise CheckpointError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {type(data).__name__}")
-    _check_storages(data, sizes, path)
+    _check_storages(data, places, path)
     return data
 
 
-def _check_storages(data: Mapping, sizes: frozenset[int], path: Path) -> None:
-    """Mapped tensors lie in one record: a storage that claims another size would reach into its neighbours."""
+def _check_storages(data: Mapping, places: dict[int, int], path: Path) -> None:
+    """Tensors are mapped, and what a storage claims is not compared with its record: it would reach into its neighbours."""
     entries = [values for values in data.values() if isinstance(values, Mapping)]
-    for name, tensor in (item for mapping in (data, *entries) for item in mapping.items()):
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            continue  # no parameter either: refused where it is asked for
-        storage = tensor.untyped_storage().nbytes()
-        if tensor.numel() and storage not in sizes:
-            raise CheckpointError(f"{path}: {name} claims a storage of {storage} bytes, which no record has")
+    tensors = [value for mapping in (data, *entries) for value in mapping.values() if isinstance(value, Tensor)]
+    dense = [
+        t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"
+    ]  # others are refused where asked for
+    storages = [(s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in dense) if s.nbytes()]
+    if not storages_are_records(storages, places):
+        raise CheckpointError(f"{path}: the storages that its tensors claim are not its records")
 
 
 def _select(data: Mapping, entry: str | None, path: Path) -> Mapping:
