@@ -59,13 +59,21 @@ def speed_of(op: str) -> list[str]:
 
 def aims() -> list[str]:
     report = load("cpu")
+    timings = {result["case"]: result["timings"] for result in report["results"]}
     rows = []
     for verdict in report["aims"]:
         state = {True: "met", False: "missed", None: "not measured"}[verdict["met"]]
         figure = "" if verdict["figure"] is None else f"{verdict['figure']:.2f}"
-        rows.append([verdict["aim"], figure, verdict["bound"].replace("<", "\\<").replace(">", "\\>"), state])
+        spread = max((t["p80"] / t["p20"] for t in timings.get(verdict["case"], {}).values()), default=0.0)
+        bound = verdict["bound"].replace("<", "\\<").replace(">", "\\>")
+        rows.append([verdict["aim"], figure, bound, state, f"{spread:.1f}" if spread else ""])
     lines = [f"CPU, float32, ratios of medians, candidates interleaved ({where(report)}):", ""]
-    lines += table(["job", "ratio", "aim", ""], rows)
+    lines += table(["job", "ratio", "aim", "", "spread"], rows)
+    lines += [
+        "",
+        "Spread is the 80th over the 20th percentile of the candidate that was disturbed most: near 1 on a quiet machine. What",
+    ]
+    lines += ["the figures hang on is told in [docs/cache.md](docs/cache.md#measured)."]
     means = [
         [f"`{op}`", ", ".join(f"{mean:.2f}x {PEERS[peer]}" for peer, mean in peers.items())]
         for op, peers in report["geometric_means"].items()

@@ -25,6 +25,7 @@ class Aim:
         """``results`` by case id. ``met`` is None where the case was not measured, or not on the CPU."""
         verdict = {
             "aim": self.text,
+            "case": self.case.id,
             "bound": f"{'<=' if self.at_most else '>='} {self.bound}",
             "figure": None,
             "met": None,
