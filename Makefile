@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install sanitize clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -77,6 +77,10 @@ wheel: $(SETUP)
 ## make check-install every way of building and installing, in a fresh environment
 check-install: wheel
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_install.py --torch '$(TORCH)'
+
+## make sanitize   the CPU backend under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(SETUP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py
 
 clean:
 	rm -rf build dist out *.egg-info rf_kernels/_C.abi3.so
