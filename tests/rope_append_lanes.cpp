@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "csrc/rope_append/kernel.h"
@@ -118,4 +119,9 @@ extern "C" int rope_append_lanes(const int64_t* sizes, const int64_t* strides, v
       break;
   }
   return guarded ? config.vector : -1;
+}
+
+// Bytes that vector accesses have moved since the last question.
+extern "C" int64_t rope_append_moved_bytes() {
+  return std::exchange(rf::moved_bytes, 0);
 }

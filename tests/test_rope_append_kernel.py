@@ -3,38 +3,22 @@ launch.cu compiles for the GPU, against the CPU backend and the float64 oracle. 
 here."""
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
+import host_lanes
 import pytest
 import torch
+from host_lanes import DTYPES, integers, pointers
 
 import rf_kernels as rf
+from rf_kernels.bench import traffic
 from rf_kernels.reference import rope_append as ref
 from rf_kernels.testing import assert_equal_bits, assert_within_eager
-
-ROOT = Path(__file__).resolve().parents[1]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 @pytest.fixture(scope="session")
 def lanes(tmp_path_factory):
-    """The compiled driver. Undefined behaviour and a misaligned access trap."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler: the kernel's body cannot be built as host code")
-    library = tmp_path_factory.mktemp("lanes") / "rope_append_lanes.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    traps = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-DRF_TRAP_MISALIGNED"]
-    source = ROOT / "tests/rope_append_lanes.cpp"
-    subprocess.run([COMPILER, *flags, *traps, f"-I{ROOT}", str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).rope_append_lanes
-
-
-def array(values):
-    return (ctypes.c_int64 * len(values))(*values)
+    return host_lanes.build("rope_append_lanes", tmp_path_factory.mktemp("lanes"))
 
 
 def run_lanes(lanes, call, *, threads=0, reverse=False):
@@ -52,9 +36,8 @@ def run_lanes(lanes, call, *, threads=0, reverse=False):
     sizes += [ref.LAYOUTS.index(call.kwargs["layout"]), len(call.kwargs["axes"]) // 3, *call.kwargs["axes"]]
     strides = [s for t in (q, q_out, k, k_cache, v, v_cache) for s in t.stride()[:3]]
     tensors = (q, q_out, k, k_cache, v, v_cache, slots, angles, *weights)
-    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     eps = ctypes.c_double(call.kwargs["eps"])
-    vector = lanes(array(sizes), array(strides), pointers, eps, threads, int(reverse))
+    vector = lanes(integers(sizes), integers(strides), pointers(tensors), eps, threads, int(reverse))
     assert vector > 0, "a lane wrote beyond its shared memory"
     return q_out, vector
 
@@ -201,6 +184,19 @@ def test_access_width(lanes, dtype):
         assert run_lanes(lanes, make(dtype, **CASES[name]).clone())[1] == wide, name
     for name in ("shifted by one element", "odd head dim"):
         assert run_lanes(lanes, make(dtype, **CASES[name]).clone())[1] == 1, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["wan", "no norm", "odd head dim", "more q heads"])
+def test_bytes_moved_are_those_predicted(lanes, name, dtype):
+    """Every row once, and the weights once a token (which the caches of the GPU serve)."""
+    call = make(dtype, **CASES[name])
+    (batch, tokens, q_heads, dim), kv_heads = call.data[0].shape, call.data[1].shape[2]
+    shape = dict(batch=batch, tokens=tokens, frames=2, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, dtype=dtype)
+    weights = 0 if call.kwargs["norm"] is None else (q_heads + kv_heads) * dim * dtype.itemsize
+    lanes.moved_bytes()
+    run_lanes(lanes, call)
+    assert lanes.moved_bytes() == traffic.rope_append(**shape, angles=0)["rows"] + batch * tokens * weights
 
 
 def test_slots_without_a_place_are_not_written(lanes):

@@ -31,6 +31,18 @@ RF_HD bool layout_fits(const EmaEvictParams& p) {
   return p.x0 % N == 0 && p.y0 % N == 0 && p.x0 + span <= p.y0 && p.y0 + span <= p.head_dim;
 }
 
+// Whether 16-byte accesses serve: the layout of a head, every base address, every stride.
+inline bool vectors_fit(const EmaEvictParams& p, int64_t item) {
+  const int64_t n = 16 / item;
+  const bool layout = n == 8 ? layout_fits<8>(p) : n == 4 ? layout_fits<4>(p) : layout_fits<2>(p);
+  if (!layout) return false;
+  for (const void* address : {p.k_cache, p.v_cache, p.k_state, p.k_state_lo, p.v_state})
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
+  for (int64_t stride : {p.k_stride_b, p.k_stride_t, p.k_stride_h, p.v_stride_b, p.v_stride_t, p.v_stride_h})
+    if (stride % n != 0) return false;
+  return true;
+}
+
 // The units of a head's keys: first those with temporal pairs, then the plain ones, which fill the gaps.
 template <int N>
 struct KeyUnits {
@@ -183,6 +195,8 @@ template <typename T, EmaState kState, int N, Unit kUnit>
 RF_HD void fuse_unit(const EmaEvictParams& p, const Stream<T>& stream, const Group<T>& group, int head,
                      const int (&dim)[2], int first_pair) {
   using A = acc_t<T>;
+  // Nothing comes into a slot that is the state: it is not even read.
+  if (!stream.separate && !group.init && group.fuse == 0) return;
   constexpr int kVecs = kUnit == Unit::kAcross ? 2 : 1;
   const int64_t row = static_cast<int64_t>(head) * p.head_dim;
   T* slot = stream.frame0 + group.frame * stream.stride_f + head * stream.stride_h;

@@ -176,20 +176,6 @@ void check_values(const EmaEvictParams& p, const Tensor& schedule, const Tensor&
     }
 }
 
-#if defined(RF_WITH_CUDA)
-// Whether 16-byte accesses serve: the layout of a head, every base address, every stride.
-bool vectors_fit(const EmaEvictParams& p, int64_t item) {
-  const int64_t n = 16 / item;
-  const bool layout = n == 8 ? layout_fits<8>(p) : n == 4 ? layout_fits<4>(p) : layout_fits<2>(p);
-  if (!layout) return false;
-  for (const void* address : {p.k_cache, p.v_cache, p.k_state, p.k_state_lo, p.v_state})
-    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
-  for (int64_t stride : {p.k_stride_b, p.k_stride_t, p.k_stride_h, p.v_stride_b, p.v_stride_t, p.v_stride_h})
-    if (stride % n != 0) return false;
-  return true;
-}
-#endif
-
 const char* evict_cuda(const EmaEvictParams& p, const Tensor& k_cache, EmaState state) {
 #if defined(RF_WITH_CUDA)
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());

@@ -21,10 +21,14 @@
 namespace rf {
 
 // Host tests of a kernel's body define RF_TRAP_MISALIGNED: an access that would fault on the GPU then stops
-// them.
-RF_HD void check_alignment([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
-#if defined(RF_TRAP_MISALIGNED) && !defined(__CUDA_ARCH__)
+// them, and what the accesses move is counted.
+#if defined(RF_TRAP_MISALIGNED) && !defined(__CUDACC__)
+inline int64_t moved_bytes = 0;
+#endif
+RF_HD void check_access([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
+#if defined(RF_TRAP_MISALIGNED) && !defined(__CUDACC__)
   if (bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p) % 16 != 0) __builtin_trap();
+  moved_bytes += static_cast<int64_t>(bytes);
 #endif
 }
 
@@ -47,7 +51,7 @@ RF_HD Vec<T, N> load_vec(const T* p) {
     return out;
   }
 #endif
-  check_alignment(p, sizeof(out));
+  check_access(p, sizeof(out));
   for (int e = 0; e < N; ++e) out.v[e] = p[e];
   return out;
 }
@@ -65,7 +69,7 @@ RF_HD void store_vec(T* p, const Vec<T, N>& value) {
     return;
   }
 #endif
-  check_alignment(p, sizeof(value));
+  check_access(p, sizeof(value));
   for (int e = 0; e < N; ++e) p[e] = value.v[e];
 }
 
