@@ -479,7 +479,8 @@ def test_wrong_calls_are_refused(name):
 def test_supports():
     supports = rf.sink_window_attention.supports
     assert supports("cpu", torch.float64, 100) == (True, "cpu")
-    assert supports("cuda", torch.bfloat16, 128, heads=12, kv_heads=4)[0]
+    assert supports("cuda", torch.bfloat16, 128, heads=12, kv_heads=4)[1].startswith("hopper on")
+    assert supports("cuda", torch.bfloat16, 96) == (True, "torch_flash")
     for args, word in (
         (("cuda", torch.float64, 128), "float64"),
         (("cpu", torch.int8, 128), "dtype"),

@@ -154,7 +154,11 @@ def supports(
         return False, f"device {device}: cpu and cuda are supported"
     if dtype == torch.float64:
         return False, "no CUDA attention kernel computes in float64"
-    return True, "torch_efficient" if dtype == torch.float32 else "torch_flash"
+    if dtype == torch.float32:
+        return True, "torch_efficient"
+    if head_dim in (64, 128):
+        return True, "hopper on devices of compute capability 9.0 where the build has it, else torch_flash"
+    return True, "torch_flash"
 
 
 def cost(
