@@ -28,6 +28,7 @@ RF_HD void load(const void* base, int64_t at, int n, bool vectorised, A* out) {
   }
 #else
   if (n == V) {  // no alignment to care for, and a copy less
+    if (vectorised) check_access(p, V * sizeof(S));
     for (int k = 0; k < V; ++k) out[k] = static_cast<A>(to_acc(p[k]));
     return;
   }
@@ -56,6 +57,7 @@ RF_HD void store(void* base, int64_t at, int n, bool vectorised, const A* in) {
   }
 #else
   if (n == V) {
+    if (vectorised) check_access(p, V * sizeof(S));
     for (int k = 0; k < V; ++k) p[k] = from_acc<S>(in[k]);
     return;
   }
