@@ -270,13 +270,9 @@ class SinkWindowCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache (on device "meta" they are counted without being allocated)."""
-        tensors = [self.k, self.v, self._skipped, *self._states().values(), *(self._undo or {}).values()]
-        return sum(t.numel() * t.element_size() for t in tensors) + self.plan_nbytes
-
-    @property
-    def plan_nbytes(self) -> int:
-        """Bytes of a chunk's plan on the device (slots, schedule, cosines and sines)."""
-        return sum(t.numel() * t.element_size() for t in (self._buffers.ints, self._buffers.floats))
+        tensors = [self.k, self.v, self._skipped, self._buffers.ints, self._buffers.floats]
+        tensors += [*self._states().values(), *(self._undo or {}).values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def skipped_tokens(self) -> torch.Tensor:

@@ -150,9 +150,7 @@ def run(job: StreamJob, progress: Callable | None = None) -> tuple[torch.Tensor,
         "memory": _flatness([float(c["memory_bytes"]) for c in chunks], warm),
         "phases": {name: sum(c["phases"].get(name, 0.0) for c in chunks) for name in ("denoise", "renoise", "context")},
         "ops": op_rows(config, stream, grid, 1, dtype, device, job.measure_seconds),
-        "bytes_per_chunk": traffic.count(
-            config, stream, grid, 1, dtype, len(stream.denoising_step_list) + 1, cache.plan_nbytes
-        ),
+        "bytes_per_chunk": traffic.count(config, stream, grid, 1, dtype, len(stream.denoising_step_list) + 1),
     }
     if twin is not None:
         steady = chunks[min(warm, len(chunks) - 1) :]

@@ -3,10 +3,8 @@ attention itself are left out. All three figures are counts, not measurements.
 
 - published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
   calls (views are free); its attention is replaced by a function that touches nothing.
-- ours: what the ops say they move (``rope_append.cost``, ``ema_evict.cost``), and the norm weights and the chunk's plan (cosines and
-  sines, slots, schedule), which every call reads.
-- floor: what no implementation with this state can avoid. Every forward reads q, k, v and writes them once; a first forward also
-  reads the K and V that leave, reads and writes the sink's state, and writes the sink's slots.
+- ours: what the kernels read and write (``rf_kernels.bench.traffic``): rows, norm weights, and the chunk's plan.
+- floor: the least that the job can move (``rope_append.cost``, ``ema_evict.cost``).
 """
 
 import torch
@@ -14,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rf_kernels as rf
+from rf_kernels.bench import traffic
 from rf_kernels.reference import published
 
 
@@ -65,44 +64,33 @@ def published_bytes(config, stream, grid, batch: int, dtype: torch.dtype, forwar
     return counter.bytes
 
 
-def _evict_floor(config, stream, frame_tokens: int, dtype: torch.dtype) -> int:
-    item, elements = dtype.itemsize, frame_tokens * config.dim
-    if stream.sink_policy != "ema":
-        return stream.sink_frames * elements * 2 * item  # the key state read, the key slot written
-    half = dtype in (torch.bfloat16, torch.float16)
-    state, value_slot = item, 0  # "published": the value slot is the state
-    if half and stream.sink_state == "compensated":
-        state = 2 * item  # hi and lo; the value slot is hi
-    elif half and stream.sink_state == "float32":
-        state, value_slot = 4, item
-    per_sink_frame = (
-        2 * 2 * state + item + value_slot
-    )  # state of K and V read and written; slots that are not state written
-    return elements * (stream.chunk_frames * 2 * item + stream.sink_frames * per_sink_frame)
-
-
-def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int, plan_bytes: int) -> dict:
+def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -> dict:
     """Bytes per chunk over all layers: published, ours, floor, and the ratios."""
-    n = grid[0] * grid[1]
-    tokens = batch * stream.chunk_frames * n * config.dim
-    row = dtype.itemsize * tokens
-    append = rf.rope_append.cost(
-        batch=batch, tokens=stream.chunk_frames * n, q_heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
-    )["bytes"]
-    weights = 2 * config.dim * dtype.itemsize
-    sinks = stream.sink_frames > 0 and stream.sink_policy != "none"
-    evict = evict_floor = 0
-    if sinks:
-        evict = rf.ema_evict.cost(
-            batch=batch, sink_frames=stream.sink_frames, frame_tokens=n, heads=config.num_heads, head_dim=config.head_dim,
-            dtype=dtype, sources=stream.chunk_frames if stream.sink_policy == "ema" else 0, state=stream.sink_state,
-        )["bytes"]  # fmt: skip
-        evict_floor = _evict_floor(config, stream, batch * n, dtype)
+    n, frames, rope = grid[0] * grid[1], stream.chunk_frames, config.rope
+    heads = {"batch": batch, "head_dim": config.head_dim, "dtype": dtype}
+    append = {"tokens": frames * n, "q_heads": config.num_heads, **heads}
+    angles = sum(length * pairs for length, pairs in zip((frames, *grid), rope.pairs, strict=True))
+    ours = forwards * sum(
+        traffic.rope_append(frames=frames, kv_heads=config.num_heads, angles=angles, **append).values()
+    )
+    floor = forwards * rf.rope_append.cost(**append)["bytes"]
+    if stream.sink_frames and stream.sink_policy != "none":
+        ema = stream.sink_policy == "ema"
+        # Consecutive frames leave, so sink frame j absorbs every S-th of them. A static sink keeps its keys in the cache's dtype.
+        counts = [len(range(j, frames, stream.sink_frames)) if ema else 0 for j in range(stream.sink_frames)]
+        evict = {
+            "frame_tokens": n,
+            "heads": config.num_heads,
+            "state": stream.sink_state if ema else "published",
+            **heads,
+        }
+        ours += sum(traffic.ema_evict(counts=counts, temporal_pairs=rope.temporal_pairs, **evict).values())
+        floor += rf.ema_evict.cost(sink_frames=stream.sink_frames, sources=sum(counts), **evict)["bytes"]
     layers = config.num_layers
     result = {
         "published": layers * published_bytes(config, stream, grid, batch, dtype, forwards),
-        "ours": layers * (forwards * (append + weights + plan_bytes) + evict + plan_bytes),
-        "floor": layers * (forwards * 6 * row + evict_floor),
+        "ours": layers * ours,
+        "floor": layers * floor,
     }
     result["published / ours"] = result["published"] / result["ours"]
     result["ours / floor"] = result["ours"] / result["floor"]
