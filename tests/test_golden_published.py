@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from golden_cases import Case, as_dtype, cases, kinds, parametrize, relative_l2
+from golden_cases import Case, as_dtype, cases, check_scheduler_case, kinds, parametrize, relative_l2
 
 from rf_kernels.reference import published
 from rf_kernels.reference.published.attention import CausalSelfAttention
@@ -287,38 +287,11 @@ def test_scheduler(case):
 
 def check_scheduler(case: Case, prefix: str, golden: dict[str, torch.Tensor]) -> None:
     arguments = {name: value for name, value in case.hyper.items() if name != "shift"}
-    scheduler = published.FlowMatchScheduler(float(prefix.removeprefix("shift")), **arguments)
-    x0, eps, flow, t = (golden[name] for name in ("x0", "eps", "flow", "t"))
-    xt = scheduler.add_noise(x0, eps, t)  # the float64 conversions are recorded of this float32 sample
-    mid = re.search(r"t=([\d.,]+\d)", case.entry["meaning"][f"{prefix}.step_mid"])[1]
-    mid = torch.tensor([float(value) for value in mid.split(",")])
-    tables = {
-        "sigmas": scheduler.sigmas,
-        "timesteps": scheduler.timesteps,
-        "training_weights": scheduler.training_weights,
-        "warped_steps": scheduler.nominal_steps(golden["step_list"].tolist()),
-        "sigma_used": scheduler.sigma(t),
-        "weight_used": scheduler.training_weight(t),
-        "train_t_warped": published.score_timestep(golden["train_t_int"], float(prefix.removeprefix("shift"))),
-    }
-    conversions = {
-        "add_noise": xt,
-        "add_noise_bf16": scheduler.add_noise(x0.bfloat16(), eps.bfloat16(), t),
-        "x0_from_flow": scheduler.x0_from_flow(flow, xt, t),
-        "x0_from_flow_f64": scheduler.x0_from_flow(flow.double(), xt.double(), t),
-        "flow_from_x0": scheduler.flow_from_x0(x0, xt, t),
-        "flow_from_x0_f64": scheduler.flow_from_x0(x0.double(), xt.double(), t),
-        "training_target": scheduler.training_target(x0, eps),
-        "step": scheduler.step(flow, t, xt),
-        "step_mid": scheduler.step(flow[: len(mid)], mid, xt[: len(mid)]),
-    }
-    assert set(golden) == {"x0", "eps", "flow", "t", "step_list", "train_t_int", *tables, *conversions}
-    for name, value in tables.items():
-        case.check(value.dtype, "tables", value, f"{prefix}.{name}")
-    for name, value in conversions.items():
-        assert value.dtype == golden[name].dtype, name
-        subject = name if name == "flow_from_x0" else "conversions"
-        case.check(value.dtype, subject, value, f"{prefix}.{name}")
+    shift = float(prefix.removeprefix("shift"))
+    scheduler = published.FlowMatchScheduler(shift, **arguments)
+    warped_steps = scheduler.nominal_steps(golden["step_list"].tolist())
+    train_t_warped = published.score_timestep(golden["train_t_int"], shift)
+    check_scheduler_case(case, prefix, golden, scheduler, warped_steps, train_t_warped)
 
 
 class Scores:
