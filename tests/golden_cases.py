@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_forcing._files import check_header
 from safetensors import safe_open
 
 GOLDEN_DIR = Path(os.environ.get("RF_GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -110,13 +111,15 @@ def parse_tolerance(text: str) -> dict[str, Bound]:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """Tensors of one file, read when they are asked for. Every access returns a fresh tensor."""
+    """Tensors of one file, read when they are asked for. Every access returns a fresh tensor: a copy, because what the reader hands
+    out keeps its map of the file alive, one map an access. ``ValueError`` for a header that claims too much."""
 
     def __init__(self, path: Path):
         self._path = path
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:
+        check_header(self._path)
         with safe_open(self._path, "pt") as file:
             return tuple(file.keys())
 
@@ -124,7 +127,7 @@ class Tensors(Mapping[str, torch.Tensor]):
         if name not in self._names:
             raise KeyError(f"{self._path.name} has no tensor {name!r}")
         with safe_open(self._path, "pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -134,8 +137,7 @@ class Tensors(Mapping[str, torch.Tensor]):
 
     def below(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose name starts with ``prefix``, under the rest of their name."""
-        with safe_open(self._path, "pt") as file:
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in self._names if name.startswith(prefix)}
+        return {name.removeprefix(prefix): self[name] for name in self._names if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ bit, what an independent reading of the file says. The process measures its peak
 give a loader more than a fixed address space, so that a claimed size which is allocated becomes a failure.
 """
 
+import ctypes
+import gc
 import io
 import json
 import random
@@ -31,8 +33,9 @@ from safetensors.torch import save_file
 
 import rf_kernels as rf
 
-#: Resident memory that a load may take beyond twice the file: the allocator's granularity and small objects.
-SLACK = 3 << 20
+#: Resident memory that a load may take beyond twice the file: the allocator's granularity and the interpreter's own objects (a file of
+#: 27 bytes takes 37 kB).
+SLACK = 1 << 18
 ADDRESS_SPACE = 1 << 30
 
 ITEM = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8}
@@ -377,14 +380,14 @@ class Pickled(Checkpoint):
 class Golden:
     """Files of a golden set, read through the loader of the tests."""
 
-    suffix, refusals, kinds = ".safetensors", (SafetensorError, KeyError, OSError), ANYWHERE + SAFETENSORS[:-1]
+    suffix, refusals, kinds = ".safetensors", (SafetensorError, ValueError, OSError), ANYWHERE + SAFETENSORS
 
     def __init__(self, folder):
         self.good = (GOLDEN_DIR / "B02_stream_c1s1w5_b2.safetensors").read_bytes()
         self.others = [self.good[::-1], saved({"a": torch.zeros(3)})]
 
     def load(self, path):
-        return Tensors(path).below("")
+        return dict(Tensors(path))
 
     def check(self, data, loaded):
         header, start = header_of(data)
@@ -405,6 +408,8 @@ def status(field: str) -> int:
 
 def peak_of(call):
     """(result or exception, growth of resident memory at its peak)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that malloc kept of an earlier load would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = status("VmRSS")
     try:

@@ -1,10 +1,12 @@
-"""A long stream at small size: does memory stay, does the error stay? `python tests/soak.py --chunks 100000`
+"""A long stream at small size: does memory stay, does the error stay?
+
+    python tests/soak.py --chunks 100000 --report tests/reports/soak.json
 
 One stream of bfloat16 frames goes through a cache of every kind of sink at once. Every SAMPLE chunks the sink's state and the
 attention of the chunk are compared with a float64 replay of the recursion on raw frames, and memory is read: live tensors and their
 bytes, bytes in use by malloc, live Python objects, resident memory. Allocations of one chunk are counted by the profiler before the
 first hundred chunks are over and again at the end. The trend of an error is a least-squares line over means of BATCH samples, which are
-far apart enough (1000 chunks at a memory of 100) to be independent.
+far apart enough (500 chunks at a memory of 100) to be independent; the correlation of neighbouring means (`lag1`) is reported.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import resource
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,6 +24,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from provenance import provenance, write
 
 import rf_kernels as rf
 from rf_kernels.reference.streaming import rotate, softmax_attention, token_positions
@@ -109,6 +112,7 @@ class Trend:
     slope: float
     low: float
     high: float
+    lag1: float  # correlation of neighbouring means beside the line: about 0 where they are independent
 
     @property
     def flat(self) -> bool:
@@ -143,7 +147,8 @@ def trend(errors, batch: int = BATCH) -> Trend:
     freedom = len(means) - 2
     deviation = float(np.sqrt((residual**2).sum() / freedom / (centred**2).sum()))
     width = T_QUANTILES[max(n for n in T_QUANTILES if n <= freedom)] * deviation
-    return Trend(float(means.mean()), slope, slope - width, slope + width)
+    lag1 = float((residual[1:] * residual[:-1]).sum() / ((residual**2).sum() or 1.0))
+    return Trend(float(means.mean()), slope, slope - width, slope + width, lag1)
 
 
 @dataclass
@@ -243,10 +248,44 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def as_report(report: Report) -> dict:
+    """The report as it is committed: figures, what they were judged by, and where they come from."""
+    promised = [trends[name] for trends in (report.state, report.attention) for name in PROMISED]
+    memory_is_constant = all(report.early[name] == report.late[name] for name in ("tensors", "tensor bytes"))
+    return {
+        "command": f"python tests/soak.py --chunks {report.chunks} --report tests/reports/soak.json",
+        **provenance("torch", "numpy"),
+        "chunks": report.chunks,
+        "seconds": round(report.seconds),
+        "verdicts": {
+            "live tensors and their bytes constant": memory_is_constant,
+            "allocations of a chunk constant": report.allocations[0] == report.allocations[1] > 0,
+            "resident memory below 1 MiB after chunk 100": report.peak_growth < 1 << 20,
+            "no trend": all(trend.flat for trend in promised),
+        },
+        "largest growth of resident memory after chunk 100": report.peak_growth,
+        "allocations of a chunk": {"chunk 50": report.allocations[0], "end": report.allocations[1]},
+        "memory": {"chunk 100": report.early, "end": report.late},
+        "errors": "relative L2 against a float64 replay; slope per 1000 chunks, interval at 99.9% (ten are judged at once)",
+        "sinks": {
+            name: {"promised": name in PROMISED, "state": asdict(report.state[name]), "attention": asdict(report.attention[name])}
+            for name in POLICIES
+        },
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
+    if arguments.chunks < (least := SETTLE + 3 * SAMPLE * BATCH):
+        parser.error(f"a trend takes at least {least} chunks")
     torch.set_num_threads(1)
-    print(table(soak(arguments.chunks, seed=arguments.seed)))
+    done = soak(arguments.chunks, seed=arguments.seed)
+    print(table(done))
+    if arguments.report:
+        written = as_report(done)
+        write(arguments.report, written)
+        sys.exit(0 if all(written["verdicts"].values()) else 1)

@@ -53,6 +53,14 @@ def test_bound_allows_the_rounding_of_what_is_stored():
     assert relative_l2(exact, exact) == 0.0
 
 
+def test_tensors_are_fresh():
+    tensors = cases()[0].tensors
+    name = next(iter(tensors))
+    tensors[name].fill_(7)
+    tensors.below("")[name].fill_(7)
+    assert not torch.equal(tensors[name], torch.full_like(tensors[name], 7))
+
+
 @pytest.mark.parametrize("case", cases(), ids=repr)
 def test_index_describes_the_file(case):
     described = case.entry["tensors"]
