@@ -22,7 +22,8 @@ FORBIDDEN = {
 HARMLESS = {"pickle", "pickle.UnpicklingError", "pickle.PicklingError", "pickle.PickleError"}
 #: Methods and attributes, whatever they belong to.
 UNPICKLERS = {"Unpickler", "read_pickle", "unsafe_load", "persistent_load", "find_class", "add_safe_globals", "safe_globals",
-              "load_module", "exec_module", "broadcast_object_list", "all_gather_object", "scatter_object_list", "recv_object_list"}  # fmt: skip
+              "load_module", "exec_module",
+              "broadcast_object_list", "all_gather_object", "scatter_object_list", "recv_object_list"}  # fmt: skip
 #: What a class defines so that a pickle of it can run code.
 HOOKS = {"__reduce__", "__reduce_ex__", "__setstate__", "__getstate__", "__getnewargs__", "__getnewargs_ex__"}
 
