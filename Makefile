@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install sanitize clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-versions sanitize clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -77,6 +77,11 @@ wheel: $(SETUP)
 ## make check-install every way of building and installing, in a fresh environment
 check-install: wheel
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_install.py --torch '$(TORCH)'
+
+## make check-versions the one extension under other Pythons and PyTorches (VERSIONS="python3.12:2.11.0 ...")
+VERSIONS ?= python3.10:2.10.0 python3.12:2.11.0
+check-versions: ext
+	$(PY) tests/check_versions.py $(VERSIONS)
 
 ## make sanitize   the CPU backend under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize: $(SETUP)

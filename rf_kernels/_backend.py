@@ -131,9 +131,9 @@ def as_list(op: str, argument: str, values) -> list:
 
 def check_tensors(op: str, required: dict, optional: dict) -> None:
     """Each a tensor (or None, if optional): for functions that look at their tensors before the op does."""
-    for values, expected in ((required, "a tensor"), (optional, "a tensor or None")):
+    for values, expected, may_be_none in ((required, "a tensor", False), (optional, "a tensor or None", True)):
         for name, value in values.items():
-            if not isinstance(value, torch.Tensor) and (value is not None or values is required):
+            if not isinstance(value, torch.Tensor) and not (may_be_none and value is None):
                 raise argument_error(op, name, expected, type(value).__name__)
 
 

@@ -84,8 +84,10 @@ def kernels(library: Path = LIBRARY, arch: str | None = None) -> list[Kernel]:
     only = ("-arch", arch) if arch else ()
     found, kernel, arch = {}, None, ""
     for line in _dump(*only, "-sass", library).splitlines():
-        if match := re.search(r"code for (sm_\w+)|^arch = (sm_\w+)", line):
-            arch = match[1] or match[2]
+        if match := re.match(
+            r"arch = (sm_\w+)", line
+        ):  # not "code for": CUDA 12's cuobjdump says sm_90 there for sm_90a
+            arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             kernel = found.setdefault((arch, match[1]), Kernel(match[1], arch))
         elif kernel is not None and (match := _INSTRUCTION.match(line)):
@@ -93,8 +95,8 @@ def kernels(library: Path = LIBRARY, arch: str | None = None) -> list[Kernel]:
     arch = ""
     name = None
     for line in _dump(*only, "-res-usage", library).splitlines():
-        if match := re.search(r"arch = (sm_\w+)|(?:for|target) '?(sm_\w+)", line):
-            arch = match[1] or match[2]
+        if match := re.match(r"arch = (sm_\w+)", line):
+            arch = match[1]
         if match := re.search(r"Function (\S+):", line):
             name = match[1]
         if match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):

@@ -32,6 +32,11 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _alpha_of(policy: "EMASink") -> torch.Tensor:
+    # Host tensors name their device throughout: a model is often built under torch.device("meta") or a default device.
+    return torch.as_tensor(policy.alpha, dtype=torch.float64, device="cpu")
+
+
 class NonFiniteError(ArithmeticError):
     """Frames with a NaN or an infinity left the window under ``EMASink(on_nonfinite="raise")``."""
 
@@ -72,7 +77,7 @@ class EMASink:
         if not isinstance(self.held, tuple | list) or not all(map(_is_integer, self.held)):
             raise argument_error("EMASink", "held", "a tuple of sink frames", repr(self.held))
         try:
-            alpha = torch.as_tensor(self.alpha, dtype=torch.float64)
+            alpha = _alpha_of(self)
         except (TypeError, ValueError, RuntimeError):
             raise argument_error(
                 "EMASink", "alpha", "a number, or nested sequences of them", repr(self.alpha)
@@ -87,6 +92,12 @@ class LayerCache:
     def __init__(self, cache: "SinkWindowCache", layer: int):
         self._cache, self._layer = cache, layer
         self.k, self.v = cache.k[layer], cache.v[layer]
+
+    def __getstate__(self) -> tuple:  # see SinkWindowCache.__getstate__
+        return self._cache, self._layer
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)
 
     def append(self, q, k, v, plan: ChunkPlan, *, q_weight=None, k_weight=None, norm="model", eps=1e-6):
         """Normalise and rotate q and k, write k and v to the chunk's slots; in the chunk's first forward, absorb what leaves first.
@@ -154,6 +165,11 @@ class SinkWindowCache:
         undo_frames: int = 0,
     ):
         op = "SinkWindowCache"
+        self._arguments = {
+            "layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim, "grid": grid, "sink_frames": sink_frames,
+            "window_frames": window_frames, "sink_policy": sink_policy, "rope": rope, "dtype": dtype, "device": device,
+            "rephase": rephase, "undo_frames": undo_frames,
+        }  # fmt: skip
         if not isinstance(grid, Sequence) or not all(map(_is_integer, grid)):
             raise argument_error(op, "grid", "a sequence of integers", repr(grid))
         grid = tuple(grid)
@@ -223,7 +239,7 @@ class SinkWindowCache:
         self._alpha = None
         self._skipped = torch.zeros(layers, dtype=torch.int64, device=device)
         if self._ema:
-            alpha = torch.as_tensor(sink_policy.alpha, dtype=torch.float64)
+            alpha = _alpha_of(sink_policy)
             if alpha.shape not in ((), (sink_frames,), (sink_frames, self.frame_tokens)):
                 expected = f"shape (), ({sink_frames},) or ({sink_frames}, {self.frame_tokens})"
                 raise argument_error(op, "sink_policy.alpha", expected, tuple(alpha.shape))
@@ -395,7 +411,7 @@ class SinkWindowCache:
             tensor.zero_()
         self._restart(next_frame=0, state_ready=False)
 
-    # ---- saving a stream between chunks -------------------------------------------------------------------------------------
+    # ---- saving and copying a stream between chunks ----------------------------------------------------------------------------
     def state_dict(self) -> dict:
         """The stream between chunks: ``{"meta": {...}, "tensors": {...}}``, tensors cloned, valid slots only."""
         if self._plan is not None:
@@ -487,6 +503,15 @@ class SinkWindowCache:
             raise argument_error(op, "path", "a readable stream file", f"{path}: {error}") from error
         self.load_state_dict({"meta": meta, "tensors": tensors})
 
+    # copy and pickle: tensors that share memory (k, and each layer's view of it) would come back as tensors that do not. So a copy is
+    # a new cache that continues the same stream; like state_dict, between chunks only. copy.copy shares nothing either.
+    def __getstate__(self) -> dict:
+        return {"arguments": self._arguments, "stream": self.state_dict()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state["arguments"])
+        self.load_state_dict(state["stream"])
+
     # ---- inside ---------------------------------------------------------------------------------------------------------------
     def _states(self) -> dict[str, torch.Tensor]:
         named = {"k_state": self.k_state, "k_state_lo": self.k_state_lo, "v_state": self.v_state}
@@ -495,7 +520,7 @@ class SinkWindowCache:
     def _identity(self) -> dict:
         """What a saved stream must share with the cache that continues it, in JSON types."""
         policy = self.sink_policy
-        alpha = torch.as_tensor(policy.alpha, dtype=torch.float64).tolist() if self._ema else None
+        alpha = _alpha_of(policy).tolist() if self._ema else None
         rope = self.rope
         return {
             "format": _FORMAT,

@@ -142,14 +142,14 @@ class PlanBuffers:
 
     def _stage(self, device):
         if device.type in ("cpu", "meta"):
-            host_ints = self.ints if device.type == "cpu" else torch.zeros(self.ints.shape, dtype=torch.int32)
-            host_floats = (
-                self.floats if device.type == "cpu" else torch.zeros(self.floats.shape, dtype=self.floats.dtype)
-            )
-            return {"ints": host_ints, "floats": host_floats, "event": None}
+            on_host = {"ints": self.ints, "floats": self.floats}
+            if device.type == "meta":
+                on_host = {name: torch.zeros(t.shape, dtype=t.dtype, device="cpu") for name, t in on_host.items()}
+            return on_host | {"event": None}
+        pinned = {"device": "cpu", "pin_memory": True}
         return {
-            "ints": torch.zeros(self.ints.shape, dtype=torch.int32, pin_memory=True),
-            "floats": torch.zeros(self.floats.shape, dtype=self.floats.dtype, pin_memory=True),
+            "ints": torch.zeros(self.ints.shape, dtype=torch.int32, **pinned),
+            "floats": torch.zeros(self.floats.shape, dtype=self.floats.dtype, **pinned),
             "event": torch.cuda.Event(),
         }
 

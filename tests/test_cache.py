@@ -1,6 +1,8 @@
 """SinkWindowCache: what is attended and with which positions (against the float64 recomputation of the rule), chunk plans, undo,
 saving, refusals, and what the hot path does not do."""
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -283,6 +285,47 @@ def test_loading_checks_everything_first(tmp_path):
     with pytest.raises(FileNotFoundError):
         target.load(tmp_path / "none")
     assert target.next_frame == 0 and not target.k.any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_copy_is_a_cache_of_its_own_that_continues_the_stream(copied, dtype):
+    cache = make(2, 4, policy=rf.EMASink((0.9, 0.7), held=(1,)), dtype=dtype, layers=2, undo_frames=2)
+    fresh = copied(cache)
+    for chunk in range(4):
+        step(cache, 2, chunk)
+    other, view = copied(cache), copy.deepcopy(cache[1])  # a shallow copy of a view is a view of the same cache
+    before = fingerprint(*state_of(cache))
+    expected = torch.stack(step(copied(cache), 2, 7))
+    for continued in (other, view._cache):
+        assert_equal_bits(torch.stack(step(continued, 2, 7)), expected)
+        assert continued[1].k.data_ptr() == continued.k[1].data_ptr()
+    assert fingerprint(*state_of(cache)) == before
+    assert_equal_bits(torch.stack(step(cache, 2, 7)), expected)
+    assert view.k.data_ptr() == view._cache.k[1].data_ptr() and fresh.next_frame == 0
+    plan = cache.begin(2)
+    with pytest.raises(rf.ArgumentError, match="expected no open plan"):
+        copied(cache)
+    cache.rollback(plan)
+
+
+def test_a_default_device_changes_nothing():
+    """Models are built under ``torch.device("meta")``, and with a default device: host tensors must be on the host all the same."""
+    inputs = [[tensors(make(2, 4), 2, 10 * chunk + layer) for layer in range(2)] for chunk in range(5)]
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            cache = make(2, 4, policy=rf.EMASink((0.9, 0.7)), layers=2)
+            assert make(2, 4, policy=rf.EMASink(0.9), layers=2, device="meta").begin(2).slots.is_meta
+            for chunk in inputs:
+                plan = cache.begin(2)
+                for layer, qkv in zip(cache, chunk, strict=True):
+                    q = layer.append(*qkv, plan)
+                    results.append(rf.sink_window_attention(q, layer.k, layer.v, kv_tokens=plan.kv_tokens))
+                cache.commit(plan)
+            cache.load_state_dict(cache.state_dict())
+    assert len(results) == 20
+    assert_equal_bits(torch.stack(results[:10]), torch.stack(results[10:]))
 
 
 def test_reset_leaves_nothing_of_the_old_stream():

@@ -1,6 +1,8 @@
 """Streams on CUDA: a whole denoising forward captured and replayed, results that never change, memory and streams that misbehave, no
 wait for the device, and the recorded streams of the published code."""
 
+import copy
+
 import pytest
 import torch
 from ema_evict_case import Case as EvictCase
@@ -61,7 +63,7 @@ class Stream:
 
     def draw(self, *shape, seed):
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).to(self.device, self.model.dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(self.device, self.model.dtype)
 
     def load(self, seed):
         """New contents of the input tensors, at the same addresses."""
@@ -84,6 +86,23 @@ class Stream:
         """As many chunks as fill the cache, and one that evicts."""
         for number in range(LENGTH // FRAMES + 1):
             self.chunk(number)
+
+
+@torch.no_grad()
+def test_a_default_device_and_a_copy(device):
+    """Built under a default device, as applications do, and copied with its pinned memory and events: the same bits."""
+    model = make_model(device)
+    plain = Stream(model, device)
+    plain.fill()
+    with torch.device(device):
+        stream = Stream(model, device)
+        stream.fill()
+    copied = Stream(model, device)
+    copied.cache = copy.deepcopy(stream.cache)
+    expected = plain.chunk(20)
+    for other in (stream, copied):
+        for ours, theirs in zip(other.chunk(20), expected, strict=True):
+            assert_equal_bits(ours, theirs)
 
 
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------

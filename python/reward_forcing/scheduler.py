@@ -48,7 +48,9 @@ class FlowMatchScheduler:
         self.shift, self.num_train_timesteps, self.num_steps = shift, num_train_timesteps, num_steps
         # In float32 from the start, as published: another rounding of sigma would show in float64 runs, which use
         # these numbers.
-        s = torch.linspace(sigma_max, sigma_min, num_steps + int(extra_one_step), dtype=torch.float32)[:num_steps]
+        s = torch.linspace(sigma_max, sigma_min, num_steps + int(extra_one_step), dtype=torch.float32, device="cpu")[
+            :num_steps
+        ]
         self.sigmas = shift * s / (1 + (shift - 1) * s)
         self.timesteps = self.sigmas * num_train_timesteps
         bell = torch.exp(-2 * ((self.timesteps - num_steps / 2) / num_steps) ** 2)

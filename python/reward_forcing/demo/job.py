@@ -53,7 +53,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def _context(job: StreamJob, config, generator: torch.Generator) -> torch.Tensor:
     if job.context is None:
-        return torch.randn(1, config.text_len, config.text_dim, generator=generator)
+        return torch.randn(1, config.text_len, config.text_dim, generator=generator, device="cpu")
     tensors = read_safetensors(Path(job.context))
     if "context" not in tensors:
         raise ValueError(f"{job.context}: expected a tensor named `context`, found {sorted(tensors)}")
@@ -90,7 +90,7 @@ def run(job: StreamJob, progress: Callable | None = None) -> tuple[torch.Tensor,
     context = _context(job, config, generator).to(device, dtype)
 
     def randn(shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     draws: list[torch.Tensor] = []
 
