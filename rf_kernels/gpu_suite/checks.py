@@ -88,7 +88,7 @@ def sanitizer(options: Options, tests: Path) -> None:
 
 
 def chip_model(options: Options, tests: Path) -> None:
-    built = list((tests.parent / "build" / "chip").glob("_chip*.so"))
+    built = list((tests.parent / "build" / "chip" / sys.implementation.cache_tag).glob("_chip*.so"))
     if not built:
         options.rows.add(
             "note", text="the functional model of the chip is not built (make chip): its cases were not run"

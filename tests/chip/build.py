@@ -1,7 +1,7 @@
 """Builds and loads `_chip`, the test-only module that runs kernels on the functional model of the chip.
 
-`python tests/chip/build.py` (or `make chip`) builds it into build/chip; `load()` does so when a test asks for it. Ninja rebuilds
-only what changed.
+`python tests/chip/build.py` (or `make chip`) builds it into a folder of build/chip, one for each Python; `load()` does so when a test
+asks for it. Ninja rebuilds only what changed.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "chip"
-BUILD = ROOT / "build" / "chip"
+BUILD = ROOT / "build" / "chip" / sys.implementation.cache_tag
 
 
 def _tool(name):
