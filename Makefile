@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-versions sanitize clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-versions sanitize mutants mutants-sample clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -86,6 +86,14 @@ check-versions: ext
 ## make sanitize   the CPU backend under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize: $(SETUP)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py
+
+## make mutants    plant the faults of tests/mutants one by one: a test must notice each (hours; writes tests/mutants/report.md)
+mutants: $(SETUP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/mutants/run.py --report
+
+## make mutants-sample ten of them, as CI does
+mutants-sample: $(SETUP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/mutants/run.py --sample --again
 
 clean:
 	rm -rf build dist out *.egg-info rf_kernels/_C.abi3.so

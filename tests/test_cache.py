@@ -130,9 +130,51 @@ def test_wan_shapes_of_a_plan():
     assert ring.held(12) == [0, 1, 2, 6, 7, 8, 9, 10, 11]
 
 
+@pytest.mark.parametrize("sink_frames, window_frames", [(0, 3), (2, 3), (3, 2)])
+def test_held_frames_are_those_in_the_slots(sink_frames, window_frames):
+    ring, slots = make(sink_frames, window_frames).ring, {}
+    for frame in range(12):
+        slots[ring.slot(frame)] = frame
+        assert sorted(slots) == list(range(len(slots)))  # a prefix
+        assert ring.held(frame + 1) == sorted(slots.values())
+
+
 def test_bytes_are_known_before_they_are_allocated():
     here, planned = (make(3, 6, layers=2, undo_frames=3, dtype=torch.bfloat16, device=d) for d in ("cpu", "meta"))
     assert here.nbytes == planned.nbytes > 0
+
+
+def test_bytes_are_those_of_every_tensor():
+    cache = make(2, 3, policy=rf.EMASink(), layers=2, undo_frames=3, dtype=torch.bfloat16)
+    holders = [vars(cache), vars(cache._buffers), cache._undo]
+    storages = {t.untyped_storage().data_ptr(): t for h in holders for t in h.values() if isinstance(t, torch.Tensor)}
+    del storages[cache._alpha.untyped_storage().data_ptr()]  # of the policy
+    assert len(storages) == 16
+    assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("state", ["compensated", "float32", "published"])
+def test_keys_without_positions_are_averaged_as_values_are(dtype, state):
+    cache = make(2, 3, policy=rf.EMASink(0.99, state=state), dtype=dtype, rope=None)
+    for chunk in range(20):
+        plan = cache.begin(2)
+        q, k, _ = tensors(cache, 2, chunk)
+        cache[0].append(q, k, k, plan)
+        cache.commit(plan)
+    assert_equal_bits(cache.k, cache.v)
+    assert_equal_bits(*cache.sink_state(0))
+
+
+def test_an_inspected_state_is_a_copy():
+    cache = make(2, 2, dtype=torch.float32)
+    for chunk in range(4):  # before and after the first frame leaves
+        step(cache, 1, chunk)
+        before = fingerprint(*state_of(cache))
+        for t in cache.sink_state(0):
+            assert bool(t.any())
+            t.zero_()
+        assert fingerprint(*state_of(cache)) == before
 
 
 def test_queries_may_have_more_heads():
@@ -165,6 +207,40 @@ def test_absolute_positions_without_rephasing():
     for chunk in range(1, 5):
         step(cache, 3, chunk)
     assert_equal_bits(cache.k[0][:, : 2 * cache.frame_tokens], before)
+
+
+def test_an_average_without_rephasing_stays_at_its_own_phase():
+    """The state is that of a re-phased stream of the same frames; the slots are the state itself."""
+    still, moved = (make(2, 3, policy=rf.EMASink(0.5), rephase=rephase) for rephase in (False, True))
+    for chunk in range(9):
+        for cache in (still, moved):
+            plan = cache.begin(1)
+            assert plan.shift == (max(0, plan.t_end - 5) if cache is moved else 0)
+            cache[0].append(*tensors(cache, 1, chunk), plan)
+            cache.commit(plan)
+    tokens = 2 * still.frame_tokens
+    for ours, theirs in zip(still.sink_state(0), moved.sink_state(0), strict=True):
+        assert_equal_bits(ours, theirs)
+    assert_equal_bits(still.k[0][:, :tokens], still.sink_state(0)[0])
+    assert relative_l2(moved.k[0][:, :tokens], still.k[0][:, :tokens]) > 0.1
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
+def test_a_stream_of_absolute_positions_is_the_whole_sequence(grid):
+    """A static sink that is not re-phased: chunk by chunk through the cache, or all at once with a sink and a window per chunk."""
+    cache, frames, chunk = make(3, 4, policy=rf.StaticSink(), rephase=False, grid=grid), 12, 2
+    q, k, v = (torch.randn(1, frames * 6, 2, 32, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    rope, outputs = cache.rope, []
+    for begin in range(0, frames, chunk):
+        plan, part = cache.begin(chunk), slice(begin * 6, (begin + chunk) * 6)
+        rotated = cache[0].append(q[:, part], k[:, part], v[:, part], plan)
+        outputs.append(rf.sink_window_attention(rotated, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens))
+        cache.commit(plan)
+    angles, axes = rope.table([range(frames), *map(range, grid)], dtype=torch.float64)
+    q, k = (rf.rope(x, angles=angles, axes=axes) for x in (q, k))
+    ends = list(range(chunk * 6, frames * 6 + 1, chunk * 6))
+    whole = rf.sink_window_attention(q, k, v, chunk_ends=ends, num_sink_tokens=3 * 6, num_window_tokens=4 * 6)
+    assert relative_l2(torch.cat(outputs, 1), whole) < 1e-14
 
 
 def test_without_rope_the_sink_is_the_plain_average():
@@ -253,6 +329,35 @@ def test_a_saved_stream_continues_bit_for_bit(tmp_path, dtype, policy, chunks):
             assert_equal_bits(a, b)
 
 
+def test_a_stream_of_any_length_is_loaded():
+    """Empty, filling, just full, and one frame later."""
+    for frames in range(9):
+        cache, other = make(2, 4), make(2, 4)
+        for chunk in range(frames):
+            step(cache, 1, chunk)
+        other.load_state_dict(cache.state_dict())
+        for chunk in range(frames, frames + 3):
+            for a, b in zip(step(cache, 1, chunk), step(other, 1, chunk), strict=True):
+                assert_equal_bits(a, b)
+
+
+def test_a_loaded_stream_does_not_report_again():
+    policy = rf.EMASink(0.5, on_nonfinite="raise")
+    cache, other = make(1, 2, policy=policy), make(1, 2, policy=policy)
+    for chunk in range(4):
+        plan = cache.begin(1)
+        q, k, v = tensors(cache, 1, chunk)
+        v[0, 2, 1, 5] = float("inf") if chunk == 1 else 0.0
+        cache[0].append(q, k, v, plan)
+        if chunk == 3:
+            with pytest.raises(rf.NonFiniteError):
+                cache.commit(plan)
+        cache.commit(plan)
+    other.load_state_dict(cache.state_dict())
+    step(other, 1, 4)
+    assert other.skipped_tokens.tolist() == [1] and other.next_frame == 5
+
+
 def test_loading_checks_everything_first(tmp_path):
     cache = make(2, 4)
     for chunk in range(4):
@@ -334,7 +439,7 @@ def test_reset_leaves_nothing_of_the_old_stream():
         step(cache, 2, chunk)
     cache.reset()
     assert cache.next_frame == 0 and not any(bool(t.any()) for t in state_of(cache) if t is not None)
-    for chunk in range(5):
+    for chunk in range(9):  # four frames leave, so the state is taken anew
         for a, b in zip(step(cache, 1, 50 + chunk), step(fresh, 1, 50 + chunk), strict=True):
             assert_equal_bits(a, b)
 
@@ -447,6 +552,19 @@ def test_raise_mode_names_what_was_not_finite():
     assert cache.k.isfinite().all()
     make_again = make(1, 2, policy=rf.EMASink(0.5, on_nonfinite="raise"))
     step(make_again, 1, 0)
+
+
+def test_a_reset_cache_reports_what_is_not_finite_again():
+    cache = make(1, 2, policy=rf.EMASink(0.5, on_nonfinite="raise"))
+    for _ in range(2):
+        with pytest.raises(rf.NonFiniteError, match="1 tokens of the frames \\[1\\]"):
+            for chunk in range(4):
+                plan = cache.begin(1)
+                q, k, v = tensors(cache, 1, chunk)
+                v[0, 2, 1, 5] = float("inf") if chunk == 1 else 0.0
+                cache[0].append(q, k, v, plan)
+                cache.commit(plan)
+        cache.reset()
 
 
 # ---- what the hot path does not do ------------------------------------------------------------------------------------------

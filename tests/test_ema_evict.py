@@ -241,6 +241,24 @@ def test_identity_turn_keeps_every_bit():
     assert_equal_bits(out[0], case.k)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_float32_state_is_rounded_once_and_to_nearest_even(dtype):
+    """A key slot that is written from its state: float32 of every kind (lower halves around the ties of both half precisions)."""
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    exact = (
+        ((torch.arange(1 << 16).unsqueeze(1) << 16) + lower).to(torch.int32).view(torch.float32).view(1, 1, 1024, -1)
+    )
+    k, v = torch.ones(exact.shape, dtype=dtype), torch.ones(exact.shape, dtype=dtype)
+    rf.ema_evict(
+        k, v, exact.clone(), None, torch.zeros_like(exact), schedule=torch.zeros(1, 2, dtype=torch.int32),
+        turns=torch.zeros(1, 1, 0, 2), alpha=0.5, frame_tokens=1, state="float32",
+    )  # fmt: skip
+    nan = exact.isnan()
+    assert bool(k[nan].isnan().all())
+    assert_equal_bits(k[~nan], exact[~nan].to(dtype))
+    assert bool((v == 1).all())
+
+
 def autoregressive(frames, shape, *, rho, generator):
     """Unit-variance AR(1) frames: consecutive frames resemble each other, as those of a video do."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -260,6 +260,44 @@ def compare(dtype, shape):
         assert bool(((q.double() - q_exact).abs() <= limit).all())
 
 
+def float32_kinds():
+    """Float32 of every kind: each upper half with lower halves at, just above and just below the ties of both half precisions."""
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    bits = (torch.arange(1 << 16).unsqueeze(1) << 16) + lower
+    return bits.to(torch.int32).view(-1).view(torch.float32)
+
+
+def assert_rounded(actual, exact):
+    """What PyTorch rounds ``exact`` to, bit for bit; NaN stays NaN, whatever its payload."""
+    nan = exact.isnan()
+    assert bool(actual[nan].isnan().all())
+    assert_equal_bits(actual[~nan], exact[~nan].to(actual.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_kind_of_float32_is_rounded_to_nearest_even(dtype):
+    """A row of ones has norm 1, so the op rounds the weights alone: in vectors, and in tails of every length below one."""
+    weight = float32_kinds()
+    for dim in (weight.numel(), 4097, 7):
+        heads = weight.numel() // dim
+        row = weight[: heads * dim]
+        ones = torch.ones(1, 1, heads, dim, dtype=dtype)
+        out = rf.rope(ones, angles=None, axes=[], weight=row, norm="model", eps=0.0)
+        assert_rounded(out.flatten(), row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_to_do_changes_no_bit(dtype):
+    """Neither norm nor rotation: half precision goes through float32 and comes back, infinities and subnormal numbers included."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(1, 1, -1, 1)
+    x = x.view(torch.float16) if dtype == torch.float16 else x.to(dtype)
+    for dim in (1, 8, 13, 64):
+        rows = x.flatten()[: (1 << 16) // dim * dim].view(1, 1, -1, dim)
+        out = rf.rope(rows, angles=None, axes=[], norm=None)
+        assert_equal_bits(out.isnan(), rows.isnan())
+        assert_equal_bits(out[~rows.isnan()], rows[~rows.isnan()])
+
+
 def test_values_are_copied_bit_for_bit():
     for dtype in DTYPES:
         args, keywords = inputs(dtype)

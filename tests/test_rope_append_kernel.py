@@ -199,6 +199,27 @@ def test_bytes_moved_are_those_predicted(lanes, name, dtype):
     assert lanes.moved_bytes() == traffic.rope_append(**shape, angles=0)["rows"] + batch * tokens * weights
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_half_precision_without_instructions_for_it(lanes, dtype):
+    """The host build has no F16C: every bit pattern through float32 and back; every kind of float32 rounded to nearest even."""
+    call = make(dtype, pairs=None, norm=None, dim=64, heads=(1024, 1), frames=1, grid=(1, 1), batch=1)
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 1024, 64)
+    call.data = (patterns, *call.data[1:])
+    found, nan = run_lanes(lanes, call)[0], patterns.isnan()
+    assert_equal_bits(found.isnan(), nan)
+    assert_equal_bits(found[~nan], patterns[~nan])
+
+    # A row of ones has norm 1: what is rounded are the weights.
+    lower = torch.tensor([1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001], dtype=torch.int64)
+    weight = ((torch.arange(1 << 16).unsqueeze(1) << 16) + lower).to(torch.int32).view(torch.float32).flatten()
+    for part in weight.split(1 << 16):
+        call.data = (torch.ones_like(patterns), *call.data[1:])
+        call.kwargs |= dict(norm="model", q_weight=part.contiguous(), eps=0.0)
+        found, nan = run_lanes(lanes, call)[0].flatten(), part.isnan()
+        assert bool(found[nan].isnan().all())
+        assert_equal_bits(found[~nan], part[~nan].to(dtype))
+
+
 def test_slots_without_a_place_are_not_written(lanes):
     call = make(torch.float32, frames=3)
     call.slots = torch.tensor([1, -1, 5], dtype=torch.int32)  # the cache has frame slots 0 ... 4
