@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-versions sanitize mutants mutants-sample clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-versions sanitize sanitize-sample mutants mutants-sample clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -83,9 +83,11 @@ VERSIONS ?= python3.10:2.10.0 python3.12:2.11.0
 check-versions: ext
 	$(PY) tests/check_versions.py $(VERSIONS)
 
-## make sanitize   the CPU backend under AddressSanitizer and UndefinedBehaviorSanitizer
+## make sanitize   the CPU backend under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (-sample: few configurations)
 sanitize: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py --report tests/reports/sanitize.json
+sanitize-sample: $(SETUP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py --sample --seeds 0:40
 
 ## make mutants    plant the faults of tests/mutants one by one: a test must notice each (hours; writes tests/mutants/report.md)
 mutants: $(SETUP)

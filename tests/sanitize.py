@@ -1,8 +1,9 @@
-"""The CPU backend under sanitizers: `make sanitize`.
+"""The CPU backend under sanitizers: `make sanitize` (tests/reports/sanitize.json is what it wrote), `make sanitize-sample` in CI.
 
 AddressSanitizer and UndefinedBehaviorSanitizer (alignment included) in one build, ThreadSanitizer in another: the extension is built
-with RF_SANITIZE into build/sanitize, and the configurations of tests/fuzz.py run on it in a process with the runtimes preloaded. A
-planted overrun, misalignment and race must be found in such a process, else nothing was shown.
+with RF_SANITIZE into build/sanitize, and the configurations of tests/fuzz.py and the wrong calls of tests/refusals.py run on it in a
+process with the runtimes preloaded. A planted overrun, misalignment and races must be found in such a process, else nothing was shown;
+and every operator must have run in every dtype, its kinds of work (KINDS) included.
 
 Under ThreadSanitizer PyTorch itself runs on one thread (it is not instrumented), and the parallel loops of this library, which call
 PyTorch's ``torch_parallel_for``, on threads of tests/parallel_for_threads.cpp. Attention's loop over two intervals of keys calls
@@ -10,25 +11,43 @@ PyTorch's kernel from those threads.
 """
 
 import argparse
+import collections
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+
+from provenance import provenance, write
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 FOUND = 99  # exit status of a process in which a sanitizer found something
-OPS = ("rope_append", "rope", "ema_evict", "dmd_gradient", "sink_window_attention", "stream")
+OPS = ("rope_append", "rope", "ema_evict", "dmd_gradient", "sink_window_attention", "stream", "refusals")
+
+_DTYPES, _HALF = ("float64", "float32", "bfloat16", "float16"), ("bfloat16", "float16")
+_SEEN = ("a prefix", "no key", "one interval", "two intervals")
+_WIDTHS = ("vectors of 64", "vectors of 32", "vectors of 8", "scalar")
+_STATES = [*product(_DTYPES, ["published"]), *product(_HALF, ["compensated", "float32"])]
+#: What every run must have reached, as `label` says it.
+KINDS = {
+    *(f"{op} {dtype}" for op in ("rope", "rope_append", "rope_append_check", "dmd_gradient") for dtype in _DTYPES),
+    *(f"{op} {dtype}, {seen}" for op in ("sink_window_attention", "sink_window_attention_backward")
+      for dtype in _DTYPES for seen in _SEEN),
+    *(f"ema_evict {dtype}, {state}, {width}" for dtype, state in _STATES for width in _WIDTHS),
+}  # fmt: skip
 
 #: Build: sanitizers, runtimes in the order they must be loaded in (their hooks need libstdc++ behind them), plants and their signs.
 BUILDS = {
     "memory": ("address,undefined", ("libasan.so", "libubsan.so", "libstdc++.so"),
                {"overrun": "heap-buffer-overflow", "misaligned": "misaligned address"}),
-    "threads": ("thread", ("libtsan.so", "libstdc++.so"), {"race": "data race"}),
+    "threads": ("thread", ("libtsan.so", "libstdc++.so"), {"race of calls": "data race", "race in a loop": "data race"}),
 }  # fmt: skip
 
 
@@ -108,7 +127,9 @@ def plant(what: str) -> None:
 
     import rf_kernels as rf
 
-    if what == "race":  # two threads append to one cache
+    if what == "race in a loop":
+        ctypes.CDLL(None).racing_loop()
+    elif what == "race of calls":  # two threads append to one cache
         q, k, v = (torch.randn(1, 4096, 8, 64) for _ in range(3))
         k_cache, v_cache = torch.zeros_like(k), torch.zeros_like(v)
         slots = torch.arange(4, dtype=torch.int32)
@@ -127,6 +148,43 @@ def plant(what: str) -> None:
         rf.rope(x, angles=torch.ones(1, 2, 2), axes=[2, 1, 0])
 
 
+def label(name: str, arguments: dict) -> set[str]:
+    """What a call of a registered operator was, for the list of what was reached."""
+    import rf_kernels as rf
+
+    dtype = str(next(iter(arguments.values())).dtype).removeprefix("torch.")
+    call = f"{name} {dtype}"
+    if name.startswith("sink_window_attention"):
+        ends, few = arguments["chunk_ends"], arguments["num_sink_tokens"]
+        if ends is None:
+            return {f"{call}, a prefix"}
+        window = ends[-1] if arguments["num_window_tokens"] is None else arguments["num_window_tokens"]
+        apart = [(few > 0) + (window > 0) if few < end - window else int(few + window > 0) for end in ends]
+        return {f"{call}, {_SEEN[1 + count]}" for count in apart}
+    if name == "ema_evict":
+        state = ("compensated", "float32", "published")[arguments["state"]] if dtype in _HALF else "published"
+        return {f"{call}, {state}, {rf.last_dispatch().reason.split(':')[0]}"}
+    return {call}
+
+
+def refuse(reached) -> list[str]:
+    """The wrong calls of tests/refusals.py: refused, and nothing touched on the way."""
+    import refusals
+
+    import rf_kernels as rf
+
+    accepted = []
+    for function, argument, what, edit in refusals.op_entries():
+        call = dict(getattr(refusals.World(), function))
+        edit(call)
+        try:
+            getattr(rf, function)(**call)
+            accepted.append(f"{function}: {argument}: {what}: accepted")
+        except rf.ArgumentError:
+            reached["wrong calls"] += 1
+    return accepted
+
+
 def run_child(kind: str, what: str, first: int, last: int) -> None:
     sys.path[:0] = [str(package_of(kind)), str(ROOT / "tests")]
     import torch
@@ -138,48 +196,93 @@ def run_child(kind: str, what: str, first: int, last: int) -> None:
     if what not in OPS:
         return plant(what)
     import fuzz
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    failures = fuzz.run(what, range(first, last))
+    reached = collections.Counter()
+
+    class Reached(TorchDispatchMode):  # below autograd: backward operators pass here too
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            result = operator(*args, **(kwargs or {}))
+            if operator.namespace == "rf_kernels" and args:
+                names = [argument.name for argument in operator._schema.arguments]
+                full = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | (kwargs or {})
+                reached.update(label(operator._schema.name.split("::")[1], full))
+            return result
+
+    with Reached():
+        failures = refuse(reached) if what == "refusals" else fuzz.run(what, range(first, last))
     if failures:
         sys.exit("\n".join(failures))
+    if kind == "threads" and what != "refusals" and not ctypes.CDLL(None).threads_started():
+        sys.exit("no loop of the library ran on the threads of tests/parallel_for_threads.cpp")
+    print(json.dumps(reached))
 
 
-def check(kind: str, first: str, last: str) -> int:
-    """Build, plant, run; the number of things that went wrong."""
+def check(kind: str, first: int, last: int) -> dict:
+    """Build, plant, run: what was found, how often each kind of call ran, and how many things went wrong."""
     start = time.time()
     build(kind)
     print(f"sanitize: {kind}: {BUILDS[kind][0]}, built in {time.time() - start:.0f} s", flush=True)
-    bad = 0
+    report = {"sanitizers": BUILDS[kind][0], "planted": {}, "configurations": {}, "findings": 0, "calls": {}}
     for what, sign in BUILDS[kind][2].items():
         done = child(kind, what, 0, 0)
         found = done.returncode == FOUND and sign in done.stderr
         print(f"sanitize: {kind}: planted {what}: {'found' if found else 'NOT FOUND'}", flush=True)
         if not found:
             print(done.returncode, done.stderr[-2000:])
-        bad += not found
-    for op in OPS:
-        start = time.time()
-        done = child(kind, op, first, last)
+        report["planted"][what] = "found" if found else "NOT FOUND"
+    start, reached = time.time(), collections.Counter()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        runs = pool.map(lambda op: child(kind, op, first, last), OPS)
+    for op, done in zip(OPS, runs, strict=True):
         verdict = "no finding" if done.returncode == 0 else f"FAILED ({done.returncode})"
-        print(f"sanitize: {kind}: {op}: seeds {first}:{last}, {verdict}, {time.time() - start:.0f} s", flush=True)
+        print(f"sanitize: {kind}: {op}: {verdict}", flush=True)
         if done.returncode:
             print(done.stdout[-1000:], done.stderr[:6000])
-        bad += done.returncode != 0
-    return bad
+        else:
+            calls = json.loads(done.stdout.splitlines()[-1])
+            report["configurations"][op] = calls.pop("wrong calls", last - first)
+            reached.update(calls)
+        report["findings"] += done.returncode != 0
+    print(f"sanitize: {kind}: ran in {time.time() - start:.0f} s", flush=True)
+    report["calls"] = dict(sorted(reached.items()))
+    report["not reached"] = sorted(KINDS - set(reached))
+    return report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0:300", help="first:last+1 of tests/fuzz.py")
+    parser.add_argument("--seeds", default="0:600", help="first:last+1 of tests/fuzz.py")
     parser.add_argument("--kind", choices=[*BUILDS, "all"], default="all")
+    parser.add_argument("--sample", action="store_true", help="few seeds: kinds of calls may be missing")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was found as JSON")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         kind, what, first, last = arguments.child
         run_child(kind, what, int(first), int(last))
         return 0
+    first, last = map(int, arguments.seeds.split(":"))
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        0
+    ]
+    facts = {
+        "command": " ".join(["python", "tests/sanitize.py", *sys.argv[1:]]),
+        **provenance("torch"),
+        "compiler": version,
+        "seeds": [first, last],
+    }
     kinds = list(BUILDS) if arguments.kind == "all" else [arguments.kind]
-    return 1 if sum(check(kind, *arguments.seeds.split(":")) for kind in kinds) else 0
+    builds = {kind: check(kind, first, last) for kind in kinds}
+    if arguments.report:
+        write(arguments.report, facts | {"builds": builds})
+    bad = sum(b["findings"] + sum(found != "found" for found in b["planted"].values()) for b in builds.values())
+    for kind, report in builds.items():
+        missing = report["not reached"]
+        if missing and not arguments.sample:
+            print(f"sanitize: {kind}: not reached: {', '.join(missing)}")
+            bad += 1
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -248,13 +248,13 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def as_report(report: Report) -> dict:
+def as_report(report: Report, facts: dict) -> dict:
     """The report as it is committed: figures, what they were judged by, and where they come from."""
     promised = [trends[name] for trends in (report.state, report.attention) for name in PROMISED]
     memory_is_constant = all(report.early[name] == report.late[name] for name in ("tensors", "tensor bytes"))
     return {
         "command": f"python tests/soak.py --chunks {report.chunks} --report tests/reports/soak.json",
-        **provenance("torch", "numpy"),
+        **facts,
         "chunks": report.chunks,
         "seconds": round(report.seconds),
         "verdicts": {
@@ -283,9 +283,10 @@ if __name__ == "__main__":
     if arguments.chunks < (least := SETTLE + 3 * SAMPLE * BATCH):
         parser.error(f"a trend takes at least {least} chunks")
     torch.set_num_threads(1)
+    facts = provenance("torch", "numpy")  # of the start
     done = soak(arguments.chunks, seed=arguments.seed)
     print(table(done))
     if arguments.report:
-        written = as_report(done)
+        written = as_report(done, facts)
         write(arguments.report, written)
         sys.exit(0 if all(written["verdicts"].values()) else 1)
