@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-versions sanitize sanitize-sample mutants mutants-sample clean help
+.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-reproducible check-versions sanitize sanitize-sample mutants mutants-sample clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -71,12 +71,16 @@ format: $(SETUP)
 
 ## make wheel      dist/rf_kernels-*-cp310-abi3-*.whl
 wheel: $(SETUP)
-	rm -rf dist
+	rm -rf dist build/lib* build/bdist*
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
 ## make check-install every way of building and installing, in a fresh environment
 check-install: wheel
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_install.py --torch '$(TORCH)'
+
+## make check-reproducible a second build of the commit, elsewhere and without a network, gives the wheel's bytes
+check-reproducible: wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_reproducible.py --wheel dist/*.whl
 
 ## make check-versions the one extension under other Pythons and PyTorches (VERSIONS="python3.12:2.11.0 ...")
 VERSIONS ?= python3.10:2.10.0 python3.12:2.11.0

@@ -1,22 +1,32 @@
 """Drives CMake + Ninja for the one extension, rf_kernels/_C.abi3.so. No network, no third-party source in the tree.
 
-Environment: RF_CUDA=ON|OFF|AUTO, RF_HOPPER=ON|OFF|AUTO, RF_CUDA_ARCHS="90a;80", RF_CPU_ARCH, RF_TORCH_INCLUDE, RF_CUTLASS_INCLUDE,
-CMAKE_ARGS.
+Environment: RF_CUDA=ON|OFF|AUTO, RF_HOPPER=ON|OFF|AUTO, RF_CUDA_ARCHS="90a;80", RF_CPU_ARCH, RF_LINEINFO=ON|OFF, RF_TORCH_INCLUDE,
+RF_CUTLASS_INCLUDE, RF_BUILD_DIR, CMAKE_ARGS; RF_COMMIT and SOURCE_DATE_EPOCH for builds outside a checkout (docs/build.md).
 torch.utils.cpp_extension is not used: it cannot build CUDA sources against a CPU build of torch.
 """
 
+import hashlib
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build does not put this folder there
+import sbom  # noqa: E402
+
+BUILD = Path(os.environ.get("RF_BUILD_DIR", ROOT / "build" / "cmake"))
 VERSION = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 
 
@@ -35,21 +45,27 @@ def header_folder(variable, *relative):
     return ""
 
 
+def git(*arguments):
+    """What git says of this checkout; empty where there is neither."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@cache
 def commit():
     """The commit that is being built (RF_COMMIT for builds from an archive)."""
     if os.environ.get("RF_COMMIT"):
         return os.environ["RF_COMMIT"]
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+dirty" if dirty else "")
+    head = git("rev-parse", "--short=12", "HEAD")
+    return (head + ("+dirty" if git("status", "--porcelain", "-uno") else "")) or "unknown"
+
+
+# The times in a wheel are the commit's, not those at which files were checked out.
+if not os.environ.get("SOURCE_DATE_EPOCH") and git("log", "-1", "--format=%ct"):
+    os.environ["SOURCE_DATE_EPOCH"] = git("log", "-1", "--format=%ct")
 
 
 class CMakeBuild(build_ext):
@@ -57,13 +73,13 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(os.environ.get("RF_BUILD_DIR", ROOT / "build" / "cmake"))
-        build.mkdir(parents=True, exist_ok=True)
+        BUILD.mkdir(parents=True, exist_ok=True)
         options = {
             "RF_CUDA": os.environ.get("RF_CUDA", "AUTO"),
             "RF_HOPPER": os.environ.get("RF_HOPPER", "AUTO"),
             "RF_CUDA_ARCHS": os.environ.get("RF_CUDA_ARCHS", ""),
             "RF_CPU_ARCH": os.environ.get("RF_CPU_ARCH", ""),
+            "RF_LINEINFO": os.environ.get("RF_LINEINFO", "OFF"),
             "RF_TORCH_INCLUDE": header_folder("RF_TORCH_INCLUDE", "torch", "include"),
             "RF_CUTLASS_INCLUDE": header_folder("RF_CUTLASS_INCLUDE", "cutlass_library", "source", "include"),
             "RF_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
@@ -76,25 +92,48 @@ class CMakeBuild(build_ext):
             "-S",
             str(ROOT),
             "-B",
-            str(build),
+            str(BUILD),
             "-G",
             "Ninja",
             *(f"-D{k}={v}" for k, v in options.items()),
         ]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         # A compiler that CMake cannot find is its error to explain: the command's own text is shown, not a Python traceback.
-        for command in (configure, [cmake, "--build", str(build), "--target", "_C"]):
+        for command in (configure, [cmake, "--build", str(BUILD), "--target", "_C"]):
             if subprocess.run(command, cwd=ROOT).returncode != 0:
                 sys.exit(f"setup.py: `{' '.join(command[:2])} ...` failed; its messages are above.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        built = build / "_C.abi3.so"
+        built = BUILD / "_C.abi3.so"
         if not out.exists() or built.stat().st_mtime_ns != out.stat().st_mtime_ns:
             out.unlink(missing_ok=True)  # never write into a file that a running process has mapped
             shutil.copy2(built, out)
 
 
+class Wheel(bdist_wheel):
+    """A wheel with an SBOM, and with the same modes of its files whatever the umask of the build and of the checkout."""
+
+    def write_wheelfile(self, wheelfile_base, *args, **kwargs):  # the last step before everything is packed
+        super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        tree, info = Path(self.bdist_dir), Path(wheelfile_base)
+        if info.parent != tree:
+            return  # an editable install: nothing was built yet
+        library = next(tree.glob("rf_kernels/_C*.so"))
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        document = sbom.document(
+            json.loads((BUILD / "generated" / "build.json").read_text()),
+            hashlib.sha256(library.read_bytes()).hexdigest(),
+            platform.python_version(),
+            setuptools.__version__,
+            int(epoch) if epoch else None,
+        )
+        (info / "sboms").mkdir(exist_ok=True)
+        (info / "sboms" / "rf_kernels.cdx.json").write_text(json.dumps(document, indent=2) + "\n")
+        for path in tree.rglob("*"):
+            path.chmod(0o755 if path.is_dir() or path == library else 0o644)
+
+
 setup(
     ext_modules=[Extension("rf_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -9,7 +9,7 @@
 namespace {
 // Facts of the build as JSON (CMake writes them), for `python -m rf_kernels.doctor`.
 std::string build_info() {
-  return RF_BUILD_INFO;
+  return kBuildInfo;
 }
 }  // namespace
 

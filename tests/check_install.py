@@ -5,6 +5,7 @@
    pass there, outside the source tree.
 3. The wheel of `make wheel`: tagged cp310-abi3, passes abi3audit, needs only the libraries and symbols of an allow-list; installed
    into that environment it passes the same doctor and smoke test.
+4. Both installations carry an SBOM that says what the binary itself says.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def check_refusal(scratch):
 
 def check_environment(python, scratch, expect_cuda):
     """The doctor and the smoke test, from a folder that is not the source tree."""
-    shutil.copy(ROOT / "tests" / "smoke.py", scratch / "smoke.py")
+    for name in ("smoke.py", "sbom_tools.py"):
+        shutil.copy(ROOT / "tests" / name, scratch)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     doctor = run(python, "-m", "rf_kernels.doctor", cwd=scratch, env=env)
     print(doctor.stdout)
@@ -70,7 +72,8 @@ def check_environment(python, scratch, expect_cuda):
     )
     assert str(ROOT) not in found.stdout.split()[1], found.stdout
     assert (found.stdout.split()[0] != "none") == expect_cuda, found.stdout
-    print(run(python, scratch / "smoke.py", cwd=scratch, env=env).stdout, end="")
+    for script in ("smoke.py", "sbom_tools.py"):
+        print(run(python, scratch / script, cwd=scratch, env=env).stdout, end="")
 
 
 def check_binary(path):
