@@ -56,11 +56,12 @@ def check(document: dict, info: dict, library: bytes) -> None:
 def check_installed() -> Path:
     """The SBOM of the rf_kernels that this interpreter imports, checked."""
     import rf_kernels
+    from rf_kernels import doctor
 
     distribution = importlib.metadata.distribution("rf_kernels")
     (file,) = [f for f in distribution.files if f.parent.name == "sboms"]
     path = Path(file.locate())
-    assert path.parent.parent.name.endswith(".dist-info")
+    assert path.parent.parent.name.endswith(".dist-info") and doctor.extension()["sbom"] == str(path)
     library = Path(rf_kernels.__file__).parent / "_C.abi3.so"
     check(json.loads(path.read_text()), rf_kernels.build_info(), library.read_bytes())
     return path
