@@ -409,6 +409,7 @@ def op_entries():
                 "sparse": sparse,
                 "a list": not_a_tensor,
                 "three samples": lambda t: t[:1].repeat(3, *(1,) * (t.dim() - 1)),
+                "two frames of three": lambda t: t.reshape(2, -1)[:, :1].repeat(1, 2),
             },
         )
         add_all(op, ("x", "fake", "real"), {"None": nothing})

@@ -130,6 +130,23 @@ def test_wan_shapes_of_a_plan():
     assert ring.held(12) == [0, 1, 2, 6, 7, 8, 9, 10, 11]
 
 
+def test_a_plan_whose_sink_was_fused_is_touched(monkeypatch):
+    """Even if the append behind it never came."""
+    cache = make(1, 2)
+    for chunk in range(3):
+        step(cache, 1, chunk)
+    plan = cache.begin(1)
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rf_kernels.cache.rope_append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache[0].append(*tensors(cache, 1, 3), plan)
+    with pytest.raises(rf.ArgumentError, match="undo=True"):
+        cache.rollback(plan)
+
+
 @pytest.mark.parametrize("sink_frames, window_frames", [(0, 3), (2, 3), (3, 2)])
 def test_held_frames_are_those_in_the_slots(sink_frames, window_frames):
     ring, slots = make(sink_frames, window_frames).ring, {}

@@ -406,8 +406,9 @@ def test_loss_backward(dtype, reduction):
         torch.testing.assert_close(y.grad, gradient, rtol=2e-3, atol=6e-8)
     else:
         assert_equal_bits(y.grad, gradient)
-    (half,) = torch.autograd.grad(rf.dmd_loss(y, **kw) * 0.5, y)
-    torch.testing.assert_close(half, gradient * 0.5, rtol=2e-3, atol=6e-8)
+    for factor in (0.5, 3.0):
+        (scaled,) = torch.autograd.grad(rf.dmd_loss(y, **kw) * factor, y)
+        torch.testing.assert_close(scaled, gradient * factor, rtol=2e-3, atol=6e-8)
 
 
 def test_backward_twice_through_a_kept_graph():
@@ -572,9 +573,27 @@ def test_supports_cost_dispatch():
     shape = (1, 21, 16, 60, 104)
     elements = 21 * 16 * 60 * 104
     assert rf.dmd_loss.cost(shape)["bytes"] == 5 * 4 * elements  # x, fake, real, real_uncond, gradient
+    flow = rf.dmd_loss.cost(shape, flow=True)["bytes"], rf.dmd_loss.cost(shape, flow=True, normalize=False)["bytes"]
+    assert flow == (6 * 4 * elements, 4 * 4 * elements)  # and x_t; neither x_t nor x without the normaliser
     x, kw = made(SHAPE)
     rf.dmd_gradient(x, **kw)
     assert rf.last_dispatch()[:3] == ("dmd_gradient", "cpu", False)
+
+
+@pytest.mark.parametrize("place", [0, 2047, 2048, 5000])
+def test_one_bad_element_drops_its_sample_from_any_of_three_tiles(place):
+    x, kw = made((3, 5001))
+    kw["fake"][1, place] = float("inf")
+    gradient, aux = rf.dmd_gradient(x, **kw, return_aux=True)
+    assert aux.dropped == 1 and gradient.any(dim=1).tolist() == [True, False, True]
+
+
+def test_the_loss_of_many_samples_is_summed_in_float64():
+    """4,097 equal samples: a float32 sum would be off by hundreds of units in the last place."""
+    x, real = torch.full((4097, 3), 0.1), torch.tensor([[0.7, 0.3, 0.9]]).expand(4097, 3)
+    aux = rf.dmd_gradient(x, fake=torch.zeros_like(x), real=real, reduction="sum", return_aux=True)[1]
+    expected = 4097 * aux.per_sample_loss[0].double()
+    assert abs(aux.loss.double() / expected - 1) <= 2**-23
 
 
 # ---- the published numbers -------------------------------------------------------------------------------------------------------

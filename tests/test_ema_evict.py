@@ -155,6 +155,22 @@ def test_within_eager(dtype, state, layout):
     assert rf.last_dispatch().op == "ema_evict" and rf.last_dispatch().backend == "cpu"
 
 
+def test_temporal_pairs_anywhere_in_the_head():
+    """Two runs or neighbours, at multiples of a vector and between, side by side and apart, up to the end of the head."""
+    for head_dim, step in itertools.product((16, 24, 40, 64, 96, 200), (1, 2)):
+        for pairs, x0 in itertools.product((1, 4, 7, 8, 12, 20, 33, 64), (0, 3, 4, 8, 32)):
+            least = x0 + (pairs if step == 1 else 1)
+            places = (least, least + 3, -(-least // 8) * 8, head_dim - pairs) if step == 1 else (least,)
+            for y0 in {y for y in places if y >= least and y + (pairs - 1) * step < head_dim}:
+                rope = rf.RoPE((pairs,), (1e4,), "half")
+                case = Case(torch.float64, "published", rope=rope, head_dim=head_dim, batch=1, n=1, heads=2)
+                found, expected = (
+                    case.run(function, temporal=(x0, y0, step)) for function in (rf.ema_evict, reference)
+                )
+                for a, b in zip(found[:3], expected[:3], strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
 def test_exactly_representable_inputs_are_equal():
     """Small integers, alpha in quarters, turns by multiples of 90 degrees: no rounding but that of the stored values."""
     rng = np.random.default_rng(11)
@@ -515,6 +531,12 @@ def test_supports_and_cost():
     assert not rf.ema_evict.supports(dtype=torch.float32, device="mps")[0]
     assert not rf.ema_evict.supports(dtype=torch.float32, temporal=(0, 3, 2), temporal_pairs=4)[0]
     assert not rf.ema_evict.supports(dtype=torch.float32, head_dim=8, temporal_pairs=5)[0]
+    assert not rf.ema_evict.supports(dtype=torch.float32, temporal=(0, 3, 1), temporal_pairs=4)[0]
+    one = dict(batch=1, sink_frames=3, frame_tokens=2, heads=1, head_dim=8, dtype=torch.float32)
+    frame = (
+        2 * 8 * 4
+    )  # bytes: one source's K and V, three key states read and slots written, K and V state read and written once
+    assert rf.ema_evict.cost(**one, sources=1)["bytes"] == frame * (2 + 3 * 2 + 3)
     # One frame of 2 x 3 x 5 x 16 elements into each of two sink frames, bfloat16, hi + lo: evicted K and V read (4 bytes an
     # element), K state read and written (8), V slot and lo read and written (8), K slot written (2).
     cost = rf.ema_evict.cost(

@@ -557,6 +557,22 @@ def test_chunk_lengths():
             chunk_lengths(frames, 3, independent_first_frame=independent)
 
 
+def test_a_frame_by_itself_comes_first_in_a_stream_and_nowhere_else():
+    line = pipeline(independent_first_frame=True)
+    given, rest = clip(3), clip(4, seed=9)
+    assert [part.shape[1] for part in line.split(given)] == [1, 2]
+    assert [part.shape[1] for part in line.split(rest, starts_stream=False)] == [2, 2]
+    whole = line.rollout(rest, CONTEXT, initial_latent=given, noise_source=seeded())
+    assert whole.shape[1] == 7 and torch.equal(whole[:, :3], given)
+    # The same in two calls: what continues a cache is cut into whole chunks, given frames as well.
+    cache, source = line.new_cache(1, 4, 6), seeded()
+    list(line.stream([], CONTEXT, initial_latent=given[:, :1], cache=cache))
+    chunks = line.split(rest, starts_stream=False)
+    parts = list(line.stream(chunks, CONTEXT, initial_latent=given[:, 1:], cache=cache, noise_source=source))
+    assert torch.equal(torch.cat([c.latents for c in parts], 1), whole[:, 3:])
+    assert [c.first_frame for c in parts] == [3, 5] and [c.index for c in parts] == [1, 2]
+
+
 @pytest.mark.parametrize(
     "chunk_frames, sink_frames, visible, policy",
     [(1, 3, 4, "ema"), (4, 1, 6, "ema"), (2, 3, 6, "static"), (2, 0, 3, "none"), (5, 2, 7, "ema")],

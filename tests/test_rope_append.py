@@ -168,6 +168,29 @@ def test_oracle_norm_is_torch_rms_norm(norm):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_temporal_dims_are_those_that_the_temporal_axis_turns(layout, axis):
+    """By a quarter turn of every temporal pair: x becomes y, and y becomes -x, where `temporal_dims` says, and nowhere else."""
+    rope = rf.RoPE(pairs=(3, 2, 4), bases=(1.0,) * 3, layout=layout, temporal_axis=axis)
+    table, axes = rope.table([[0], [0], [0]], dtype=torch.float64)
+    table[..., 0], table[..., 1] = 1.0, 0.0
+    row, pairs = axes[3 * axis + 2], rope.temporal_pairs
+    table[:, row : row + pairs] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    x = torch.arange(1.0, 21.0, dtype=torch.float64).view(1, 1, 1, 20)
+    expected, (x0, y0, step) = x.clone(), rope.temporal_dims
+    for i in range(pairs):
+        a, b = x0 + i * step, y0 + i * step
+        expected[..., a], expected[..., b] = -x[..., b], x[..., a]
+    assert torch.equal(rf.rope(x, angles=table, axes=axes, layout=layout), expected)
+
+
+def test_a_temporal_axis_is_one_of_the_axes():
+    for axis in (-1, 3):
+        with pytest.raises(rf.ArgumentError, match="temporal_axis"):
+            rf.RoPE(pairs=(3, 2, 4), bases=(1.0,) * 3, temporal_axis=axis)
+
+
 def test_rotation_keeps_relative_positions():
     """Logits of rotated q and k depend on the difference of their frames alone: why a key need be rotated only once."""
     rope = rf.RoPE3D.wan(32)
