@@ -19,8 +19,8 @@ What makes a result mean something:
 - No byte code is cached: a fault of the same length in the same second would otherwise not be seen.
 
 Results are kept in build/mutants/results.json and used again as long as the file of the fault and the test that caught it have not
-changed (for a survivor: no source and no test). `--report` writes tests/mutants/report.md from them. Less than 98% caught, or a survivor without a reason,
-is a failure.
+changed (for a survivor: no source and no test). `--report` writes tests/mutants/report.md from them. Less than 98% caught, or a
+survivor without a reason, is a failure.
 """
 
 import argparse
@@ -63,13 +63,13 @@ _CACHE = "cache golden promise_isolation promise_nonfinite promise_refusals prom
 RELATED = {
     "csrc/math/convert.h": _ROPE,
     "csrc/math/dtype.h": "ema_evict rope_append rope_append_kernel dmd_gradient promise_nonfinite ema_evict_kernel",
-    "csrc/math/ema.h": "ema_evict ema_evict_kernel fuzz",
+    "csrc/math/ema.h": "ema_evict rounding ema_evict_kernel fuzz",
     "csrc/math/guidance.h": "dmd_gradient dmd_gradient_kernel fuzz",
     "csrc/math/key_intervals.h": "sink_window_attention fuzz",
     "csrc/math/lse_merge.h": "sink_window_attention fuzz",
     "csrc/math/online_softmax.h": "sink_window_attention_sm90",
-    "csrc/math/rope.h": _ROPE + " rope_append_kernel",
-    "csrc/math/rounding.h": "ema_evict rope_append",
+    "csrc/math/rope.h": _ROPE + " rounding rope_append_kernel",
+    "csrc/math/rounding.h": "rounding ema_evict rope_append",
     "csrc/math/tile_": "tile_schedule sink_window_attention_sm90",
     "csrc/math/vec.h": "ema_evict ema_evict_kernel",
     "csrc/common/": "promise_refusals rope_append_contract ema_evict_errors sink_window_attention",

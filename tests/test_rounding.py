@@ -1,0 +1,81 @@
+"""Where values are rounded, to the bit: the order of operations that csrc/math promises, against exact fractions and against
+operations that round one by one."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import rf_kernels as rf
+from rf_kernels.testing import assert_equal_bits
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fraction(value):
+    return Fraction(float(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rotation_and_norm_round_like_separate_operations(dtype):
+    """Bit for bit what separate operations of PyTorch give: two products and their sum; the norm's scale, then the weight."""
+    x = normal(2, 6, 3, 16).to(dtype)
+    cos, sin = torch.rand(2, 1, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    table = torch.stack((cos, sin), -1).reshape(1, 48, 2)  # one axis: a row per token and pair
+    a, b = x[..., 0::2], x[..., 1::2]
+    c, s = cos[:, :, None], sin[:, :, None]
+    expected = torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2)
+    assert_equal_bits(rf.rope(x, angles=table, axes=[6, 8, 0]), expected)
+
+    # Sums of squares of small integers are exact in any order.
+    x = torch.randint(-7, 8, (2, 6, 3, 16), generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight, eps = normal(16).to(dtype), 1e-3
+    mean = (x.square().sum(-1, keepdim=True) / 16 + eps).numpy()
+    scale = torch.from_numpy(1 / np.sqrt(mean))  # NumPy's root is rounded correctly, PyTorch's is not everywhere
+    assert_equal_bits(rf.rope(x, angles=None, axes=[], weight=weight, norm="head", eps=eps), x * scale * weight)
+
+
+def nearest_float32(exact):
+    """A fraction rounded to float32, to nearest even."""
+    guess = np.float32(float(exact))
+    near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    return min(near, key=lambda f: (abs(fraction(f) - exact), int(f.view(np.uint32)) % 2))
+
+
+def test_a_float32_average_is_two_fused_steps():
+    """keep s + (tail s + take x), with alpha = keep + tail: one product is rounded, and each sum once."""
+    alpha = 0.9
+    keep, take = np.float32(alpha), np.float32(1.0 - alpha)
+    tail = np.float32(alpha - float(keep))
+    cache, state = normal(1, 2, 4, 64).bfloat16(), normal(1, 1, 4, 64, seed=1).float()
+    before, expected = state.flatten().tolist(), []
+    for s, x in zip(before, cache[:, 1].flatten().tolist(), strict=True):
+        inner = nearest_float32(fraction(tail) * fraction(s) + fraction(nearest_float32(fraction(take) * fraction(x))))
+        expected.append(nearest_float32(fraction(keep) * fraction(s) + fraction(inner)))
+    rf.ema_evict(
+        cache, cache.clone(), state, None, state.clone(), schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32),
+        turns=torch.zeros(1, 2, 0, 2), alpha=alpha, frame_tokens=1, state="float32",
+    )  # fmt: skip
+    assert_equal_bits(state.flatten(), torch.from_numpy(np.array(expected)))
+
+
+def test_a_turn_is_a_fused_step_and_only_the_angle_zero_is_none():
+    """x cos - (y sin), x sin + (y cos) with the product in parentheses rounded; half a turn changes every sign."""
+    k = normal(1, 1, 1, 64).float()
+    for angle in (0.3, 2.0, None):
+        cosine, sine = (np.float32(math.cos(angle)), np.float32(math.sin(angle))) if angle else np.float32((-1, 0))
+        out, pairs = k.clone(), k.view(32, 2).tolist()
+        rf.ema_evict(
+            out, k.clone(), k.clone(), schedule=torch.zeros(1, 2, dtype=torch.int32), alpha=0.5, frame_tokens=1,
+            turns=torch.tensor([float(cosine), float(sine)]).expand(1, 1, 32, 2).contiguous(),
+        )  # fmt: skip
+        c, s = fraction(cosine), fraction(sine)
+        expected = []
+        for x, y in pairs:
+            down, up = (fraction(nearest_float32(fraction(y) * f)) for f in (s, c))
+            expected += [nearest_float32(fraction(x) * c - down), nearest_float32(fraction(x) * s + up)]
+        assert_equal_bits(out.flatten(), torch.from_numpy(np.array(expected)))
