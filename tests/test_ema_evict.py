@@ -383,15 +383,16 @@ def test_propagate(state):
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("count", [2, 7, 33, 70])  # 32 sources make a group of the kernel
-def test_several_evictions_are_a_sequence_of_one(state, count):
-    plan = [[0, count, *range(1, 1 + count)]]
+@pytest.mark.parametrize("init", [0, 1])
+def test_several_evictions_are_a_sequence_of_one(state, count, init):
+    plan = [[init, count, *range(1, 1 + count)]]
     case = Case(torch.bfloat16, state, schedule=plan, window=count, n=2)
     case.k[0, 2 * min(count, 9), 0, 0] = float("nan")
     together = case.run()
     turns = case.options["turns"]
     for i in range(count):
         step = torch.stack([turns[:, i], turns[:, -1]], 1).contiguous()
-        one = torch.tensor([[0, 1, 1 + i]], dtype=torch.int32)
+        one = torch.tensor([[init if i == 0 else 0, 1, 1 + i]], dtype=torch.int32)
         rf.ema_evict(*case.tensors, **{**case.options, "schedule": one, "turns": step})
     equal(together, [*case.tensors, case.skipped])
     assert case.skipped.item() == 1

@@ -84,3 +84,10 @@ def test_wrong_calls_change_nothing(name):
     with pytest.raises(rf.ArgumentError, match=rf"rf_kernels\.ema_evict: argument `{argument}`: expected .*, found .*"):
         rf.ema_evict(*(call[key] for key in ("k", "v", "k_state", "k_lo", "v_state")), **options)
     equal(written, before)
+
+
+def test_a_count_above_the_sources_is_refused_wherever_it_would_read():
+    """The entry behind the first sample's sources is the second sample's init, which would pass for a source."""
+    case = Case(torch.float32, "published", schedule=[[[0, 2, 2]], [[1, 0, 0]]], window=3)
+    with pytest.raises(rf.ArgumentError, match="count of sink frame 0"):
+        case.run()
