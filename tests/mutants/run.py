@@ -340,37 +340,43 @@ class Trial:
     def keep(self, fault, result: dict) -> None:
         with self.lock:
             self.results[fault.id] = result | {"key": self.key(fault, result["by"])}
-            RESULTS.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
+            self.write()
 
     def baseline_passes(self, place: Place) -> None:
         """Everything that judges passes without a fault."""
-        key = digest(self.sources.encode(), self.tests.encode(), repr(self.everyday).encode())
-        if self.results.get("baseline", {}).get("key") == key:
-            return
         outcome, by, how = place.test("everyday", self.everyday, "-m", "not heavy")
         if outcome != "passed":
             sys.exit(f"mutants: without a fault, the tests do not pass: {by} {how}")
-        self.results["baseline"] = {"key": key}
+        self.results["baseline"] = {"key": self.baseline_key()}
+        self.write()
+
+    def baseline_key(self) -> str:
+        return digest(self.sources.encode(), self.tests.encode(), repr(self.everyday).encode())
 
     def control_passes(self, place: Place, faults) -> None:
         """The tests that have failed with a fault pass without."""
         judges = sorted({r["by"] for fault in faults if (r := self.results[fault.id])["verdict"] == "caught"})
         outcome, by, how = place.test("everyday", judges, "-m", "") if judges else ("passed", "", "")
         if outcome != "passed":
-            for fault in faults:
-                del self.results[fault.id]
+            self.results = {name: result for name, result in self.results.items() if result.get("by") != by}
+            self.write()
             sys.exit(f"mutants: this fails without a fault as well: {by} {how}")
+
+    def write(self) -> None:
+        RESULTS.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
 
     def run(self, jobs: int, full: bool, near_only: bool) -> None:
         todo = [fault for fault in self.faults if not self.known(fault, near_only)]
         print(f"mutants: {len(self.faults)} faults, {len(self.faults) - len(todo)} results still hold", flush=True)
-        if not todo:
+        partial = not full
+        full = full and self.results.get("baseline", {}).get("key") != self.baseline_key()
+        if not todo and not full:
             return
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         groups = queue.Queue()  # the faults of a file together: its objects are then compiled once a fault
         for file in sorted(dict.fromkeys(fault.file for fault in todo), key=lambda file: not file.endswith(".py")):
             groups.put([fault for fault in todo if fault.file == file])
-        places = [Place(i, threads) for i in range(min(jobs, groups.qsize()))]
+        places = [Place(i, threads) for i in range(max(1, min(jobs, groups.qsize())))]
         for place in places:
             place.prepare()
         if full:
@@ -394,9 +400,8 @@ class Trial:
             worker.start()
         for worker in workers:
             worker.join()
-        if not full:
+        if partial:
             self.control_passes(places[0], todo)
-        RESULTS.write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
 
     def judge(self) -> int:
         """Prints the figure; the number of things that are not as they must be."""
