@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite demo test test-quick ext docs lint format wheel check-install check-reproducible check-versions sanitize sanitize-sample mutants mutants-sample clean help
+.PHONY: chip audit gpu-suite tuning demo test test-quick ext docs lint format wheel check-install check-reproducible check-versions sanitize sanitize-sample mutants mutants-sample clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -52,6 +52,10 @@ test-quick: ext
 ## make gpu-suite  on a GPU: tests, benchmarks, report and pictures in out/gpu (docs/gpu.md)
 gpu-suite: ext
 	PYTHONPATH=.:python $(PY) -m rf_kernels.gpu_suite --out out/gpu
+
+## make tuning     variants of the Hopper attention kernel, one change each, for the suite's stage of that name (docs/tuning.md)
+tuning: ext
+	$(PY) benchmarks/tuning/build_variants.py
 
 ## make docs       the API reference from the docstrings, in build/docs (warnings are errors)
 docs: ext

@@ -17,6 +17,7 @@ from . import machine, plots
 from .report import assemble, read_rows, write
 
 ROOT = Path(rf_kernels.__file__).resolve().parents[1]
+VARIANTS = ROOT / "build" / "tuning"  # of the attention kernel: `make tuning`
 PLOTS_S = 20  # kept free for the pictures
 
 
@@ -41,6 +42,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         Stage("memory", "rf_kernels.gpu_suite.memory", 80),
         Stage("model", "reward_forcing.benchmark", 100),
     ]
+    if options.tuning:
+        found.append(Stage("tuning", "rf_kernels.gpu_suite.tuning", 60, (str(VARIANTS),)))
     if options.sanitizer:
         found.append(Stage("sanitizer", checks, 120, ("sanitizer", tests)))  # last: it gets what time is left
     return [stage for stage in found if not options.only or stage.name in options.only]
@@ -56,6 +59,9 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument(
         "--sanitizer", action="store_true", help="run a small selection of the tests under compute-sanitizer"
     )
+    parser.add_argument(
+        "--tuning", action="store_true", help="time the variants of the attention kernel that `make tuning` built"
+    )
     parser.add_argument("--quick", action="store_true", help="the shapes of the design alone")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU through the same code")
     parser.add_argument("--only", action="append", metavar="STAGE", help="this stage alone (repeatable)")
@@ -66,10 +72,12 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="folder of the tests")
     options = parser.parse_args(arguments)
     options.mode = "dry-run" if options.dry_run else "gpu" if torch.cuda.is_available() else "no-gpu"
-    known = [stage.name for stage in stages(argparse.Namespace(**vars(options) | {"only": None, "sanitizer": True}))]
+    everything = {"only": None, "sanitizer": True, "tuning": True}
+    known = [stage.name for stage in stages(argparse.Namespace(**vars(options) | everything))]
     if unknown := set(options.only or ()) - set(known):
         parser.error(f"--only: expected {', '.join(known)}, found {', '.join(sorted(unknown))}")
     options.sanitizer = options.sanitizer or "sanitizer" in (options.only or ())
+    options.tuning = options.tuning or "tuning" in (options.only or ())
     return options
 
 

@@ -94,7 +94,7 @@ PEERS = {
 }
 
 
-def build(shape: Shape, dtype: torch.dtype, peers: tuple[str, ...], device: str):
+def build(shape: Shape, dtype: torch.dtype, peers: dict, device: str):
     q = torch.randn(1, shape.queries, shape.heads, shape.head_dim, device=device).to(dtype)
     slots = shape.kv_tokens + shape.frame_tokens
     cache = torch.randn(2, 2, slots, shape.heads, shape.head_dim, device=device).to(dtype)  # layer, (k, v)
@@ -109,9 +109,9 @@ def build(shape: Shape, dtype: torch.dtype, peers: tuple[str, ...], device: str)
     if wrong:
         raise AssertionError(wrong)
     calls, left_out = {OURS: ours}, {}
-    for name in peers:
+    for name, make in peers.items():
         try:
-            call = PEERS[name](q, keys, values, shape.sink_frames * shape.frame_tokens)
+            call = make(q, keys, values, shape.sink_frames * shape.frame_tokens)
             wrong = disagreement(name, call()[:, rows], truth, ULPS)
         except Exception as error:
             left_out[name] = reason(error)
@@ -123,9 +123,11 @@ def build(shape: Shape, dtype: torch.dtype, peers: tuple[str, ...], device: str)
     return calls, left_out
 
 
-def job(shape: Shape, dtype: torch.dtype = torch.bfloat16, full: bool = False) -> Job:
-    """``full``: beside every peer; else without those that compile or have to be tuned."""
-    peers = tuple(name for name in PEERS if full or name not in ("flex_attention", "concatenated") and "," not in name)
+def job(shape: Shape, dtype: torch.dtype = torch.bfloat16, full: bool = False, peers: dict | None = None) -> Job:
+    """``peers`` as in PEERS; else all of those (``full``), or those that neither compile nor have to be tuned."""
+    if peers is None:
+        costly = [] if full else [name for name in PEERS if name in ("flex_attention", "concatenated") or "," in name]
+        peers = {name: make for name, make in PEERS.items() if name not in costly}
     label = f"{shape.name} [1, {shape.queries} x {shape.kv_tokens}, {shape.heads}, {shape.head_dim}]"
     cost = sink_window_attention.cost(
         1, shape.queries, shape.heads, shape.head_dim, kv_tokens=shape.kv_tokens, element_size=dtype.itemsize

@@ -4,10 +4,12 @@
 CMakeLists.txt). An edit whose text is not found exactly once is an error: the list cannot silently go stale.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "tuning"))
+import source_edits
 
 MAINLOOP = "csrc/sink_window_attention/mainloop_fwd_sm90.h"
 EPILOGUE = "csrc/sink_window_attention/epilogue_fwd_sm90.h"
@@ -120,23 +122,9 @@ FAULTS = (
 )  # fmt: skip
 
 
-def any_line_breaks(text: str) -> str:
-    """A pattern for `text` however the formatter breaks its lines."""
-    return r"\s+".join(re.escape(word).replace(r"\(", r"\(\s*") for word in text.split())
-
-
 def write(root: Path, out: Path) -> None:
     for f in FAULTS:
-        text = (root / f.file).read_text()
-        for before, after in f.edits:
-            found = re.findall(any_line_breaks(before), text)
-            if len(found) != 1:
-                raise SystemExit(f"planted fault {f.name}: {before!r} occurs {len(found)} times in {f.file}")
-            text = text.replace(found[0], after)
-        target = out / f.name / f.file
-        if not target.exists() or target.read_text() != text:  # an untouched file is not compiled again
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
+        source_edits.write(root, out / f.name, {f.file: f.edits}, f"planted fault {f.name}")
 
 
 if __name__ == "__main__":
