@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "csrc/dmd_gradient/kernel.h"
 #include "csrc/ema_evict/params.h"
 #include "csrc/math/key_intervals.h"
 #include "csrc/math/rope.h"
@@ -59,6 +60,17 @@ int main() {
     expect("window begins", keys.begin[1], 6);
     expect("window ends", keys.end[1], edge);
     expect("huge window", key_intervals(edge, INT64_MAX, INT64_MAX).end[0], edge);
+
+    // A weight per frame and channel of a sample: the element at the edge, of frame 1, and how many follow it
+    // in its run.
+    dmd::Broadcast weight;
+    weight.dims = 2;
+    weight.batch_stride = edge;
+    weight.size[0] = 3, weight.stride[0] = 5;
+    weight.size[1] = edge, weight.stride[1] = 1;
+    int64_t run = 0;
+    expect("broadcast", dmd::broadcast_offset(weight, 2, 2 * edge - 3, run), 2 * edge + 5 + edge - 3);
+    expect("broadcast run", run, 3);
   }
   return failures;
 }

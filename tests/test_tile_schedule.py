@@ -157,11 +157,30 @@ def test_visited_keys(chip, tile_n):
         for pieces in ([len(whole)], [1] * len(whole), [2] * (len(whole) // 2) + [len(whole) % 2]):
             seen, first = np.zeros_like(allowed), 0
             for count in pieces:
-                for row, valid in chip.visited_keys(end, sink, window, tile_n, first, count):
+                visited = chip.visited_keys(end, sink, window, tile_n, first, count)
+                assert len(visited) == count
+                for row, valid in visited:
                     assert 0 < valid <= tile_n
                     seen[row : row + valid] += 1
                 first += count
             assert np.array_equal(seen, allowed), (end, sink, window, pieces)
+
+
+@pytest.mark.parametrize("tile_n", [176, 128])
+def test_no_more_key_tiles_than_the_keys_need(chip, tile_n):
+    """A sink that touches its window is one interval with it: two would have two tiles that are not full."""
+    for end, sink, window, intervals in (
+        (1000, 600, 400, 1),
+        (1000, 600, 399, 2),
+        (1000, 600, 401, 1),
+        (1000, 1200, 7, 1),
+        (1000, 0, 300, 1),
+        (1000, 300, 0, 1),
+    ):
+        keys = chip.key_intervals(end, sink, window)
+        assert len(keys) == intervals
+        units = sum(-(-(stop - begin) // tile_n) for begin, stop in keys)
+        assert len(chip.visited_keys(end, sink, window, tile_n, 0, 1 << 20)) == units
 
 
 def test_speedups_of_the_schedule(chip):
