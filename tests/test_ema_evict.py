@@ -275,6 +275,15 @@ def test_a_float32_state_is_rounded_once_and_to_nearest_even(dtype):
     assert bool((v == 1).all())
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_a_state_of_minus_zero_stays_one(state):
+    case = Case(torch.bfloat16, state, rope=LAYOUTS["none"], schedule=[[0, 0], [0, 0]])
+    case.k_state.fill_(-0.0)
+    if case.k_lo is not None:
+        case.k_lo.zero_()
+    assert_equal_bits(case.run()[0][:, :10], torch.full_like(case.k[:, :10], -0.0))
+
+
 def autoregressive(frames, shape, *, rho, generator):
     """Unit-variance AR(1) frames: consecutive frames resemble each other, as those of a video do."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
