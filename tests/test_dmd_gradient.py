@@ -580,10 +580,13 @@ def test_supports_cost_dispatch():
     assert rf.last_dispatch()[:3] == ("dmd_gradient", "cpu", False)
 
 
-@pytest.mark.parametrize("place", [0, 2047, 2048, 5000])
-def test_one_bad_element_drops_its_sample_from_any_of_three_tiles(place):
-    x, kw = made((3, 5001))
-    kw["fake"][1, place] = float("inf")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "place, value", [(0, float("inf")), (2047, -float("inf")), (2048, float("nan")), (5000, -float("inf"))]
+)
+def test_one_bad_element_drops_its_sample_from_any_of_three_tiles(place, value, dtype):
+    x, kw = made((3, 5001), dtype)
+    kw["fake"][1, place] = value
     gradient, aux = rf.dmd_gradient(x, **kw, return_aux=True)
     assert aux.dropped == 1 and gradient.any(dim=1).tolist() == [True, False, True]
 

@@ -79,3 +79,25 @@ def test_a_turn_is_a_fused_step_and_only_the_angle_zero_is_none():
             down, up = (fraction(nearest_float32(fraction(y) * f)) for f in (s, c))
             expected += [nearest_float32(fraction(x) * c - down), nearest_float32(fraction(x) * s + up)]
         assert_equal_bits(out.flatten(), torch.from_numpy(np.array(expected)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_sets_of_keys_are_merged_in_float32_and_rounded_once(dtype):
+    """Uniform weights over two sink rows that are all `a` and three window rows that are all `b`: 0.4 a + 0.6 b within half a unit."""
+    a, b = (normal(512, seed=seed).to(dtype) for seed in (0, 1))
+    q = k = torch.zeros(1, 8, 2, 256, dtype=dtype)
+    v = torch.ones(1, 8, 2, 256, dtype=dtype)
+    v[0, :2], v[0, 5:] = a.view(2, 256), b.view(2, 256)
+    out = rf.sink_window_attention(q, k, v, chunk_ends=[5, 8], num_sink_tokens=2, num_window_tokens=3)
+    exact = 0.4 * a.double() + 0.6 * b.double()
+    unit = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
+    error = (out[0, 5:].double().flatten(1) - exact).abs() / unit
+    assert error.max() < 0.55  # the kernel's log-sum-exp is off by up to 2^-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_difference_that_is_the_largest_number_is_finite(dtype):
+    limit, zero = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+    gradient, aux = rf.dmd_gradient(zero, fake=limit, real=zero, normalize=False, reduction="none", return_aux=True)
+    assert aux.dropped == 0
+    assert_equal_bits(gradient, limit)
