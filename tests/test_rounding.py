@@ -101,3 +101,14 @@ def test_a_difference_that_is_the_largest_number_is_finite(dtype):
     gradient, aux = rf.dmd_gradient(zero, fake=limit, real=zero, normalize=False, reduction="none", return_aux=True)
     assert aux.dropped == 0
     assert_equal_bits(gradient, limit)
+
+
+def test_gradients_of_keys_that_many_chunks_see_are_summed_in_float32():
+    """Every query but the first sees the sink row and itself with weight 1/2; a sum in bfloat16 would stay at 128."""
+    tokens = 513
+    q, k, v = (torch.zeros(1, tokens, 1, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    ends = list(range(1, tokens + 1))
+    out = rf.sink_window_attention(q, k, v, chunk_ends=ends, num_sink_tokens=1, num_window_tokens=1)
+    out.sum().backward()
+    assert v.grad[0, 0, 0].tolist() == 16 * [256.0]  # 1 + 512 / 2, rounded once
+    assert v.grad[0, 1:].unique().tolist() == [0.5]

@@ -371,6 +371,18 @@ def test_bits_at_random_shapes_threads_and_places(dtype):
 OPCHECK = [DENSE["odd"], (2, 9, 20, 4, 2, 8, 0), WHOLE["ragged"], WHOLE["nothing_visible"]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_an_expanded_gradient_is_one_with_memory(tokens, dtype):
+    """What sum() hands back has stride 0 in every dimension."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, tokens, 3, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    out = rf.sink_window_attention(*leaves)
+    expanded = torch.autograd.grad(out, leaves, torch.ones((), dtype=dtype).expand(out.shape), retain_graph=True)
+    for a, b in zip(expanded, torch.autograd.grad(out, leaves, torch.ones_like(out)), strict=True):
+        assert_equal_bits(a, b)
+
+
 @pytest.mark.parametrize("case", OPCHECK)
 def test_opcheck(case):
     (q, k, v), o = make_case(torch.float32, case)

@@ -76,7 +76,7 @@ RELATED = {
     "csrc/rope_append/": _ROPE + " rope_append_kernel promise_refusals fuzz promise_int64 promise_guard_pages",
     "csrc/ema_evict/": "ema_evict ema_evict_errors ema_evict_kernel promise_refusals fuzz",
     "csrc/dmd_gradient/": "dmd_gradient dmd_gradient_kernel promise_refusals fuzz promise_int64",
-    "csrc/sink_window_attention/": "sink_window_attention rounding promise_refusals promise_poison fuzz",
+    "csrc/sink_window_attention/": "sink_window_attention rounding fakes promise_refusals promise_poison fuzz",
     "rf_kernels/ops/rope_append.py": _ROPE + " promise_refusals fuzz",
     "rf_kernels/ops/ema_evict.py": "ema_evict ema_evict_errors promise_refusals",
     "rf_kernels/ops/dmd_gradient.py": "dmd_gradient promise_refusals fuzz",
