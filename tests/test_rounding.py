@@ -81,6 +81,19 @@ def test_a_turn_is_a_fused_step_and_only_the_angle_zero_is_none():
         assert_equal_bits(out.flatten(), torch.from_numpy(np.array(expected)))
 
 
+def test_a_turn_in_float64_is_fused_as_well():
+    k = normal(1, 1, 1, 64)
+    cosine, sine = torch.tensor(0.3, dtype=torch.float64).cos(), torch.tensor(0.3, dtype=torch.float64).sin()
+    out, (c, s), expected = k.clone(), (fraction(cosine), fraction(sine)), []
+    turns = torch.stack((cosine, sine)).expand(1, 1, 32, 2).contiguous()
+    plan = torch.zeros(1, 2, dtype=torch.int32)
+    rf.ema_evict(out, k.clone(), k.clone(), schedule=plan, turns=turns, alpha=0.5, frame_tokens=1)
+    for x, y in k.view(32, 2).tolist():  # float() of a fraction rounds to nearest even
+        down, up = (fraction(float(fraction(y) * f)) for f in (s, c))
+        expected += [float(fraction(x) * c - down), float(fraction(x) * s + up)]
+    assert_equal_bits(out.flatten(), torch.tensor(expected, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_two_sets_of_keys_are_merged_in_float32_and_rounded_once(dtype):
     """Uniform weights over two sink rows that are all `a` and three window rows that are all `b`: 0.4 a + 0.6 b within half a unit."""
