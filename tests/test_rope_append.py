@@ -168,6 +168,25 @@ def test_oracle_norm_is_torch_rms_norm(norm):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
 
 
+def test_slots_with_a_stride():
+    """Every other entry of a longer plan, shared and per sample."""
+    args, keywords = inputs(torch.float32)
+    for slots in (torch.tensor([4, 0, 1, 2, 0, 3]), torch.tensor([[4, 0, 1, 2, 0, 3], [0, 0, 2, 1, 3, 4]])):
+        slots = slots.to(torch.int32)[..., ::2]
+        ours, plain = clones(args), clones(args)
+        rf.rope_append(*ours, **keywords | {"slots": slots})
+        rf.rope_append(*plain, **keywords | {"slots": slots.contiguous()})
+        for a, b in zip(ours, plain, strict=True):
+            assert_equal_bits(a, b)
+
+
+def test_rows_of_angles_that_lie_apart_are_refused():
+    args, keywords = inputs(torch.float32)
+    apart = torch.stack((keywords["angles"], keywords["angles"]), 2).flatten(1, 2)[:, ::2]
+    with pytest.raises(rf.ArgumentError, match=r"`angles`: expected contiguous rows"):
+        rf.rope_append(*args, **keywords | {"angles": apart})
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_temporal_dims_are_those_that_the_temporal_axis_turns(layout, axis):
