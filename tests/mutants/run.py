@@ -54,7 +54,8 @@ LIMIT = {"related": 300, "everyday": 1200, "heavy": 1200}  # seconds: several ti
 #: Test files that look at sources, documents, tools or oracles, not at what the library computes.
 APART = {
     "test_audit", "test_bench", "test_build", "test_chip_model", "test_docs", "test_doctor", "test_golden_cases",
-    "test_golden_published", "test_gpu_suite", "test_house", "test_mutants", "test_published", "test_schedule_model", "test_tuning",
+    "test_golden_published", "test_gpu_suite", "test_house", "test_mutants", "test_promise_reports", "test_published",
+    "test_schedule_model", "test_tuning",
 }  # fmt: skip
 
 _ROPE = "rope_append rope_append_contract fakes"
