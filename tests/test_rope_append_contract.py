@@ -180,6 +180,24 @@ def test_gradient_of_expanded_output():
 # ---- registration, compilation --------------------------------------------------------------------------------------
 
 
+def test_caches_may_touch():
+    """Both in one allocation, end to end."""
+    args, keywords = inputs(torch.float32)
+    pool = torch.stack(args[3:])
+    touching = [*args[:3], *pool]
+    assert pool[0].data_ptr() + pool[0].numel() * 4 == pool[1].data_ptr()
+    apart = clones(args)
+    assert_equal_bits(rf.rope_append(*touching, **keywords), rf.rope_append(*apart, **keywords))
+    for a, b in zip(touching[3:], apart[3:], strict=True):
+        assert_equal_bits(a, b)
+
+
+def test_a_last_dimension_of_one_may_have_any_stride():
+    x = torch.arange(24.0).view(1, 3, 4, 2)[..., :1]
+    strided = torch.as_strided(x, x.shape, (24, 8, 2, 7))
+    assert_equal_bits(rf.rope(strided, angles=None, axes=[], norm=None), x.contiguous())
+
+
 @pytest.mark.parametrize("norm", ["model", "head", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(norm, dtype):
