@@ -16,6 +16,7 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(rf_kernels, m) {
   m.def("build_info() -> str");
   m.def("last_dispatch() -> str");
+  m.def("cuda_problem() -> str");
   m.def(
       "ema_evict(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
       "Tensor(e!)? v_state, Tensor schedule, Tensor turns, Tensor alpha, int frame_tokens, int[] temporal, "

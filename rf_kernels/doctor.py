@@ -51,7 +51,8 @@ def devices() -> list[dict]:
     import torch
 
     rows = [{"device": "cpu", "served": True, "by": f"C++, {torch.get_num_threads()} threads", "why": "always"}]
-    built = importlib.import_module("rf_kernels._backend").build_info()
+    backend = importlib.import_module("rf_kernels._backend")
+    built = backend.build_info()
     if not torch.cuda.is_available():
         why = (
             "this torch is a CPU build"
@@ -74,7 +75,9 @@ def devices() -> list[dict]:
             if fits
             else f"the build has {built['cuda_archs'] or 'no CUDA part'}: rebuild with RF_CUDA_ARCHS"
         )
-        rows.append(row | {"served": bool(fits), "by": "CUDA" if fits else None, "why": why})
+        problem = backend.ops.cuda_problem() if fits else ""
+        served = bool(fits) and not problem
+        rows.append(row | {"served": served, "by": "CUDA" if served else None, "why": problem or why})
     return rows
 
 

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import rf_kernels
-from rf_kernels import doctor
+from rf_kernels import _backend, doctor
 
 PACKAGE = Path(rf_kernels.__file__).parent
 
@@ -62,3 +65,30 @@ def test_a_wrong_result_is_broken(monkeypatch):
     monkeypatch.setattr(_selftest, "ema_evict", lambda device: {"error": 1.0, "bound": 0.1, "backend": "cpu"})
     report = doctor.collect()
     assert not report["ok"] and [row["op"] for row in report["self_test"] if not row["ok"]] == ["ema_evict"]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="stands in for a device that torch sees and the build's runtime does not"
+)
+def test_a_device_that_the_builds_cuda_runtime_cannot_use_is_explained(monkeypatch):
+    """The runtime is the build's own: beside a driver older than it, torch runs and the kernels do not."""
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": (9, 0),
+        "get_device_name": "H100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    built = _backend.build_info()
+    _, row = doctor.devices()
+    assert not row["served"]
+    if "90a" not in built["cuda_archs"].split():
+        assert "rebuild with RF_CUDA_ARCHS" in row["why"]
+    else:
+        assert f"CUDA runtime of this build ({built['cuda_runtime']}) does not run here" in row["why"]
+        assert "driver" in row["why"]
+    monkeypatch.setattr(
+        _backend, "ops", type("Ops", (), {"cuda_problem": lambda self: "", "build_info": _backend.ops.build_info})()
+    )
+    if "90a" in built["cuda_archs"].split():
+        assert doctor.devices()[1]["served"]

@@ -209,7 +209,8 @@ def test_strict_refuses_the_fallback(monkeypatch):
 
 
 def test_the_fallback_says_why_hopper_was_not_taken():
-    """Half precision without a Hopper device: PyTorch's kernels, and a reason that names the device or the build."""
+    """Half precision without a Hopper device: PyTorch's kernels, and a reason that names the device, the build or its runtime."""
     rf.sink_window_attention(*on_cuda(*make(torch.bfloat16, 1, 4, 6, 2, 2, 128)))
     dispatch = rf.last_dispatch()
-    assert dispatch.backend == "torch_flash" and dispatch.fallback and "Hopper" in dispatch.reason
+    assert dispatch.backend == "torch_flash" and dispatch.fallback
+    assert "Hopper" in dispatch.reason or "CUDA runtime of this build" in dispatch.reason

@@ -92,6 +92,9 @@ inline std::string device_text(const Tensor& t) {
 
 namespace rf {
 const char* cuda_error_text(int code);
+// Why this library's CUDA runtime does not run here, nullptr when it does. It is linked statically, hence not
+// torch's: on a driver that is older than the nvcc of the build torch may run and this library not.
+const char* cuda_problem();
 
 inline void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim, const char* layout) {
   RF_CHECK_ARG(t.dim() == dim, op, arg, concat(dim, " dimensions ", layout), shape_text(t));

@@ -27,6 +27,11 @@ std::string last_dispatch() {
   return concat(last.op, "|", last.backend, "|", last.fallback ? "fallback" : "direct", "|", last.reason);
 }
 
+std::string cuda_problem_text() {
+  const char* problem = cuda_problem();
+  return problem == nullptr ? "" : problem;
+}
+
 }  // namespace
 
 void record_dispatch(const char* op, const char* backend, const char* reason) {
@@ -44,10 +49,14 @@ void record_fallback(const char* op, const char* backend, const char* reason) {
 const char* cuda_error_text(int) {
   return "this build has no CUDA part";
 }
+const char* cuda_problem() {
+  return cuda_error_text(0);
+}
 #endif
 
 }  // namespace rf
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {
   m.impl("last_dispatch", TORCH_BOX(&rf::last_dispatch));
+  m.impl("cuda_problem", TORCH_BOX(&rf::cuda_problem_text));
 }

@@ -96,6 +96,7 @@ Workspace& workspace_of(const Tensor& q, int num_sms, void* stream) {
 
 const char* refused_by_sm90(const Problem& problem, const Sm90Options& options) {
   const Tensor& q = problem.q;
+  if (const char* problem = cuda_problem()) return problem;
   if (rf_sm90_num_sms(q.get_device_index()) == 0) return "the Hopper kernel needs a device of capability 9.0";
   if (q.scalar_type() != ScalarType::BFloat16 && q.scalar_type() != ScalarType::Half)
     return "the Hopper kernel computes in bfloat16 and float16";
