@@ -21,11 +21,13 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # an isolated build does not put this folder there
 import sbom  # noqa: E402
 
+ORIGIN = ".origin"  # of a source archive: the commit and its time
 BUILD = Path(os.environ.get("RF_BUILD_DIR", ROOT / "build" / "cmake"))
 VERSION = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 
@@ -55,17 +57,20 @@ def git(*arguments):
 
 
 @cache
-def commit():
-    """The commit that is being built (RF_COMMIT for builds from an archive)."""
-    if os.environ.get("RF_COMMIT"):
-        return os.environ["RF_COMMIT"]
+def origin():
+    """(commit, its time) of what is being built: as a source archive has recorded them, else what git says."""
+    recorded = ROOT / ORIGIN
+    if recorded.exists():
+        commit, time = recorded.read_text().split()
+        return commit, time if time != "-" else ""
     head = git("rev-parse", "--short=12", "HEAD")
-    return (head + ("+dirty" if git("status", "--porcelain", "-uno") else "")) or "unknown"
+    dirty = "+dirty" if git("status", "--porcelain", "-uno") else ""
+    return head + dirty or "unknown", git("log", "-1", "--format=%ct")
 
 
 # The times in a wheel are the commit's, not those at which files were checked out.
-if not os.environ.get("SOURCE_DATE_EPOCH") and git("log", "-1", "--format=%ct"):
-    os.environ["SOURCE_DATE_EPOCH"] = git("log", "-1", "--format=%ct")
+if not os.environ.get("SOURCE_DATE_EPOCH") and origin()[1]:
+    os.environ["SOURCE_DATE_EPOCH"] = origin()[1]
 
 
 class CMakeBuild(build_ext):
@@ -84,7 +89,7 @@ class CMakeBuild(build_ext):
             "RF_CUTLASS_INCLUDE": header_folder("RF_CUTLASS_INCLUDE", "cutlass_library", "source", "include"),
             "RF_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
             "RF_VERSION": VERSION,
-            "RF_COMMIT": commit(),
+            "RF_COMMIT": os.environ.get("RF_COMMIT") or origin()[0],
         }
         cmake = shutil.which("cmake") or "cmake"
         configure = [
@@ -107,6 +112,14 @@ class CMakeBuild(build_ext):
         if not out.exists() or built.stat().st_mtime_ns != out.stat().st_mtime_ns:
             out.unlink(missing_ok=True)  # never write into a file that a running process has mapped
             shutil.copy2(built, out)
+
+
+class SourceArchive(sdist):
+    """All that a build needs (MANIFEST.in), and what it is: an archive has no git to ask."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, ORIGIN).write_text(" ".join(part or "-" for part in origin()) + "\n")
 
 
 class Wheel(bdist_wheel):
@@ -134,6 +147,6 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("rf_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel, "sdist": SourceArchive},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

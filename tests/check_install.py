@@ -1,14 +1,15 @@
 """The ways of building and installing, each tried for real: `make check-install` (CI runs it; it takes minutes, so pytest does not).
 
 1. RF_CUDA=ON without nvcc is refused, and the message says what to install.
-2. A build without nvcc: `pip install .`, isolated, into a fresh environment that has torch; the doctor and a streamed smoke test
-   pass there, outside the source tree.
+2. A build without nvcc: `pip install` of the source archive (setup.py sdist), isolated, into a fresh environment that has torch; the
+   doctor and a streamed smoke test pass there, outside the source tree, and the binary knows its commit.
 3. The wheel of `make wheel`: tagged cp310-abi3, passes abi3audit, needs only the libraries and symbols of an allow-list; installed
    into that environment it passes the same doctor and smoke test.
 4. Both installations carry an SBOM that says what the binary itself says.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -57,23 +58,19 @@ def check_refusal(scratch):
 
 
 def check_environment(python, scratch, expect_cuda):
-    """The doctor and the smoke test, from a folder that is not the source tree."""
+    """The doctor and the smoke test, from a folder that is not the source tree; the facts of the build."""
     for name in ("smoke.py", "sbom_tools.py"):
         shutil.copy(ROOT / "tests" / name, scratch)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     doctor = run(python, "-m", "rf_kernels.doctor", cwd=scratch, env=env)
     print(doctor.stdout)
-    found = run(
-        python,
-        "-c",
-        "import rf_kernels; print(rf_kernels.build_info()['nvcc'], rf_kernels.__file__)",
-        cwd=scratch,
-        env=env,
-    )
-    assert str(ROOT) not in found.stdout.split()[1], found.stdout
-    assert (found.stdout.split()[0] != "none") == expect_cuda, found.stdout
+    ask = "import json, rf_kernels; print(json.dumps({'file': rf_kernels.__file__} | rf_kernels.build_info()))"
+    info = json.loads(run(python, "-c", ask, cwd=scratch, env=env).stdout)
+    assert str(ROOT) not in info["file"], info
+    assert (info["nvcc"] != "none") == expect_cuda, info
     for script in ("smoke.py", "sbom_tools.py"):
         print(run(python, scratch / script, cwd=scratch, env=env).stdout, end="")
+    return info
 
 
 def check_binary(path):
@@ -98,15 +95,15 @@ def main():
         run(sys.executable, "-m", "venv", scratch / "venv")
         python = scratch / "venv" / "bin" / "python"
         run(python, "-m", "pip", "install", "-q", arguments.torch, "numpy", "safetensors")
-        # pip builds in place: a copy keeps this tree as it is, and shows that a clean tree is enough.
-        tree = scratch / "tree"
-        shutil.copytree(
-            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "out", "*.so", "*.egg-info")
-        )
-        env = without_nvcc(os.environ) | {"RF_COMMIT": "check-install"}
-        run(python, "-m", "pip", "install", "-q", ".", cwd=tree, env=env)
-        check_environment(python, scratch, expect_cuda=False)
-        say("`pip install .`, isolated and without nvcc, works")
+        # The archive, not the tree: that it holds all that a build needs shows only where there is nothing else.
+        run(sys.executable, "setup.py", "-q", "sdist", "-d", scratch / "archive", cwd=ROOT)
+        (archive,) = (scratch / "archive").glob("rf_kernels-*.tar.gz")
+        env = {k: v for k, v in without_nvcc(os.environ).items() if k not in ("RF_COMMIT", "SOURCE_DATE_EPOCH")}
+        run(python, "-m", "pip", "install", "-q", archive, cwd=scratch, env=env)
+        info = check_environment(python, scratch, expect_cuda=False)
+        head = run("git", "rev-parse", "--short=12", "HEAD", cwd=ROOT).stdout.strip()
+        assert info["commit"].removesuffix("+dirty") == head, (info["commit"], head)
+        say(f"`pip install` of {archive.name} ({archive.stat().st_size} bytes), isolated and without nvcc, works")
 
         wheels = sorted((ROOT / "dist").glob("rf_kernels-*.whl"))
         assert len(wheels) == 1 and "cp310-abi3" in wheels[0].name, wheels
