@@ -1,12 +1,14 @@
 """The catalogue of planted faults is one of the sources as they are, and its report is whole (`make mutants` plants the faults and
 writes the report; CI plants ten)."""
 
+import re
 from collections import Counter
 
 import pytest
 from mutants import catalogue
 
 FAULTS = catalogue.load()
+REPORT = catalogue.ROOT / "tests" / "mutants" / "report.md"
 
 
 def test_the_catalogue_is_large_and_covers_all_kinds_and_areas():
@@ -40,6 +42,17 @@ def test_the_sample_is_ten_of_different_kinds_and_files():
     assert {fault.compiled for fault in sample} == {True, False}
     assert len({fault.file for fault in sample}) >= 8 and len({fault.kind for fault in sample}) >= 8
     assert not [fault.id for fault in sample if fault.equivalent]
+
+
+def test_the_report_is_of_this_catalogue():
+    text = REPORT.read_text()
+    rows = {tuple(cell.strip() for cell in row.split("|")[1:4]) for row in text.splitlines() if row.startswith("| ")}
+    missing = [fault.id for fault in FAULTS if (fault.id, fault.kind, fault.breaks) not in rows]
+    assert not missing, "run `make mutants`"
+    caught, total = map(int, re.search(r"\*\*(\d+) of (\d+) faults caught", text).groups())
+    assert total == len(FAULTS) and caught >= 0.98 * total
+    promised = (catalogue.ROOT / "docs" / "promises.md").read_text()
+    assert f"{caught} of {total} planted faults" in promised
 
 
 def test_a_catalogue_is_read_as_it_is_written(tmp_path):
