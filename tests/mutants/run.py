@@ -439,7 +439,8 @@ def report(trial: Trial) -> str:
     lines = [
         "# Planted faults",
         "",
-        "Written by `make mutants` (tests/mutants/run.py says how, and what counts as caught). Do not edit.",
+        "Written by `make mutants` (tests/mutants/run.py says how, and what counts as caught). Do not edit. A result of an earlier run "
+        "is used where neither the file of the fault nor the test that caught it has changed since.",
         "",
         f"- commit {commit()}, {datetime.date.today().isoformat()}",
         f"- Python {platform.python_version()}, PyTorch {version('torch')}, {compiler()}, {platform.machine()}",
