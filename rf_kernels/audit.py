@@ -84,9 +84,8 @@ def kernels(library: Path = LIBRARY, arch: str | None = None) -> list[Kernel]:
     only = ("-arch", arch) if arch else ()
     found, kernel, arch = {}, None, ""
     for line in _dump(*only, "-sass", library).splitlines():
-        if match := re.match(
-            r"arch = (sm_\w+)", line
-        ):  # not "code for": CUDA 12's cuobjdump says sm_90 there for sm_90a
+        # Not "code for": there CUDA 12's cuobjdump says sm_90 of sm_90a.
+        if match := re.match(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             kernel = found.setdefault((arch, match[1]), Kernel(match[1], arch))

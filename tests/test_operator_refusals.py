@@ -55,6 +55,11 @@ def huge(*shape):
     return lambda t: torch.empty(0, *shape, dtype=t.dtype)
 
 
+def overflowing(t):
+    """No element, and a last dimension times heads of 2^64: 0 in 64 bits."""
+    return torch.empty(0, dtype=t.dtype).as_strided((0, 4, 2**32, 2**32), (2**33, 2**33, 2**32, 1))
+
+
 LIKE_QUERY = {
     "one dimension less": lambda t: t[0],
     "float64": torch.Tensor.double,
@@ -68,10 +73,12 @@ CALLS = [
     *(("rope", "layout", x, {"layout": to(x)}) for x in (-1, 3)),
     ("rope_append", "q", "2^31 tokens", {"q": huge(2**31, 4, 8)}),
     ("rope_append", "q", "2^31 elements a token", {"q": huge(4, 65536, 32768)}),
+    ("rope_append", "q", "2^64 elements a token", {"q": overflowing}),
     *(("ema_evict", "state", x, {"state": to(x)}) for x in (-1, 3)),
     ("ema_evict", "k_state", "another batch", {"k_state": repeated(0)}),
     ("ema_evict", "v_state", "another head_dim", {"v_state": repeated(3)}),
     ("ema_evict", "k_cache", "2^31 elements a token", {name: huge(4, 65536, 32768) for name in ("k_cache", "v_cache")}),
+    ("ema_evict", "k_cache", "2^64 elements a token", {name: overflowing for name in ("k_cache", "v_cache")}),
     ("dmd_gradient", "x_t", "sigma alone", {"x_t": to(None)}),
     ("dmd_gradient", "sigma", "x_t alone", {"sigma": to(None)}),
     ("dmd_gradient", "reduction", "max", {"reduction": to("max")}),

@@ -6,6 +6,7 @@
 // nothing.
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -95,6 +96,11 @@ const char* cuda_error_text(int code);
 // Why this library's CUDA runtime does not run here, nullptr when it does. It is linked statically, hence not
 // torch's: on a driver that is older than the nvcc of the build torch may run and this library not.
 const char* cuda_problem();
+
+// a * b below 2^31, for sizes of any tensor: an empty one may claim sizes whose product overflows.
+inline bool product_fits_int32(int64_t a, int64_t b) {
+  return a <= INT32_MAX && b <= INT32_MAX && a * b <= INT32_MAX;
+}
 
 inline void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim, const char* layout) {
   RF_CHECK_ARG(t.dim() == dim, op, arg, concat(dim, " dimensions ", layout), shape_text(t));

@@ -33,7 +33,7 @@ void check_caches(const Tensor& k_cache, const Tensor& v_cache, int64_t frame_to
   check_last_dim_contiguous(kOp, "v_cache", v_cache);
   check_no_self_overlap(kOp, "k_cache", k_cache);
   check_no_self_overlap(kOp, "v_cache", v_cache);
-  RF_CHECK_ARG(k_cache.size(2) * k_cache.size(3) <= INT32_MAX, kOp, "k_cache", "H * D below 2^31",
+  RF_CHECK_ARG(product_fits_int32(k_cache.size(2), k_cache.size(3)), kOp, "k_cache", "H * D below 2^31",
                shape_text(k_cache));
   RF_CHECK_ARG(frame_tokens >= 1, kOp, "frame_tokens", "at least 1", frame_tokens);
   RF_CHECK_ARG(k_cache.size(1) % frame_tokens == 0, kOp, "frame_tokens",

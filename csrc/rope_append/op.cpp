@@ -46,7 +46,7 @@ MutableHeadRows mutable_rows_of(const Tensor& t) {
 void check_data(const char* op, const char* arg, const Tensor& t, const char* layout) {
   check_dim(op, arg, t, 4, layout);
   check_last_dim_contiguous(op, arg, t);
-  RF_CHECK_ARG(t.size(1) <= INT32_MAX && t.size(2) * t.size(3) <= INT32_MAX, op, arg,
+  RF_CHECK_ARG(t.size(1) <= INT32_MAX && product_fits_int32(t.size(2), t.size(3)), op, arg,
                concat("fewer than 2^31 tokens and dims a token in ", layout), shape_text(t));
 }
 
