@@ -1,6 +1,6 @@
 """Fill the marked sections of README.md and docs/ from the reports in benchmarks/results.
 
-    python -m rf_kernels.bench --quick --settle 3 --device cpu --threads 2 --json benchmarks/results/cpu.json
+    python -m benchmarks --quick --settle 3 --device cpu --threads 2 --json benchmarks/results/cpu.json
     python benchmarks/accuracy.py && python benchmarks/ema_study.py
     python benchmarks/fill_readme.py            # writes; --check: exit 1 where a section is not what the reports say
 
@@ -53,7 +53,7 @@ def ratios(results: list[dict]) -> list[str]:
 
 def speed_of(op: str) -> list[str]:
     report = load("cpu")
-    lines = [f"Times faster than each peer on the CPU ({where(report)}); `python -m rf_kernels.bench --op {op}`:", ""]
+    lines = [f"Times faster than each peer on the CPU ({where(report)}); `python -m benchmarks --op {op}`:", ""]
     return lines + ratios([r for r in report["results"] if r["op"] == op])
 
 

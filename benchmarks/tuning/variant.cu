@@ -1,5 +1,5 @@
 // One variant of the Hopper attention kernel as a library with a C interface (build_variants.py, and
-// rf_kernels/gpu_suite/tuning.py, which loads it). The edited headers come first on the include path.
+// benchmarks/gpu_suite/tuning.py, which loads it). The edited headers come first on the include path.
 #include "csrc/sink_window_attention/launch_sm90.cu"
 
 extern "C" int64_t rf_variant_workspace_bytes(int num_sms) {

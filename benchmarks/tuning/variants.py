@@ -1,7 +1,7 @@
 """Other choices for the Hopper attention kernel, as edits of its sources: what to try on a GPU, one change at a time.
 
 The kernel itself carries no switches. `build_variants.py` compiles each variant into a library of its own, the stage `tuning` of
-rf_kernels.gpu_suite times them all in one run, and docs/tuning.md holds what was expected of each. Those marked `on_model` change code
+benchmarks.gpu_suite times them all in one run, and docs/tuning.md holds what was expected of each. Those marked `on_model` change code
 that the functional model runs: `python variants.py ROOT OUT` writes their sources for tests/chip, where each must compute attention.
 """
 
