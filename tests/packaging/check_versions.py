@@ -13,7 +13,7 @@ from pathlib import Path
 from check_install import ROOT, run
 
 #: What the tests need beside PyTorch; the chip model builds with what it finds, and CUTLASS's layouts are compared where CUTLASS is.
-TEST_PACKAGES = ("numpy", "safetensors", "pytest", "pytest-benchmark", "tqdm", "matplotlib", "imageio", "pillow", "nvtx", "pybind11",
+TEST_PACKAGES = ("numpy", "safetensors", "pytest", "tqdm", "matplotlib", "imageio", "pillow", "nvtx", "pybind11",
                  "cmake", "ninja", "sphinx", "ruff==0.17.5", "tomli")  # fmt: skip
 
 
