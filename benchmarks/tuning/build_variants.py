@@ -26,7 +26,7 @@ def own_command() -> list[str]:
     """How the library's build compiles the kernel, up to its input and output."""
     database = ROOT / "build" / "cmake" / "compile_commands.json"
     entries = json.loads(database.read_text()) if database.exists() else []
-    commands = [shlex.split(e["command"]) for e in entries if e["file"].endswith("launch_sm90.cu")]
+    commands = [shlex.split(e["command"]) for e in entries if e["file"].endswith("sm90/launch.cu")]
     if not commands:
         sys.exit("tuning: no Hopper kernels in build/cmake; `make ext` with nvcc and CUTLASS first (README.md)")
     command = commands[0]

@@ -12,8 +12,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "csrc/arch/model/launch.h"
-#include "csrc/arch/model/machine.h"
+#include "tests/chip/model/launch.h"
+#include "tests/chip/model/machine.h"
 
 namespace chip {
 

@@ -9,10 +9,10 @@
 #include "csrc/arch/sync.h"
 #include "csrc/arch/vec.h"
 #include "csrc/math/online_softmax.h"
-#include "csrc/sink_window_attention/mainloop_fwd_sm90.h"
-#include "csrc/sink_window_attention/traits_sm90.h"
+#include "csrc/sink_window_attention/sm90/mainloop.h"
+#include "csrc/sink_window_attention/sm90/traits.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 template <class Traits>
 struct EpilogueFwdSm90 {
@@ -114,4 +114,4 @@ struct EpilogueFwdSm90 {
   }
 };
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

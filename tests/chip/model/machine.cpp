@@ -5,7 +5,7 @@
 #include <cstring>
 #include <sstream>
 
-#include "csrc/arch/model/state.h"
+#include "tests/chip/model/state.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>

@@ -5,7 +5,7 @@
 
 #include "csrc/sink_window_attention/portable.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 // The arguments of a checked call that Problem has turned into intervals.
 struct Sm90Options {
@@ -18,4 +18,4 @@ struct Sm90Options {
 const char* refused_by_sm90(const Problem& problem, const Sm90Options& options);
 Attended forward_sm90(const Problem& problem, const Sm90Options& options);
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

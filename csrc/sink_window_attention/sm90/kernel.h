@@ -5,10 +5,10 @@
 #include "csrc/arch/mbarrier.h"
 #include "csrc/arch/sync.h"
 #include "csrc/arch/tma.h"
-#include "csrc/sink_window_attention/epilogue_fwd_sm90.h"
-#include "csrc/sink_window_attention/mainloop_fwd_sm90.h"
+#include "csrc/sink_window_attention/sm90/epilogue.h"
+#include "csrc/sink_window_attention/sm90/mainloop.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 template <class Traits>
 RF_DEVICE void init_barriers(typename Traits::Smem& smem) {
@@ -86,4 +86,4 @@ RF_DEVICE void attention_forward_sm90(const arch::TensorMap* map_q, const arch::
   }
 }
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

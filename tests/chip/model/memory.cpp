@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "csrc/arch/model/layouts.h"
-#include "csrc/arch/model/state.h"
+#include "tests/chip/model/layouts.h"
+#include "tests/chip/model/state.h"
 
 namespace chip {
 

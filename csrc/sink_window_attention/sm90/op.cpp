@@ -1,5 +1,5 @@
 // From tensors to the Hopper kernel's parameters; its workspaces.
-#include "csrc/sink_window_attention/op_sm90.h"
+#include "csrc/sink_window_attention/sm90/op.h"
 
 #include <algorithm>
 #include <limits>
@@ -11,15 +11,16 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/launch.h"
-#include "csrc/sink_window_attention/config.h"
+#include "csrc/sink_window_attention/sm90/config.h"
 
 extern "C" {
-int rf_sink_window_attention_fwd_sm90(const rf::attention::SinkWindowAttentionParams* params, void* stream);
+int rf_sink_window_attention_fwd_sm90(const rf::sink_window_attention::SinkWindowAttentionParams* params,
+                                      void* stream);
 int rf_sm90_num_sms(int device_index);
 int rf_stream_is_capturing(void* stream);
 }
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 TokenStrides token_strides(const Tensor& t) {
@@ -127,4 +128,4 @@ Attended forward_sm90(const Problem& problem, const Sm90Options& options) {
   return result;
 }
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

@@ -2,9 +2,9 @@
 #include <cuda_runtime.h>
 
 #include "csrc/arch/tensor_map.h"
-#include "csrc/sink_window_attention/kernel_fwd_sm90.h"
+#include "csrc/sink_window_attention/sm90/kernel.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -43,13 +43,13 @@ int launch(const SinkWindowAttentionParams& p, const FwdConfig& config, cudaStre
 }
 
 }  // namespace
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention
 
 // A CUDA error code; cudaErrorNotSupported, with nothing launched, for a call that unsupported_sm90
 // (config.h) refuses.
-extern "C" int rf_sink_window_attention_fwd_sm90(const rf::attention::SinkWindowAttentionParams* params,
-                                                 void* cuda_stream) {
-  using namespace rf::attention;
+extern "C" int rf_sink_window_attention_fwd_sm90(
+    const rf::sink_window_attention::SinkWindowAttentionParams* params, void* cuda_stream) {
+  using namespace rf::sink_window_attention;
   const SinkWindowAttentionParams& p = *params;
   if (unsupported_sm90(p) != nullptr || p.num_sms < 1) return cudaErrorNotSupported;
   const auto stream = static_cast<cudaStream_t>(cuda_stream);

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <limits>
 
-#include "csrc/arch/model/layouts.h"
-#include "csrc/arch/model/state.h"
 #include "csrc/math/dtype.h"
+#include "tests/chip/model/layouts.h"
+#include "tests/chip/model/state.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RF_CHIP_VECTOR \

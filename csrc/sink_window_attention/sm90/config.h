@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "csrc/arch/tensor_map.h"
+#include "csrc/arch/tile.h"
 #include "csrc/math/tile_schedule.h"
 #include "csrc/sink_window_attention/params.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 struct FwdConfig {
   int head_dim;
@@ -110,4 +110,4 @@ inline TileMap tile_map(const SinkWindowAttentionParams& p) {
   return map;
 }
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

@@ -12,9 +12,9 @@
 #include "csrc/arch/vec.h"
 #include "csrc/arch/wgmma.h"
 #include "csrc/math/online_softmax.h"
-#include "csrc/sink_window_attention/traits_sm90.h"
+#include "csrc/sink_window_attention/sm90/traits.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 template <class Traits>
 struct MainloopFwdSm90 {
@@ -256,4 +256,4 @@ struct MainloopFwdSm90 {
   }
 };
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

@@ -1,12 +1,12 @@
-// exp2, log2 and max as the chip's special function unit and ALU give them. Needs no model: csrc/math uses it
-// in host code too.
+// exp2, log2 and max as the chip's special function unit and ALU give them. Host code gets the same functions
+// of the C library.
 #pragma once
 
 #include <cmath>
 
 #include "csrc/math/host_device.h"
 
-namespace rf::arch {
+namespace rf {
 
 // MUFU.EX2: 2 ulp, results below 2^-126 become 0; exp2(-inf) = 0.
 RF_HD float exp2_approx(float x) {
@@ -40,4 +40,4 @@ RF_HD float max2(float a, float b) {
 #endif
 }
 
-}  // namespace rf::arch
+}  // namespace rf

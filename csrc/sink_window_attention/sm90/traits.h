@@ -6,9 +6,9 @@
 
 #include "csrc/arch/platform.h"
 #include "csrc/math/tile_schedule.h"
-#include "csrc/sink_window_attention/config.h"
+#include "csrc/sink_window_attention/sm90/config.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 // The turn of consumer warpgroup w to issue its products is barrier kTurn + w; 0 is __syncthreads.
 enum NamedBarrierSm90 { kTurn = 1 };
@@ -111,4 +111,4 @@ RF_DEVICE FwdWork fwd_work(const FwdKernelParams& p, const Segment& segment) {
   return w;
 }
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention
