@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite tuning demo test test-quick ext docs lint format wheel check-install check-reproducible check-versions sanitize sanitize-sample mutants mutants-sample clean help
+.PHONY: chip audit gpu-suite tuning demo test test-quick ext docs lint format wheel check-install check-reproducible check-versions sanitize sanitize-sample clean help
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -34,7 +34,7 @@ chip: $(SETUP)
 
 ## make audit      what the compiler made of the CUDA kernels, held against what was intended (2: no CUDA kernels to look at)
 audit: ext
-	$(PY) -m rf_kernels.audit || test $$? -eq 2
+	$(PY) -m benchmarks.audit || test $$? -eq 2
 
 ## make demo       stream a video from a checkpoint, compare with the published path, write out/
 demo: ext
@@ -51,7 +51,7 @@ test-quick: ext
 
 ## make gpu-suite  on a GPU: tests, benchmarks, report and pictures in out/gpu (docs/gpu.md)
 gpu-suite: ext
-	PYTHONPATH=.:python $(PY) -m rf_kernels.gpu_suite --out out/gpu
+	PYTHONPATH=.:python $(PY) -m benchmarks.gpu_suite --out out/gpu
 
 ## make tuning     variants of the Hopper attention kernel, one change each, for the suite's stage of that name (docs/tuning.md)
 tuning: ext
@@ -80,30 +80,22 @@ wheel: $(SETUP)
 
 ## make check-install every way of building and installing, in a fresh environment
 check-install: wheel
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_install.py --torch '$(TORCH)'
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/packaging/check_install.py --torch '$(TORCH)'
 
 ## make check-reproducible a second build of the commit, elsewhere and without a network, gives the wheel's bytes
 check-reproducible: wheel
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_reproducible.py --wheel dist/*.whl
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/packaging/check_reproducible.py --wheel dist/*.whl
 
 ## make check-versions the one extension under other Pythons and PyTorches (VERSIONS="python3.12:2.11.0 ...")
 VERSIONS ?= python3.10:2.10.0 python3.12:2.11.0
 check-versions: ext
-	$(PY) tests/check_versions.py $(VERSIONS)
+	$(PY) tests/packaging/check_versions.py $(VERSIONS)
 
 ## make sanitize   the CPU backend under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (-sample: few configurations)
 sanitize: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py --report tests/reports/sanitize.json
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/helpers/sanitize.py --report tests/contracts/reports/sanitize.json
 sanitize-sample: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py --sample --seeds 0:40
-
-## make mutants    plant the faults of tests/mutants one by one: a test must notice each (hours; writes tests/mutants/report.md)
-mutants: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/mutants/run.py --report
-
-## make mutants-sample ten of them, as CI does
-mutants-sample: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/mutants/run.py --sample --again
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/helpers/sanitize.py --sample --seeds 0:40
 
 clean:
 	rm -rf build dist out *.egg-info rf_kernels/_C.abi3.so

@@ -8,8 +8,8 @@
 
 #include <limits>
 
-#include "csrc/arch/special.h"
 #include "csrc/math/host_device.h"
+#include "csrc/math/special.h"
 
 namespace rf {
 
@@ -28,15 +28,15 @@ RF_HD float softmax_reference(float max) {
 // Takes in the largest score of new keys; returns the factor for what has been accumulated so far (0 for a
 // first tile).
 RF_HD float softmax_raise_max(SoftmaxRow& row, float largest_score, float scale) {
-  const float max = arch::max2(row.max, largest_score * scale);
-  const float factor = arch::exp2_approx(row.max - softmax_reference(max));
+  const float max = max2(row.max, largest_score * scale);
+  const float factor = exp2_approx(row.max - softmax_reference(max));
   row.max = max;
   row.sum *= factor;
   return factor;
 }
 
 RF_HD float softmax_weight(float score, float scale, float reference) {
-  return arch::exp2_approx(score * scale - reference);
+  return exp2_approx(score * scale - reference);
 }
 
 // Joins two disjoint sets of keys: accumulated values of `row` are to be multiplied by .own, those of `other`
@@ -45,8 +45,8 @@ struct MergeFactors {
   float own, other;
 };
 RF_HD MergeFactors softmax_merge(SoftmaxRow& row, const SoftmaxRow& other) {
-  const float max = arch::max2(row.max, other.max), reference = softmax_reference(max);
-  const MergeFactors f{arch::exp2_approx(row.max - reference), arch::exp2_approx(other.max - reference)};
+  const float max = max2(row.max, other.max), reference = softmax_reference(max);
+  const MergeFactors f{exp2_approx(row.max - reference), exp2_approx(other.max - reference)};
   row = {max, row.sum * f.own + other.sum * f.other};
   return f;
 }
@@ -54,7 +54,7 @@ RF_HD MergeFactors softmax_merge(SoftmaxRow& row, const SoftmaxRow& other) {
 // Natural logarithm of sum_j exp(softmax_scale * q.k_j).
 RF_HD float softmax_lse(const SoftmaxRow& row) {
   constexpr float kLn2 = 0.693147180559945f;
-  return kLn2 * (row.max + arch::log2_approx(row.sum));
+  return kLn2 * (row.max + log2_approx(row.sum));
 }
 
 }  // namespace rf

@@ -4,7 +4,7 @@
 #include "csrc/math/lse_merge.h"
 #include "csrc/sink_window_attention/portable.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 using torch::stable::copy_;
@@ -199,4 +199,4 @@ void accumulate(const Tensor& sum, const Tensor& term) {
 
 const Backend cpu_backend{&forward, &backward, &merge, &accumulate};
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

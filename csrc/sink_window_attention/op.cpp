@@ -4,10 +4,10 @@
 #include <tuple>
 
 #include "csrc/common/dispatch.h"
-#include "csrc/sink_window_attention/op_sm90.h"
 #include "csrc/sink_window_attention/portable.h"
+#include "csrc/sink_window_attention/sm90/op.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 constexpr const char* kQueryLayout = "[B, Nq, Hq, D]";
@@ -176,15 +176,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
 }
 
 }  // namespace
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
-  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward_cpu));
-  m.impl("sink_window_attention_backward", TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cpu>));
+  m.impl("sink_window_attention", TORCH_BOX(&rf::sink_window_attention::forward_cpu));
+  m.impl("sink_window_attention_backward",
+         TORCH_BOX(&rf::sink_window_attention::backward<&rf::sink_window_attention::choose_cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
-  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward_cuda));
+  m.impl("sink_window_attention", TORCH_BOX(&rf::sink_window_attention::forward_cuda));
   m.impl("sink_window_attention_backward",
-         TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cuda_backward>));
+         TORCH_BOX(&rf::sink_window_attention::backward<&rf::sink_window_attention::choose_cuda_backward>));
 }

@@ -11,16 +11,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "tuning"))
 import source_edits
 
-MAINLOOP = "csrc/sink_window_attention/mainloop_fwd_sm90.h"
-EPILOGUE = "csrc/sink_window_attention/epilogue_fwd_sm90.h"
-KERNEL = "csrc/sink_window_attention/kernel_fwd_sm90.h"
-TRAITS = "csrc/sink_window_attention/traits_sm90.h"
-CONFIG = "csrc/sink_window_attention/config.h"
+MAINLOOP = "csrc/sink_window_attention/sm90/mainloop.h"
+EPILOGUE = "csrc/sink_window_attention/sm90/epilogue.h"
+KERNEL = "csrc/sink_window_attention/sm90/kernel.h"
+TRAITS = "csrc/sink_window_attention/sm90/traits.h"
+CONFIG = "csrc/sink_window_attention/sm90/config.h"
 RANGE = "csrc/math/tile_range.h"
 SCHEDULE = "csrc/math/tile_schedule.h"
 SOFTMAX = "csrc/math/online_softmax.h"
-WGMMA = "csrc/arch/wgmma.h"
-VEC = "csrc/arch/vec.h"
+OPERAND = "csrc/arch/operand.h"
+MODEL_VEC = "tests/chip/model/csrc/arch/vec.h"
 
 
 class Fault(NamedTuple):
@@ -90,7 +90,7 @@ FAULTS = (
     fault("wrong_k_step", MAINLOOP, "Traits::kTileN * 128 + i % 4 * 32", "Traits::kTileN * 128 + i % 4 * 16"),
     fault("wrong_v_step", MAINLOOP, "desc_v.at(i * 16 * 128)", "desc_v.at(i * 8 * 128)"),
     fault("wrong_block_stride", MAINLOOP, "operand_mn_major(v, Traits::kTileN * 128)", "operand_mn_major(v, 64 * 128)"),
-    fault("wrong_swizzle", WGMMA, "(kSwizzleAtomBytes >> 4) | (1u << 30);", "(kSwizzleAtomBytes >> 4) | (2u << 30);"),
+    fault("wrong_swizzle", OPERAND, "(kSwizzleAtomBytes >> 4) | (1u << 30);", "(kSwizzleAtomBytes >> 4) | (2u << 30);"),
     fault("wrong_q_rows", MAINLOOP, "work.row + 64 * w", "work.row + 32 * w"),
     fault("wrong_kv_head", TRAITS, "w.head / p.heads_per_kv_head", "w.head % p.heads_per_kv_head", "grouped"),
     # ---- softmax
@@ -111,8 +111,8 @@ FAULTS = (
     fault("last_contributor_forgotten", SCHEDULE, "return range < s.ranges && s.cut[range].tile == tile;",
           "return range + 1 < s.ranges && s.cut[range].tile == tile;", "many"),
     # ---- merge
-    fault("signal_without_release", VEC, "chip::flag_store(flag, 1, /*release=*/true)", "chip::flag_store(flag, 1, false)"),
-    fault("wait_without_acquire", VEC, "chip::flag_wait(flag, /*acquire=*/true)", "chip::flag_wait(flag, false)"),
+    fault("signal_without_release", MODEL_VEC, "chip::flag_store(flag, 1, /*release=*/true)", "chip::flag_store(flag, 1, false)"),
+    fault("wait_without_acquire", MODEL_VEC, "chip::flag_wait(flag, /*acquire=*/true)", "chip::flag_wait(flag, false)"),
     fault("no_warp_barrier", EPILOGUE, "sync_warp();  // puts", "// puts"),
     fault("flag_not_cleared", EPILOGUE, "if (elect_one()) flag_clear(flag_of(p, range, warp));", ""),
     fault("merged_once", KERNEL, "if (has_work(p.schedule, x)) Epilogue::merge(p, x, warp, lane, fragment);",

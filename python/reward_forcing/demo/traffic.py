@@ -3,7 +3,7 @@ attention itself are left out. All three figures are counts, not measurements.
 
 - published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
   calls (views are free); its attention is replaced by a function that touches nothing.
-- ours: what the kernels read and write (``rf_kernels.bench.traffic``): rows, norm weights, and the chunk's plan.
+- ours: what the kernels read and write (``benchmarks.traffic``): rows, norm weights, and the chunk's plan.
 - floor: the least that the job can move (``rope_append.cost``, ``ema_evict.cost``).
 """
 
@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rf_kernels as rf
-from rf_kernels.bench import traffic
-from rf_kernels.reference import published
+from benchmarks import published, traffic
 
 
 class ByteCounter(TorchDispatchMode):
