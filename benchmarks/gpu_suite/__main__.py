@@ -13,7 +13,8 @@ import torch
 
 import rf_kernels
 
-from . import machine, plots
+from .. import facts as machine
+from .. import plots
 from .report import assemble, read_rows, write
 
 ROOT = Path(rf_kernels.__file__).resolve().parents[1]
@@ -145,7 +146,7 @@ def main(arguments=None) -> int:
         print(
             "torch sees no CUDA device: the functional model's cases are run instead, and nothing is timed", flush=True
         )
-    facts, done = machine.facts(ROOT) | {"arguments": sys.argv[1:] if arguments is None else list(arguments)}, []
+    facts, done = machine.of_run(ROOT) | {"arguments": sys.argv[1:] if arguments is None else list(arguments)}, []
 
     def report(complete: bool) -> dict:
         found = assemble(options.mode, facts, done, read_rows(options.out / "rows.jsonl"), complete)
