@@ -231,7 +231,13 @@ def killed_at(monkeypatch):
     return lambda n: steps.update(left=n, dead=False)
 
 
-@pytest.mark.parametrize("earlier", [False, True], ids=["an empty folder", "a folder with a finished stream"])
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pytest.param(False, id="an empty folder", marks=pytest.mark.heavy),
+        pytest.param(True, id="a folder with a finished stream"),
+    ],
+)
 def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(earlier, uninterrupted, tmp_path, capsys, killed_at):
     run = ["--frames", "15", "--save-seconds", "0"]
     old = {name: b"old" for name in OUTPUTS} if earlier else {}
