@@ -452,8 +452,8 @@ def test_an_unfinished_stream_is_discarded_when_asked(unfinished, capsys):
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("cache.safetensors", lambda data: data[:1000], "cache.safetensors"),
-        ("cache.safetensors", lambda data: os.urandom(1000), "cache.safetensors"),
+        ("cache.safetensors", lambda data: data[:1000], "--resume: expected the saved cache of this stream"),
+        ("cache.safetensors", lambda data: os.urandom(1000), "--resume: expected the saved cache of this stream"),
         ("settings.json", lambda data: data[:20], "--resume: expected a readable settings.json"),
         ("settings.json", lambda data: b"[]", "with which the stream in"),
         ("latents.safetensors", lambda data: data[:500], "--resume: expected at least the 12 frames that the cache"),
