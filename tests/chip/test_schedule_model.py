@@ -29,7 +29,7 @@ def test_the_model_counts_what_the_schedule_does(monkeypatch):
     """Without costs of merging and with equal SMs, the time is that of the longest range."""
     for name in ("FRAGMENT", "WRITE_PARTIAL", "MERGE_PARTIAL", "SKEW", "LAUNCH"):
         monkeypatch.setattr(schedule_model, name, 0.0)
-    monkeypatch.setattr("L2", 1e12)
+    monkeypatch.setattr(schedule_model, "L2", 1e12)
     p = schedule_model.plan(1560, 12, 14040)
     ranges, _, _, count, _ = p["segments"].T
     longest = np.bincount(ranges, weights=count).max()
