@@ -50,9 +50,9 @@ class StreamFolder:
         try:
             self._made = not self.out.exists()
             self.part.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
         except OSError as error:
             expect(False, _WHO, "out", "a folder that can be written", f"{self.out}: {error.strerror}")
-        self._lock = self._locked()
         try:
             self._check_use()
         except BaseException:
@@ -82,6 +82,7 @@ class StreamFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                file.close()
                 found = f"one that writes into {self.part}"
                 expect(False, _WHO, "out", "a folder that no other run writes into", found)
             try:

@@ -1,7 +1,10 @@
 """`reward-forcing stream`: what it refuses, in which words, and that a stream which was stopped anywhere goes on to the same latents."""
 
+import argparse
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,6 +338,31 @@ def test_a_second_ctrl_c_does_not_wait_for_the_chunk(uninterrupted, tmp_path, ca
     assert code == 130 and err.count("\n") == 1 and "go on with: reward-forcing stream " in err
     assert call(capsys, "--frames", "15", "--out", tmp_path, "--resume") == (0, "")
     assert files(tmp_path) == uninterrupted
+
+
+def test_memory_that_the_check_could_not_foresee(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job, "free_memory", lambda device: None)  # a system that does not say
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=2**63))
+    code, err = call(capsys, "--frames", "3", "--height", str(10**12), "--out", tmp_path)
+    assert code == 1 and err.startswith("reward-forcing: error: ") and err.count("\n") == 1 and "allocate" in err
+
+
+def test_a_lock_whose_file_has_left_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening the lock and locking it, the run that held it finishes and takes the file away."""
+
+    def late(file, operation, flock=fcntl.flock):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.unlink(file.name)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with StreamFolder(tmp_path / "out") as held:
+        assert (held.part / "lock").exists()
+        with (
+            pytest.raises(cli.rf.ArgumentError, match="a folder that no other run writes into"),
+            StreamFolder(held.out),
+        ):
+            pass
 
 
 @pytest.mark.parametrize(
