@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from rf_kernels.cache import EMASink, SinkWindowCache
-from rf_kernels.ops.ema_evict import ema_evict
-from rf_kernels.ops.rope_append import rope_append
 from rf_kernels.ops.sink_window_attention import sink_window_attention
 from rf_kernels.plan import Ring
 from rf_kernels.positions import RoPE3D
 from rf_kernels.reference.rope_append import token_angles
 
+from . import floors
 from .case import Case, agree
 from .published import attention, rope
 from .rope_append import published_norms, rotate
@@ -250,17 +249,17 @@ def build_update(layer: Layer, device: str) -> dict:
 def costs(layer: Layer, update: bool) -> dict[str, int]:
     """The floors of the ops that the job consists of."""
     rope_ = RoPE3D.wan(layer.head_dim)
-    append = rope_append.cost(
+    append = floors.rope_append(
         batch=1, tokens=layer.tokens, q_heads=layer.heads if layer.rotary or not update else 0, kv_heads=layer.heads,
         head_dim=layer.head_dim, dtype=layer.dtype, pairs=rope_.pairs if layer.rotary else (), norm=layer.rotary,
     )  # fmt: skip
     if update:
-        other = ema_evict.cost(
+        other = floors.ema_evict(
             batch=1, sink_frames=layer.sink_frames, frame_tokens=layer.frame_tokens, heads=layer.heads,
             head_dim=layer.head_dim, dtype=layer.dtype, temporal_pairs=rope_.temporal_pairs if layer.rotary else 0,
         )  # fmt: skip
     else:
-        other = sink_window_attention.cost(
+        other = floors.sink_window_attention(
             1, layer.tokens, layer.heads, layer.head_dim, kv_tokens=layer.length * layer.frame_tokens,
             element_size=layer.dtype.itemsize,
         )  # fmt: skip

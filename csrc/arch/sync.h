@@ -49,6 +49,11 @@ RF_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// True in the whole warp when x is true in any lane of it. Every lane must come here.
+RF_DEVICE bool any_in_warp(bool x) {
+  return __any_sync(~0u, x);
+}
+
 RF_DEVICE uint32_t shuffle_xor(uint32_t v, int lane_mask) {
   return __shfl_xor_sync(~0u, v, lane_mask);
 }

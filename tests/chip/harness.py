@@ -41,6 +41,7 @@ class Case:
     deterministic: bool = False
     variant: str = "bf16_128"
     q_scale: float = 1.5
+    k_ramp: float = 1.0  # scale of the first key: tiles are visited in descending order, so scores rise
 
     @property
     def head_dim(self):
@@ -75,6 +76,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     q = (case.q_scale * torch.randn(shape_q, generator=generator)).to(case.dtype)
     k = torch.randn(shape_k, generator=generator).to(case.dtype)
     v = torch.randn(shape_k, generator=generator).to(case.dtype)
+    if case.k_ramp != 1:
+        k *= torch.linspace(case.k_ramp, 1, capacity)[:, None, None].to(case.dtype)
     k[:, case.kv_tokens :] = float("nan")
     v[:, case.kv_tokens :] = float("nan")
     return Inputs(case, q, k, v, case.head_dim**-0.5)

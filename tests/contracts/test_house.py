@@ -54,6 +54,11 @@ def test_python_import_rules():
                 wrong.append(f"{path}: a reference imports {name}; plain PyTorch only")
             if parts[1] == "ops" and inside(name, "rf_kernels.cache", "rf_kernels.plan", "rf_kernels.reference"):
                 wrong.append(f"{path}: an op imports {name}")
+    for path in tracked("rf_kernels/**/*.py", "rf_kernels/*.py", "python/**/*.py"):
+        names = [*imported_modules(path), *re.findall(r"[\"']([\w.]+)[\"']", path.read_text())]
+        wrong += [
+            f"{path}: the library knows of the benchmarks ({n})" for n in names if inside(n, "benchmarks", "tests")
+        ]
     assert not wrong, "\n".join(wrong)
 
 

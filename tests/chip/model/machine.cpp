@@ -307,6 +307,12 @@ uint32_t shuffle(uint32_t v, int source_lane) {
 void sync_warp() {
   exchange(0, 0, true);
 }
+bool any_in_warp(bool x) {  // a vote orders no memory
+  const WarpExchange* w = &current_cta->warps[current_fiber->index / kWarp];
+  const int slot = w->generation & 1;
+  exchange(x, 0, false);
+  return std::any_of(w->value[slot], w->value[slot] + kWarp, [](uint32_t v) { return v != 0; });
+}
 
 void set_registers(int per_thread, bool increase) {
   Cta* cta = current_cta;

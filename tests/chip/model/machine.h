@@ -29,6 +29,7 @@ void sync_cta();
 void sync_warp();
 void named_barrier(int id, int threads, bool wait);
 uint32_t shuffle(uint32_t v, int source_lane);
+bool any_in_warp(bool x);
 
 void mbarrier_init(void* barrier, int arrivals);
 void fence_mbarrier_init();

@@ -38,6 +38,10 @@ RF_DEVICE void named_barrier_arrive(int id, int threads) {
   chip::named_barrier(id, threads, false);
 }
 
+RF_DEVICE bool any_in_warp(bool x) {
+  return chip::any_in_warp(x);
+}
+
 RF_DEVICE uint32_t shuffle_xor(uint32_t v, int lane_mask) {
   return chip::shuffle(v, (chip::thread_index() % kWarpThreads) ^ lane_mask);
 }

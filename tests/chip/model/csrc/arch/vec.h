@@ -31,6 +31,7 @@ RF_DEVICE void flag_signal(uint32_t* flag) {
 }
 RF_DEVICE void flag_wait(uint32_t* flag) {
   chip::flag_wait(flag, /*acquire=*/true);
+  chip::any_in_warp(false);  // the vote that ends the spin
 }
 RF_DEVICE void flag_clear(uint32_t* flag) {
   chip::flag_store(flag, 0, /*release=*/false);

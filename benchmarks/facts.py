@@ -1,12 +1,16 @@
 """What a number has to be quoted with: versions, commits, and the state of the device in nvidia-smi's words."""
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from .. import environment
+import torch
+
+from rf_kernels._backend import build_info
 
 READINGS = (
     "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu", "memory.used", "pstate",
@@ -42,12 +46,48 @@ def revision(root: Path) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def facts(root: Path) -> dict:
-    """Of the whole run."""
+def _cpu_name() -> str:
+    try:
+        names = [
+            x.split(":")[1].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith("model name")
+        ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment() -> dict:
+    """What a number has to be quoted with: machine, versions, commit, date."""
+    info = build_info()
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": info["commit"],
+        "version": info["version"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_arch": info["cpu_arch"],
+        "nvcc": info["nvcc"],
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "nvidia-smi": smi(FACTS),
+        }
+    return facts
+
+
+def of_run(root: Path) -> dict:
+    """What is asked once for a whole run of the GPU suite."""
     return environment() | {
         "source_commit": revision(root),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "executable": Path(sys.executable).name,
-        "nvidia_smi": smi(FACTS),
         "compute_sanitizer": shutil.which("compute-sanitizer") is not None,
     }
