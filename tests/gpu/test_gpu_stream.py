@@ -34,16 +34,6 @@ CONFIG = ModelConfig(
 FRAMES, LENGTH, LATENT = 3, 9, (1, 4, 3, 10, 14)  # 35 tokens a frame: no multiple of anything
 
 
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """Without a GPU the tensors are tiny: threads would only wait for one another."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if torch.cuda.is_available() else 1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(device, dtype=torch.bfloat16):
     torch.manual_seed(7)
     return CausalWanModel(CONFIG).to(device, dtype).requires_grad_(False)
