@@ -9,7 +9,7 @@ import importlib
 _NAMES = {
     "checkpoint": "CheckpointError infer_config load_bidirectional_model load_causal_model read_checkpoint",
     "config": "ModelConfig StreamConfig",
-    "model": "BidirectionalWanModel CausalWanModel FlowPredictor",
+    "models": "BidirectionalWanModel CausalWanModel FlowPredictor",
     "pipeline": "Chunk Phase StreamingPipeline",
     "scheduler": "FlowMatchScheduler",
 }

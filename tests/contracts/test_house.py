@@ -176,6 +176,8 @@ def test_sink_alone_is_no_name():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.arg] if isinstance(node, ast.arg) else [node.id] if isinstance(node, ast.Name) else []
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if name in ("sink", "sinks")]
+    # The one exception: the policy that a cache is made with.
+    wrong = [place for place in wrong if not place.startswith("rf_kernels/cache/cache.py:")]
     assert not wrong, "\n".join(wrong)
 
 
