@@ -250,6 +250,10 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error), code=1)
+    except RuntimeError as error:  # on the CPU PyTorch has no error of its own for it
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        fail(str(error), code=1)
 
 
 if __name__ == "__main__":

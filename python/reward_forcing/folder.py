@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from rf_kernels import ArgumentError
+
 from ._check import expect
 
 _WHO = "StreamFolder"
@@ -50,9 +52,9 @@ class StreamFolder:
         try:
             self._made = not self.out.exists()
             self.part.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
         except OSError as error:
             expect(False, _WHO, "out", "a folder that can be written", f"{self.out}: {error.strerror}")
-        self._lock = self._locked()
         try:
             self._check_use()
         except BaseException:
@@ -82,6 +84,7 @@ class StreamFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                file.close()
                 found = f"one that writes into {self.part}"
                 expect(False, _WHO, "out", "a folder that no other run writes into", found)
             try:
@@ -161,7 +164,10 @@ class StreamFolder:
         """Put cache and latents where the last save was, the beginning if there was none."""
         path = self.part / "cache.safetensors"
         if path.exists():
-            cache.load(path)
+            try:
+                cache.load(path)
+            except ArgumentError as error:
+                expect(False, _WHO, "resume", f"the saved cache of this stream in {path}", error)
         frame = cache.next_frame
         found = f"{self.frames} frames in {self.part / LATENTS}"
         expect(frame <= self.frames, _WHO, "resume", f"at least the {frame} frames that the cache has seen", found)

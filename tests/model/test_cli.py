@@ -1,7 +1,10 @@
 """`reward-forcing stream`: what it refuses, in which words, and that a stream which was stopped anywhere goes on to the same latents."""
 
+import argparse
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,7 +231,13 @@ def killed_at(monkeypatch):
     return lambda n: steps.update(left=n, dead=False)
 
 
-@pytest.mark.parametrize("earlier", [False, True], ids=["an empty folder", "a folder with a finished stream"])
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pytest.param(False, id="an empty folder", marks=pytest.mark.heavy),
+        pytest.param(True, id="a folder with a finished stream"),
+    ],
+)
 def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(earlier, uninterrupted, tmp_path, capsys, killed_at):
     run = ["--frames", "15", "--save-seconds", "0"]
     old = {name: b"old" for name in OUTPUTS} if earlier else {}
@@ -337,6 +346,31 @@ def test_a_second_ctrl_c_does_not_wait_for_the_chunk(uninterrupted, tmp_path, ca
     assert files(tmp_path) == uninterrupted
 
 
+def test_memory_that_the_check_could_not_foresee(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job, "free_memory", lambda device: None)  # a system that does not say
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=2**63))
+    code, err = call(capsys, "--frames", "3", "--height", str(10**12), "--out", tmp_path)
+    assert code == 1 and err.startswith("reward-forcing: error: ") and err.count("\n") == 1 and "allocate" in err
+
+
+def test_a_lock_whose_file_has_left_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening the lock and locking it, the run that held it finishes and takes the file away."""
+
+    def late(file, operation, flock=fcntl.flock):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.unlink(file.name)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with StreamFolder(tmp_path / "out") as held:
+        assert (held.part / "lock").exists()
+        with (
+            pytest.raises(cli.rf.ArgumentError, match="a folder that no other run writes into"),
+            StreamFolder(held.out),
+        ):
+            pass
+
+
 @pytest.mark.parametrize(
     "error, words",
     [(OSError(28, "No space left on device"), "No space left on device"), (None, "frames 9..11: expected finite latents")],
@@ -418,8 +452,8 @@ def test_an_unfinished_stream_is_discarded_when_asked(unfinished, capsys):
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("cache.safetensors", lambda data: data[:1000], "cache.safetensors"),
-        ("cache.safetensors", lambda data: os.urandom(1000), "cache.safetensors"),
+        ("cache.safetensors", lambda data: data[:1000], "--resume: expected the saved cache of this stream"),
+        ("cache.safetensors", lambda data: os.urandom(1000), "--resume: expected the saved cache of this stream"),
         ("settings.json", lambda data: data[:20], "--resume: expected a readable settings.json"),
         ("settings.json", lambda data: b"[]", "with which the stream in"),
         ("latents.safetensors", lambda data: data[:500], "--resume: expected at least the 12 frames that the cache"),
