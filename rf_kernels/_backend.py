@@ -1,8 +1,8 @@
 """Loads the extension, calls its ops, and says which backend served a call.
 
-The library never falls back in silence: an extension that does not load is an ImportError that says why, a missing CUDA part is an
-error of the op that needed it, and a slower path than the device's own kernel is recorded (``last_dispatch``) or, with
-``RF_STRICT=1``, refused.
+The library never falls back in silence: an extension that does not load is an ImportError that says why, a
+missing CUDA part is an error of the op that needed it, and a slower path than the device's own kernel is
+recorded (``last_dispatch``) or, with ``RF_STRICT=1``, refused.
 """
 
 import json
@@ -20,9 +20,9 @@ try:
     from . import _C  # noqa: F401  (importing it registers the ops)
 except ImportError as error:
     raise ImportError(
-        f"rf_kernels: the extension rf_kernels/_C.abi3.so did not load: {error}. In a source tree, build it with `make ext`; "
-        "else reinstall the wheel. It needs torch >= 2.10 and, on x86-64, a CPU with AVX2. "
-        "`python -m rf_kernels.doctor` explains more."
+        f"rf_kernels: the extension rf_kernels/_C.abi3.so did not load: {error}. In a source tree, build it"
+        " with `make ext`; else reinstall the wheel. It needs torch >= 2.10 and, on x86-64, a CPU with AVX2."
+        " `python -m rf_kernels.doctor` explains more."
     ) from error
 
 ops = torch.ops.rf_kernels
@@ -38,7 +38,8 @@ class Dispatch(NamedTuple):
 
 
 def last_dispatch() -> Dispatch | None:
-    """Which backend served the last op called on this thread, whether that was a fallback, and why (None before the first)."""
+    """Which backend served the last op called on this thread, whether that was a fallback, and why (None
+    before the first)."""
     op, backend, kind, reason = ops.last_dispatch().split("|", 3)
     return Dispatch(op, backend, kind == "fallback", reason) if op else None
 
@@ -50,12 +51,14 @@ def build_info() -> dict:
 
 _PREFIX = "rf_kernels."
 _WRONG_TYPE = re.compile(
-    r"rf_kernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+    r"rf_kernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type"
+    r" '(.+?)'"
 )
 
 
 def invoke(op, *args):
-    """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an ``ArgumentError``."""
+    """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an
+    ``ArgumentError``."""
     try:
         return op(*args)
     except RuntimeError as error:
@@ -83,7 +86,11 @@ def _name(op) -> str:
 
 
 def _is_strided(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type in ("cpu", "cuda")
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type in ("cpu", "cuda")
+    )
 
 
 def _kind(value) -> str:
@@ -91,8 +98,9 @@ def _kind(value) -> str:
 
 
 def register_fake(name: str, op: str | None = None):
-    """``torch.library.register_fake`` for an op of ours, with the one check that the real op never gets to make: of mixed devices
-    PyTorch prefers "meta", and would run the fake, which returns memory that nobody wrote.
+    """``torch.library.register_fake`` for an op of ours, with the one check that the real op never gets to
+    make: of mixed devices PyTorch prefers "meta", and would run the fake, which returns memory that nobody
+    wrote.
 
     Args:
         name: the registered op.
@@ -105,7 +113,9 @@ def register_fake(name: str, op: str | None = None):
         @torch.library.register_fake(f"rf_kernels::{name}")
         def checked(*args):
             # Not strict: trailing arguments left at their default are not among args.
-            tensors = [(a.name, t) for a, t in zip(arguments, args, strict=False) if isinstance(t, torch.Tensor)]
+            tensors = [
+                (a.name, t) for a, t in zip(arguments, args, strict=False) if isinstance(t, torch.Tensor)
+            ]
             device = tensors[0][1].device
             for argument, tensor in tensors:
                 if tensor.device != device:
@@ -131,7 +141,10 @@ def as_list(op: str, argument: str, values) -> list:
 
 def check_tensors(op: str, required: dict, optional: dict) -> None:
     """Each a tensor (or None, if optional): for functions that look at their tensors before the op does."""
-    for values, expected, may_be_none in ((required, "a tensor", False), (optional, "a tensor or None", True)):
+    for values, expected, may_be_none in (
+        (required, "a tensor", False),
+        (optional, "a tensor or None", True),
+    ):
         for name, value in values.items():
             if not isinstance(value, torch.Tensor) and not (may_be_none and value is None):
                 raise argument_error(op, name, expected, type(value).__name__)

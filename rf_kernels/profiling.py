@@ -1,4 +1,5 @@
-"""nvtx ranges: public ops and pipeline phases by name in a profiler's timeline. Nothing happens without the nvtx package."""
+"""nvtx ranges: public ops and pipeline phases by name in a profiler's timeline. Nothing happens without the
+nvtx package."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,8 @@ def nvtx_range(name: str, domain: str = "rf_kernels") -> AbstractContextManager:
 
 
 def nvtx_annotated(function):
-    """Put every call of a function into a range of its name. Inside torch.compile the call is traced bare: a range is host work."""
+    """Put every call of a function into a range of its name. Inside torch.compile the call is traced bare: a
+    range is host work."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):

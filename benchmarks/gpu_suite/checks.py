@@ -1,5 +1,5 @@
-"""Stages that run the source tree's own tests: the GPU tests, a small selection of them under compute-sanitizer, and, without a GPU,
-the functional model's cases of the Hopper kernel."""
+"""Stages that run the source tree's own tests: the GPU tests, a small selection of them under
+compute-sanitizer, and, without a GPU, the functional model's cases of the Hopper kernel."""
 
 import os
 import shutil
@@ -26,12 +26,21 @@ def gpu_test_files(tests: Path) -> list[Path]:
 
 
 def run_pytest(selection: list[str], limit: float, *, wrap=(), environment=None) -> list[dict]:
-    """A pytest process, a row per finished test; a process that ends in another way than by passing or failing tests is a row too."""
+    """A pytest process, a row per finished test; a process that ends in another way than by passing or
+    failing tests is a row too."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         environment = os.environ | (environment or {}) | {"RF_TEST_ROWS": str(rows)}
         options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_suite.pytest_rows"]
-        command = [*wrap, sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *selection]
+        command = [
+            *wrap,
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            "--continue-on-collection-errors",
+            *selection,
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
             status, output = done.returncode, done.stdout + done.stderr
@@ -68,7 +77,8 @@ def gpu_tests(options: Options, tests: Path) -> None:
 
 
 def sanitizer(options: Options, tests: Path) -> None:
-    """Every tool over the same selection; without PyTorch's caching allocator, whose blocks would hide a write out of bounds."""
+    """Every tool over the same selection; without PyTorch's caching allocator, whose blocks would hide a
+    write out of bounds."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         options.rows.add("sanitizer", tool=None, outcome="absent", message="compute-sanitizer is not on PATH")
@@ -92,7 +102,10 @@ def chip_model(options: Options, tests: Path) -> None:
     if not built:
         options.rows.add(
             "note",
-            text="the functional model of the chip is not built (python tests/chip/build.py): its cases were not run",
+            text=(
+                "the functional model of the chip is not built (python tests/chip/build.py): its cases were"
+                " not run"
+            ),
         )
         return
     run_files(options, [tests / "chip" / "test_sink_window_attention_sm90.py"], "not heavy")
@@ -105,7 +118,9 @@ def main(arguments=None) -> None:
     which, tests, *rest = sys.argv[1:] if arguments is None else arguments
     options, tests = Options.parse(rest), Path(tests)
     if not tests.is_dir():
-        options.rows.add("note", text=f"{which} were not run: no tests beside the package (a wheel carries none)")
+        options.rows.add(
+            "note", text=f"{which} were not run: no tests beside the package (a wheel carries none)"
+        )
         return
     STAGES[which](options, tests)
 

@@ -169,8 +169,7 @@ void merge_typed(const Attended& first, const Attended& second, const Attended& 
 }
 
 void merge(const Attended& first, const Attended& second, const Attended& rows) {
-  with_dtype(checked_dtype(kOp, "q", rows.out),
-             [&]<typename T>() { merge_typed<T>(first, second, rows); });
+  with_dtype(checked_dtype(kOp, "q", rows.out), [&]<typename T>() { merge_typed<T>(first, second, rows); });
 }
 
 template <typename S, typename T>

@@ -1,6 +1,8 @@
-"""reward_forcing: the thin PyTorch layer over rf_kernels. Models, scheduler, streaming pipeline, losses, checkpoints.
+"""reward_forcing: the thin PyTorch layer over rf_kernels. Models, scheduler, streaming pipeline, losses,
+checkpoints.
 
-Every size comes from the configuration; all attention, caching, rotation and distillation arithmetic is rf_kernels'.
+Every size comes from the configuration; all attention, caching, rotation and distillation arithmetic is
+rf_kernels'.
 """
 
 from .checkpoint import (

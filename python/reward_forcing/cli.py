@@ -1,7 +1,9 @@
-"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are generated.
+"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are
+generated.
 
-A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after the chunk under way and
-exits with 130; the same command with `--resume` continues it, and its latents are those of a run that nobody stopped.
+A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after
+the chunk under way and exits with 130; the same command with `--resume` continues it, and its latents are
+those of a run that nobody stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from .config import StreamConfig
 from .folder import StreamFolder
 from .job import PreparedStream, StreamJob
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 #: The options whose names differ from the arguments that they set.
 _OPTIONS = {
@@ -91,8 +98,16 @@ def _one_of(names):
 
 
 def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The options of a stream. ``defaults`` replace those of a published model; an option without one is required."""
-    defaults = {"height": 60, "width": 104, "dtype": "bfloat16", "out": Path("out"), "heads": None, **defaults}
+    """The options of a stream. ``defaults`` replace those of a published model; an option without one is
+    required."""
+    defaults = {
+        "height": 60,
+        "width": 104,
+        "dtype": "bfloat16",
+        "out": Path("out"),
+        "heads": None,
+        **defaults,
+    }
     if "device" not in defaults:
         defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -148,7 +163,8 @@ def stream_job(options: argparse.Namespace) -> StreamJob:
 
 
 class Stop:
-    """Ctrl-C, and signals that ask a process to end, are noted until the chunk under way is finished; a second one ends it at once."""
+    """Ctrl-C, and signals that ask a process to end, are noted until the chunk under way is finished; a
+    second one ends it at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -193,14 +209,23 @@ def _write_facts(prepared: PreparedStream, settings: dict, path: Path) -> None:
     job = prepared.job
     files = {"checkpoint": str(job.checkpoint), "context": job.context and str(job.context)}
     versions = {"rf_kernels": rf.__version__, "torch": torch.__version__}
-    facts = {"settings": settings, "files": files, "model": asdict(prepared.model.config), "versions": versions}
+    facts = {
+        "settings": settings,
+        "files": files,
+        "model": asdict(prepared.model.config),
+        "versions": versions,
+    }
     path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _run(options: argparse.Namespace, again: str) -> int:
     with ExitStack() as stack:
         try:
-            use = {"resume": options.resume, "overwrite": options.overwrite, "save_seconds": options.save_seconds}
+            use = {
+                "resume": options.resume,
+                "overwrite": options.overwrite,
+                "save_seconds": options.save_seconds,
+            }
             folder = stack.enter_context(StreamFolder(options.out, **use))
             job = stream_job(options)
             prepared = job.prepare()
@@ -238,7 +263,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n: stopped by signal n."""
+    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n:
+    stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]

@@ -1,12 +1,13 @@
-"""Running the attention kernel on the model: cases, a float64 oracle, and what must hold after every launch."""
+"""Running the attention kernel on the model: cases, a float64 oracle, and what must hold after every
+launch."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from chip.build import load
 from torch.nn.functional import scaled_dot_product_attention
 
+from chip.build import load
 from rf_kernels.testing import assert_within_eager
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,7 +126,9 @@ def run(inputs: Inputs, *, seed: int = 0, policy: str = "random", variant: str |
 def eager(inputs: Inputs) -> torch.Tensor:
     """PyTorch's own attention in the dtype of the inputs."""
     case = inputs.case
-    q, k, v = (t.transpose(1, 2) for t in (inputs.q, inputs.k[:, : case.kv_tokens], inputs.v[:, : case.kv_tokens]))
+    q, k, v = (
+        t.transpose(1, 2) for t in (inputs.q, inputs.k[:, : case.kv_tokens], inputs.v[:, : case.kv_tokens])
+    )
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     ends = [0, *case.chunk_ends] if case.chunk_ends else [0, case.q_tokens]
@@ -136,7 +139,9 @@ def eager(inputs: Inputs) -> torch.Tensor:
             window = max(case.num_sink_tokens, end - case.num_window_tokens)
             keys = keys[(keys < min(case.num_sink_tokens, end)) | ((keys >= window) & (keys < end))]
         parts.append(
-            scaled_dot_product_attention(q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale=inputs.softmax_scale)
+            scaled_dot_product_attention(
+                q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale=inputs.softmax_scale
+            )
         )
     return torch.cat(parts, 2).transpose(1, 2)
 

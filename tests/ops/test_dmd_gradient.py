@@ -1,23 +1,26 @@
-"""dmd_gradient, dmd_loss, reward_weight: oracle against autograd, op against oracle, every option, every rule."""
+"""dmd_gradient, dmd_loss, reward_weight: oracle against autograd, op against oracle, every option, every
+rule."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.dmd_gradient_case import LONG, SHAPE, as_oracle, check, made, masks, registered, weights
-from helpers.golden_cases import parametrize
 
 import rf_kernels as rf
+from helpers.dmd_gradient_case import LONG, SHAPE, as_oracle, check, made, masks, registered, weights
+from helpers.golden_cases import parametrize
 from rf_kernels.reference.dmd_gradient import dmd_gradient as oracle
 from rf_kernels.reference.dmd_gradient import expand, surrogate_loss
 from rf_kernels.testing import assert_equal_bits, relative_l2
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-PAIRS = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in (torch.float64, torch.bfloat16, torch.float16)]
+PAIRS = [(d, d) for d in DTYPES] + [
+    (d, torch.float32) for d in (torch.float64, torch.bfloat16, torch.float16)
+]
 
 
-# ---- the oracle against formulas of its own --------------------------------------------------------------------------------------
+# ---- the oracle against formulas of its own ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -45,7 +48,8 @@ def test_oracle_is_the_gradient_of_the_published_loss(flow, reduction):
 
 
 def test_surrogate_is_what_finite_differences_see():
-    """The gradient is that of the surrogate with its target held fixed (the loss itself moves with its own normaliser)."""
+    """The gradient is that of the surrogate with its target held fixed (the loss itself moves with its own
+    normaliser)."""
     x, kw = made((2, 3, 4), torch.float64)
     weight, mask = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, 4) > 0.3
     d = oracle(x, **as_oracle(kw), reduction="none").gradient
@@ -57,7 +61,7 @@ def test_surrogate_is_what_finite_differences_see():
     torch.testing.assert_close(y.grad, expected, rtol=1e-12, atol=1e-15)
 
 
-# ---- the op against the oracle ---------------------------------------------------------------------------------------------------
+# ---- the op against the oracle -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [SHAPE, LONG], ids=str)
@@ -78,14 +82,27 @@ def test_weights_and_masks_crossed(weight, mask):
 
 def test_options_crossed():
     for normalize, eps, reduction, flow, fake_uncond, real_uncond, nan in itertools.product(
-        [True, False], [0.0, 0.5], ["mean", "sum", "none"], [True, False], [True, False], [True, False],
+        [True, False],
+        [0.0, 0.5],
+        ["mean", "sum", "none"],
+        [True, False],
+        [True, False],
+        [True, False],
         ["sample", "published", "raise"],
-    ):  # fmt: skip
+    ):
         x, kw = made((2, 3, 4, 5), flow=flow)
         for used, which in ((fake_uncond, "fake"), (real_uncond, "real")):
             if not used:
                 del kw[f"{which}_uncond"], kw[f"{which}_guidance"]
-        check(x, kw, normalize=normalize, eps=eps, reduction=reduction, nan=nan, mask=masks((2, 3, 4, 5))["frame"])
+        check(
+            x,
+            kw,
+            normalize=normalize,
+            eps=eps,
+            reduction=reduction,
+            nan=nan,
+            mask=masks((2, 3, 4, 5))["frame"],
+        )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +132,9 @@ def test_odd_sizes(shape):
 def test_not_contiguous_and_unaligned():
     x, kw = made((2, 3, 4, 5, 6))
     want = rf.dmd_gradient(x, **kw)
-    permuted = {k: v.transpose(1, 2).contiguous().transpose(1, 2) if torch.is_tensor(v) else v for k, v in kw.items()}
+    permuted = {
+        k: v.transpose(1, 2).contiguous().transpose(1, 2) if torch.is_tensor(v) else v for k, v in kw.items()
+    }
     assert_equal_bits(rf.dmd_gradient(x.transpose(1, 3).contiguous().transpose(1, 3), **permuted), want)
     shifted = torch.zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
     assert_equal_bits(rf.dmd_gradient(shifted, **kw), want)
@@ -142,9 +161,15 @@ def test_unguided_predictions_are_not_read():
     for guidance, none in (("self_forcing", 0.0), ("dmd2", 1.0)):
         garbage = torch.full_like(x, float("nan"))
         got = rf.dmd_gradient(
-            x, fake=kw["fake"], real=kw["real"], fake_uncond=garbage, real_uncond=garbage, fake_guidance=none,
-            real_guidance=none, guidance=guidance,
-        )  # fmt: skip
+            x,
+            fake=kw["fake"],
+            real=kw["real"],
+            fake_uncond=garbage,
+            real_uncond=garbage,
+            fake_guidance=none,
+            real_guidance=none,
+            guidance=guidance,
+        )
         assert_equal_bits(got, want)
     x_unread = torch.full_like(x, float("nan"))
     got = rf.dmd_gradient(x_unread, fake=kw["fake"], real=kw["real"], normalize=False)
@@ -155,7 +180,9 @@ def test_float32_sums_agree_with_float64():
     """The model's own shape; terms of very different size in one sample."""
     g = torch.Generator().manual_seed(5)
     shape = (1, 21, 16, 60, 104)
-    x, fake, real = (torch.randn(shape, generator=g) * 10 ** torch.empty(shape).uniform_(-3, 3) for _ in range(3))
+    x, fake, real = (
+        torch.randn(shape, generator=g) * 10 ** torch.empty(shape).uniform_(-3, 3) for _ in range(3)
+    )
     aux = rf.dmd_gradient(x, fake=fake, real=real, return_aux=True)[1]
     exact = oracle(x.double(), fake=fake.double(), real=real.double())
     for name in ("loss", "per_sample_loss", "gradient_norm", "normalizer"):
@@ -174,12 +201,14 @@ def test_reward_weight():
         rf.reward_weight(torch.tensor([1]), 1.0)
 
 
-# ---- NaN policies, zero normaliser, empty masks ----------------------------------------------------------------------------------
+# ---- NaN policies, zero normaliser, empty masks ------------------------------------------------------------
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("where", ["fake", "real", "fake_uncond", "real_uncond", "x_t", "sigma", "weight", "x"])
+@pytest.mark.parametrize(
+    "where", ["fake", "real", "fake_uncond", "real_uncond", "x_t", "sigma", "weight", "x"]
+)
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_sample_policy(where, bad):
     """The sample with one bad element gets gradient 0 and is counted; the others keep every bit."""
@@ -207,7 +236,8 @@ def test_overflow_of_finite_predictions_is_a_drop():
     _, aux = rf.dmd_gradient(x, **kw, return_aux=True)
     assert int(aux.dropped) == 1
     half = {
-        k: v.half() for k, v in dict(x=torch.full((1, 8), 1e-7), fake=torch.ones(1, 8), real=torch.zeros(1, 8)).items()
+        k: v.half()
+        for k, v in dict(x=torch.full((1, 8), 1e-7), fake=torch.ones(1, 8), real=torch.zeros(1, 8)).items()
     }
     _, aux = rf.dmd_gradient(half["x"], fake=half["fake"], real=half["real"], return_aux=True)
     assert int(aux.dropped) == 1  # d = 1e7 is no float16
@@ -215,14 +245,16 @@ def test_overflow_of_finite_predictions_is_a_drop():
 
 @pytest.mark.parametrize("dtype, prediction", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 def test_published_policy_is_element_wise(dtype, prediction):
-    """NaN -> 0 and +-inf -> the largest finite number of the predictions' dtype; the rest of the sample is untouched."""
+    """NaN -> 0 and +-inf -> the largest finite number of the predictions' dtype; the rest of the sample is
+    untouched."""
     x, kw = made((2, 3, 40), dtype, prediction)
     clean, _ = rf.dmd_gradient(x, **kw, reduction="none", return_aux=True)
     for i, bad in enumerate(BAD):
         kw["fake"][0, 0, i] = bad
     got, aux = rf.dmd_gradient(x, **kw, nan="published", reduction="none", return_aux=True)
     assert int(aux.dropped) == 0
-    largest = torch.tensor(torch.finfo(prediction).max, dtype=torch.float64).to(dtype)  # inf where x is narrower
+    # inf where x is narrower
+    largest = torch.tensor(torch.finfo(prediction).max, dtype=torch.float64).to(dtype)
     assert got[0, 0, 0] == 0
     keep = torch.ones_like(x, dtype=torch.bool)
     keep[0, 0, :3] = False
@@ -236,7 +268,8 @@ def test_published_policy_is_element_wise(dtype, prediction):
 
 
 def test_zero_normaliser():
-    """x = real in every element of sample 1: d = 0 by default, the published overflow on request, eps when given."""
+    """x = real in every element of sample 1: d = 0 by default, the published overflow on request, eps when
+    given."""
     x, kw = made(SHAPE)
     kw = {"fake": kw["fake"], "real": kw["real"]}
     x[1] = kw["real"][1]
@@ -286,7 +319,7 @@ def test_no_elements(shape):
         assert t.shape == shape[:1] and not t.any()
 
 
-# ---- determinism and independence ------------------------------------------------------------------------------------------------
+# ---- determinism and independence --------------------------------------------------------------------------
 
 
 def test_neighbours_leave_no_bit():
@@ -322,7 +355,7 @@ def test_threads_change_no_bit(threads):
             assert_equal_bits(a, b)
 
 
-# ---- autograd, compile, registration ---------------------------------------------------------------------------------------------
+# ---- autograd, compile, registration -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -433,7 +466,7 @@ def test_compile_inductor():
     compiled_step("inductor")
 
 
-# ---- wrong calls -----------------------------------------------------------------------------------------------------------------
+# ---- wrong calls -------------------------------------------------------------------------------------------
 
 
 WRONG = {
@@ -486,8 +519,12 @@ def test_wrong_calls(case):
 def test_wrong_flow_calls():
     x, kw = made(SHAPE, flow=True)
     for name, value in {
-        "sigma": torch.rand(3, 4, 5, 1, 1), "x_t": kw["x_t"].half(), "sigma ": torch.rand(4), "sigma  ": None, "x_t ": None
-    }.items():  # fmt: skip
+        "sigma": torch.rand(3, 4, 5, 1, 1),
+        "x_t": kw["x_t"].half(),
+        "sigma ": torch.rand(4),
+        "sigma  ": None,
+        "x_t ": None,
+    }.items():
         with pytest.raises(rf.ArgumentError, match=name.strip()):
             rf.dmd_gradient(x, **(kw | {name.strip(): value}))
     with pytest.raises(rf.ArgumentError, match="reduction"):
@@ -502,7 +539,10 @@ def test_supports_cost_dispatch():
     shape = (1, 21, 16, 60, 104)
     elements = 21 * 16 * 60 * 104
     assert rf.dmd_loss.cost(shape)["bytes"] == 5 * 4 * elements  # x, fake, real, real_uncond, gradient
-    flow = rf.dmd_loss.cost(shape, flow=True)["bytes"], rf.dmd_loss.cost(shape, flow=True, normalize=False)["bytes"]
+    flow = (
+        rf.dmd_loss.cost(shape, flow=True)["bytes"],
+        rf.dmd_loss.cost(shape, flow=True, normalize=False)["bytes"],
+    )
     assert flow == (6 * 4 * elements, 4 * 4 * elements)  # and x_t; neither x_t nor x without the normaliser
     x, kw = made(SHAPE)
     rf.dmd_gradient(x, **kw)
@@ -527,12 +567,13 @@ def test_the_loss_of_many_samples_is_summed_in_float64():
     assert abs(aux.loss.double() / aux.per_sample_loss.double().sum() - 1) <= 2**-23
 
 
-# ---- the published numbers -------------------------------------------------------------------------------------------------------
+# ---- the published numbers ---------------------------------------------------------------------------------
 
 
 @parametrize("re_dmd", "vanilla_dmd")
 def test_golden(case):
-    """nan="published" reproduces the published gradient, loss and dx; where the index records a bug, our rule against float64."""
+    """nan="published" reproduces the published gradient, loss and dx; where the index records a bug, our rule
+    against float64."""
     t, hyper = case.tensors, case.hyper
     if hyper["affine_stub"]:
         pytest.skip("predictions of this case are functions of x_t")
@@ -540,7 +581,10 @@ def test_golden(case):
     kw = {"fake": t["pred_fake_cond"], "real": t["pred_real_cond"]}
     for which in ("fake", "real"):
         if hyper[f"{which}_guidance_scale"] and f"pred_{which}_uncond" in t:
-            kw |= {f"{which}_uncond": t[f"pred_{which}_uncond"], f"{which}_guidance": hyper[f"{which}_guidance_scale"]}
+            kw |= {
+                f"{which}_uncond": t[f"pred_{which}_uncond"],
+                f"{which}_guidance": hyper[f"{which}_guidance_scale"],
+            }
     mask = t["mask"].bool() if "mask" in t else None
     reward = case.kind == "re_dmd"
     if reward:
@@ -559,7 +603,9 @@ def test_golden(case):
     else:
         case.tolerance(dtype, "loss").check(loss, expected, case.name)
     if t["grad_norm_log"].isfinite():
-        case.tolerance(dtype, "grad").check(aux.gradient_norm.mean(), t["grad_norm_log"].reshape(()), case.name)
+        case.tolerance(dtype, "grad").check(
+            aux.gradient_norm.mean(), t["grad_norm_log"].reshape(()), case.name
+        )
 
     ours, aux = rf.dmd_gradient(x, **kw, mask=mask, return_aux=True)
     assert ours.isfinite().all() and aux.loss.isfinite()
