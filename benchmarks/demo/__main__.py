@@ -18,6 +18,7 @@ from tqdm import tqdm
 import rf_kernels as rf
 from reward_forcing.cli import Parser, add_stream_options, fail, refused, stream_job
 from reward_forcing.folder import LATENTS, StreamFolder
+from reward_forcing.run import begin
 
 from .preview import write_preview
 from .report import write_report
@@ -61,14 +62,14 @@ def main(arguments=None) -> int:
         try:
             # The published path cannot be resumed: a demo starts over, and replaces what an earlier one left.
             folder = stack.enter_context(StreamFolder(options.out, overwrite=True))
-            job = stream_job(options)
-            prepared = job.prepare()
-            folder.begin(job.settings(), prepared.shape)
+            prepared, cache = begin(stream_job(options), folder)
         except rf.ArgumentError as error:
             fail(refused(error))
+        job = prepared.job
         total = math.ceil(job.frames / job.stream.chunk_frames)
         figures = run(
             prepared,
+            cache,
             folder,
             # the published path has no other sink
             compare=not options.no_compare and job.stream.sink_policy == "ema",

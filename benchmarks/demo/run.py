@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import benchmarks as bench
+import rf_kernels as rf
 from reward_forcing.folder import StreamFolder
 from reward_forcing.job import PreparedStream
 
@@ -39,6 +40,7 @@ def flatness(values: list[float], skip: int) -> dict:
 
 def run(
     prepared: PreparedStream,
+    cache: rf.SinkWindowCache,
     folder: StreamFolder,
     *,
     compare: bool,
@@ -55,7 +57,6 @@ def run(
     job, stream, config = prepared.job, prepared.job.stream, prepared.model.config
     device, dtype, grid = prepared.model.device, prepared.model.dtype, config.grid(job.height, job.width)
     twin = PublishedTwin(prepared, grid) if compare else None
-    cache = prepared.new_cache()
     phases: dict[str, float] = defaultdict(float)
 
     def on_phase(phase):

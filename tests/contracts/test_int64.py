@@ -227,7 +227,8 @@ def test_dmd_gradient(elements):
         torch.tensor([4.0, 4.0, 4.0, 4.0, 4.0]).to(DTYPE),
     )
     x[0, sampled], real[0, sampled] = fakes, reals
-    gradient, aux = rf.dmd_gradient(x, fake=x, real=real, normalize=False, reduction="none", return_aux=True)
+    options = rf.DMDOptions(normalize=False, reduction="none")
+    gradient, aux = rf.dmd_gradient(x, fake=x, real=real, options=options, return_aux=True)
     assert torch.equal(gradient[0, sampled], fakes - reals)
     assert not bool(gradient[0, sampled[1:] - 2].any()) and not bool(gradient[0, 1:4096].any())
     assert float(aux.loss) == float((fakes - reals).double().square().sum() / 2)
