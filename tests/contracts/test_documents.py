@@ -145,7 +145,28 @@ def test_a_wrong_command_is_noticed(command):
     assert fault(command.split())
 
 
-def listed(*patterns):
+def headings(path):
+    """The anchors of a page, as a renderer forms them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path, text):
+    """Links of a page that lead nowhere in the repository."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if "://" not in link and not (target.exists() and (not anchor or anchor in headings(target))):
+            yield f"{name(path)}: {link}"
+
+
+def test_links_lead_somewhere():
+    assert not [fault for path in PAGES for fault in broken_links(path, path.read_text())]
+    wrong = "[a](none.md) [b](docs/cache.md#none) [c](docs/cache.md#how-it-works) [d](https://e.org/f)"
+    assert len(list(broken_links(ROOT / "README.md", wrong))) == 2
+
+
+def listed():
     """Documents that git knows, or that lie there when this is no checkout."""
     run = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True

@@ -416,7 +416,10 @@ def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path):
     maps = Path(f"/proc/{process.popen.pid}/maps")
     while "libtorch" not in maps.read_text():
         assert process.popen.poll() is None
-    assert process.end(signal.SIGINT) == (130, "reward-forcing: stopped; nothing was written\n")
+    code, err = process.end(signal.SIGINT)
+    assert err == "reward-forcing: stopped; nothing was written\n"
+    # Where the signal arrives inside exec(), Python itself ends by the signal: 130 to a shell all the same.
+    assert code in (130, -signal.SIGINT)
     assert not (tmp_path / "out").exists()
 
 
