@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from helpers.cache_case import make, state_of, tensors
 from torch.utils.checkpoint import checkpoint
 
 import rf_kernels as rf
+from helpers.cache_case import make, state_of, tensors
 from rf_kernels.reference.streaming import StreamingReference, rms_norm
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
@@ -32,7 +32,8 @@ def weights(norm):
     """Weights of the norms of q and k, leaves, or nothing."""
     size = {"model": 16, "head": 8, None: 0}[norm]
     return [
-        torch.rand(size, generator=torch.Generator().manual_seed(i)).double().add(0.5).requires_grad_() for i in (1, 2)
+        torch.rand(size, generator=torch.Generator().manual_seed(i)).double().add(0.5).requires_grad_()
+        for i in (1, 2)
     ][: 2 if size else 0]
 
 
@@ -258,7 +259,11 @@ def test_the_past_is_copied_once_per_layer_and_freed_with_its_chunk():
     with cache.chunk(2) as chunk:
         fill(chunk, 0)
         assert not chunk._pasts, "nothing is kept without grad"
-        losses = [chunk.attend(layer, *leaves(cache, 2, forward)).sum() for forward in range(3) for layer in range(2)]
+        losses = [
+            chunk.attend(layer, *leaves(cache, 2, forward)).sum()
+            for forward in range(3)
+            for layer in range(2)
+        ]
         pasts = list(chunk._pasts.values())
         assert len(pasts) == 2 and pasts[0].angles is pasts[1].angles
         held = {t.untyped_storage().data_ptr() for past in pasts for t in (past.k, past.v)}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
 from torch.utils.checkpoint import checkpoint
 
 import rf_kernels as rf
+from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
 CONFIG = ModelConfig(
@@ -35,7 +35,9 @@ class Rollout:
     def __init__(self, model, policy):
         sink_frames, policy = POLICIES[policy]
         self.model, self.text = model, model.text_keys(draw(1, 6, 10, seed=99))
-        self.cache = rf.SinkWindowCache(model.cache_spec(4, 6, sink_frames=sink_frames, window_frames=4), sink=policy)
+        self.cache = rf.SinkWindowCache(
+            model.cache_spec(4, 6, sink_frames=sink_frames, window_frames=4), sink=policy
+        )
 
     def chunks(self, context=None):
         """Yields each chunk's exit, under grad; ``context``: the clean results, where they are known."""
@@ -43,7 +45,9 @@ class Rollout:
             with self.cache.chunk(2) as chunk:
                 with torch.no_grad():
                     self.model(latents(100 + number), torch.full((1, 1), 900.0), self.text, chunk)
-                x0 = latents(number) - self.model(latents(number), torch.full((1, 1), 700.0), self.text, chunk)
+                x0 = latents(number) - self.model(
+                    latents(number), torch.full((1, 1), 700.0), self.text, chunk
+                )
                 yield x0
                 with torch.no_grad():
                     clean = x0 if context is None else context[number]
@@ -117,7 +121,12 @@ def test_gradients_of_a_chunk_are_the_slopes_of_its_loss(model):
 @pytest.mark.parametrize("undo_frames", [0, 2])
 def test_a_commit_that_finds_nan_leaves_the_pipelines_cache_as_it_was(model, undo_frames):
     config = StreamConfig(
-        chunk_frames=2, sink_frames=2, local_attn_size=6, denoising_step_list=(1000, 500), sink_policy="ema", alpha=0.9
+        chunk_frames=2,
+        sink_frames=2,
+        local_attn_size=6,
+        denoising_step_list=(1000, 500),
+        sink_policy="ema",
+        alpha=0.9,
     )
     line = StreamingPipeline(model, config)
     spec = line.new_cache(1, 4, 6, undo_frames=undo_frames).spec
