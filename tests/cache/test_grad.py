@@ -1,15 +1,15 @@
-"""``Chunk.attend`` under grad: its values, its gradients against finite differences and the float64 reference, and that neither backward
-nor a recomputation reads a cache that has gone on."""
+"""``Chunk.attend`` under grad: its values, its gradients against finite differences and the float64
+reference, and that neither backward nor a recomputation reads a cache that has gone on."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from helpers.cache_case import make, state_of, tensors
 from torch.utils.checkpoint import checkpoint
 
 import rf_kernels as rf
+from helpers.cache_case import make, state_of, tensors
 from rf_kernels.reference.streaming import StreamingReference, rms_norm
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
@@ -32,7 +32,8 @@ def weights(norm):
     """Weights of the norms of q and k, leaves, or nothing."""
     size = {"model": 16, "head": 8, None: 0}[norm]
     return [
-        torch.rand(size, generator=torch.Generator().manual_seed(i)).double().add(0.5).requires_grad_() for i in (1, 2)
+        torch.rand(size, generator=torch.Generator().manual_seed(i)).double().add(0.5).requires_grad_()
+        for i in (1, 2)
     ][: 2 if size else 0]
 
 
@@ -59,14 +60,14 @@ def go_on(cache, chunks=4):
             fill(chunk, 900 + number)
 
 
-# ---- values and gradients -----------------------------------------------------------------------------------------------------
+# ---- values and gradients ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["model", "head", None])
 @pytest.mark.parametrize("kind", STREAMS)
 def test_gradients_are_those_of_the_reference(kind, norm):
-    """Chunk by chunk, with and without evictions: two forwards that both count, backward in the chunk, after it, and after later
-    chunks, against autograd through the plain recomputation."""
+    """Chunk by chunk, with and without evictions: two forwards that both count, backward after all chunks,
+    against autograd through the plain recomputation."""
     cache, w = new_cache(kind), weights(norm)
     frames_sink, frames_window, policy, rule = STREAMS[kind]
     reference = StreamingReference(
@@ -165,7 +166,7 @@ def test_a_second_derivative_raises():
             first.sum().backward()
 
 
-# ---- recomputation ------------------------------------------------------------------------------------------------------------
+# ---- recomputation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -249,7 +250,7 @@ def test_a_stream_inside_of_a_backward_is_no_recomputation():
     assert fingerprint(*state_of(cache)) == fingerprint(*state_of(twin))
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def test_the_past_is_copied_once_per_layer_and_freed_with_its_chunk():
@@ -258,7 +259,11 @@ def test_the_past_is_copied_once_per_layer_and_freed_with_its_chunk():
     with cache.chunk(2) as chunk:
         fill(chunk, 0)
         assert not chunk._pasts, "nothing is kept without grad"
-        losses = [chunk.attend(layer, *leaves(cache, 2, forward)).sum() for forward in range(3) for layer in range(2)]
+        losses = [
+            chunk.attend(layer, *leaves(cache, 2, forward)).sum()
+            for forward in range(3)
+            for layer in range(2)
+        ]
         pasts = list(chunk._pasts.values())
         assert len(pasts) == 2 and pasts[0].angles is pasts[1].angles
         held = {t.untyped_storage().data_ptr() for past in pasts for t in (past.k, past.v)}

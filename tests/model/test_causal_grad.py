@@ -1,11 +1,12 @@
-"""The causal model under grad: replayed chunks against one graph, activation checkpointing, and a commit that fails in the pipeline."""
+"""The causal model under grad: replayed chunks against one graph, activation checkpointing; and a commit
+that fails in the pipeline."""
 
 import pytest
 import torch
-from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
 from torch.utils.checkpoint import checkpoint
 
 import rf_kernels as rf
+from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
 CONFIG = ModelConfig(
@@ -30,12 +31,15 @@ def latents(seed):
 
 
 class Rollout:
-    """Chunks of two frames: a forward without grad, an exit with grad, and the context forward on what the exit gave."""
+    """Chunks of two frames: a forward without grad, an exit with grad, and the context forward on what the
+    exit gave."""
 
     def __init__(self, model, policy):
         sink_frames, policy = POLICIES[policy]
         self.model, self.text = model, model.text_keys(draw(1, 6, 10, seed=99))
-        self.cache = rf.SinkWindowCache(model.cache_spec(4, 6, sink_frames=sink_frames, window_frames=4), sink=policy)
+        self.cache = rf.SinkWindowCache(
+            model.cache_spec(4, 6, sink_frames=sink_frames, window_frames=4), sink=policy
+        )
 
     def chunks(self, context=None):
         """Yields each chunk's exit, under grad; ``context``: the clean results, where they are known."""
@@ -43,7 +47,9 @@ class Rollout:
             with self.cache.chunk(2) as chunk:
                 with torch.no_grad():
                     self.model(latents(100 + number), torch.full((1, 1), 900.0), self.text, chunk)
-                x0 = latents(number) - self.model(latents(number), torch.full((1, 1), 700.0), self.text, chunk)
+                x0 = latents(number) - self.model(
+                    latents(number), torch.full((1, 1), 700.0), self.text, chunk
+                )
                 yield x0
                 with torch.no_grad():
                     clean = x0 if context is None else context[number]
@@ -64,7 +70,8 @@ def graph(model, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_replayed_chunks_give_the_gradients_of_one_graph(model, policy):
-    """Backward inside of each chunk, before its context forward, or at the very end: the past is a constant either way."""
+    """Backward inside of each chunk, before its context forward, or at the very end: the past is a constant
+    either way."""
     expected, results = graph(model, policy)
     assert all(bool(g.any()) for g in expected)
     rollout = Rollout(model, policy)
@@ -111,13 +118,18 @@ def test_gradients_of_a_chunk_are_the_slopes_of_its_loss(model):
     assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
 
 
-# ---- a commit that fails ------------------------------------------------------------------------------------------------------
+# ---- a commit that fails -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("undo_frames", [0, 2])
 def test_a_commit_that_finds_nan_leaves_the_pipelines_cache_as_it_was(model, undo_frames):
     config = StreamConfig(
-        chunk_frames=2, sink_frames=2, local_attn_size=6, denoising_step_list=(1000, 500), sink_policy="ema", alpha=0.9
+        chunk_frames=2,
+        sink_frames=2,
+        local_attn_size=6,
+        denoising_step_list=(1000, 500),
+        sink_policy="ema",
+        alpha=0.9,
     )
     line = StreamingPipeline(model, config)
     spec = line.new_cache(1, 4, 6, undo_frames=undo_frames).spec
