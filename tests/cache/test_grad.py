@@ -1,5 +1,5 @@
-"""``Chunk.attend`` under grad: its values, its gradients against finite differences and the float64 reference, and that neither backward
-nor a recomputation reads a cache that has gone on."""
+"""``Chunk.attend`` under grad: its values, its gradients against finite differences and the float64
+reference, and that neither backward nor a recomputation reads a cache that has gone on."""
 
 import gc
 import weakref
@@ -60,14 +60,14 @@ def go_on(cache, chunks=4):
             fill(chunk, 900 + number)
 
 
-# ---- values and gradients -----------------------------------------------------------------------------------------------------
+# ---- values and gradients ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["model", "head", None])
 @pytest.mark.parametrize("kind", STREAMS)
 def test_gradients_are_those_of_the_reference(kind, norm):
-    """Chunk by chunk, with and without evictions: two forwards that both count, backward in the chunk, after it, and after later
-    chunks, against autograd through the plain recomputation."""
+    """Chunk by chunk, with and without evictions: two forwards that both count, backward after all chunks,
+    against autograd through the plain recomputation."""
     cache, w = new_cache(kind), weights(norm)
     frames_sink, frames_window, policy, rule = STREAMS[kind]
     reference = StreamingReference(
@@ -166,7 +166,7 @@ def test_a_second_derivative_raises():
             first.sum().backward()
 
 
-# ---- recomputation ------------------------------------------------------------------------------------------------------------
+# ---- recomputation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -250,7 +250,7 @@ def test_a_stream_inside_of_a_backward_is_no_recomputation():
     assert fingerprint(*state_of(cache)) == fingerprint(*state_of(twin))
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def test_the_past_is_copied_once_per_layer_and_freed_with_its_chunk():

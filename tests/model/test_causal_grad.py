@@ -1,4 +1,5 @@
-"""The causal model under grad: replayed chunks against one graph, activation checkpointing, and a commit that fails in the pipeline."""
+"""The causal model under grad: replayed chunks against one graph, activation checkpointing; and a commit
+that fails in the pipeline."""
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def latents(seed):
 
 
 class Rollout:
-    """Chunks of two frames: a forward without grad, an exit with grad, and the context forward on what the exit gave."""
+    """Chunks of two frames: a forward without grad, an exit with grad, and the context forward on what the
+    exit gave."""
 
     def __init__(self, model, policy):
         sink_frames, policy = POLICIES[policy]
@@ -68,7 +70,8 @@ def graph(model, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_replayed_chunks_give_the_gradients_of_one_graph(model, policy):
-    """Backward inside of each chunk, before its context forward, or at the very end: the past is a constant either way."""
+    """Backward inside of each chunk, before its context forward, or at the very end: the past is a constant
+    either way."""
     expected, results = graph(model, policy)
     assert all(bool(g.any()) for g in expected)
     rollout = Rollout(model, policy)
@@ -115,7 +118,7 @@ def test_gradients_of_a_chunk_are_the_slopes_of_its_loss(model):
     assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
 
 
-# ---- a commit that fails ------------------------------------------------------------------------------------------------------
+# ---- a commit that fails -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("undo_frames", [0, 2])
