@@ -7,7 +7,8 @@ What is timed is defined once, in the module of its op here.
 """
 
 from .case import Case, agree
-from .timing import Timing, environment, line, measure, roof, row
+from .facts import environment
+from .timing import Timing, line, measure, roof, row
 
 __all__ = ["Case", "Timing", "agree", "environment", "groups", "line", "measure", "roof", "row"]
 

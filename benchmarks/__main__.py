@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import aims, environment, groups, line, measure, row
+from . import aims, environment, groups, line, measure, plots, row
 from .case import Case
-from .plot import plot
 from .timing import geometric_means, roof
 
 
@@ -117,7 +116,7 @@ def main(arguments=None) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
-        plot(report, options.plot)
+        plots.speedups(report, options.plot)
     return 0
 
 

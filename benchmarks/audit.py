@@ -4,7 +4,8 @@ Disassembles ``rf_kernels/_C.abi3.so`` (no GPU, no CUDA toolkit: the disassemble
 checks every kernel: no spills and no local memory anywhere; 128-bit global accesses in the memory-bound ops; for the Hopper
 attention kernels also the shapes of their matrix instructions, bulk tensor loads, register hand-over, registers at launch, and
 that softmax really overlaps the matrix product: the exponentials of a key tile stand between the two waits of the main loop (a
-source that says so is not enough: ptxas moves waits).
+source that says so is not enough: ptxas moves waits). The main loop's instructions are counted: all of them, those of a tile in
+which no row rescales, those between the wait for O and the next product, those before K is handed back.
 Exits 1 when something is not as intended, 2 when it cannot look.
 """
 
@@ -134,11 +135,54 @@ def between_waits(loop) -> Counter:
     return counted
 
 
+@dataclass
+class LoopFigures:
+    """A main loop in numbers. `executed`: the instructions of a turn in which every forward branch inside the loop skips what it
+    can skip: no row rescales, no query tile ends, no barrier makes the warp spin (that code lies outside)."""
+
+    instructions: int
+    executed: int
+    after_wait: int  # executed between the wait for O and the next matrix product
+    before_release: int  # between the wait for S and the arrival that hands K back
+    counts: Counter  # by opcode, of all instructions
+
+    def __getitem__(self, opcode):
+        return self.counts[opcode]
+
+
+def _executed(loop):
+    """The loop's (address, text) without what forward branches inside it skip."""
+    end, skip_to, kept = loop[-1][0], 0, []
+    for address, text in loop:
+        if address < skip_to:
+            continue
+        kept.append((address, text))
+        match = re.search(r"^BRA\b.*?(0x[0-9a-f]+)", text)
+        if match and address < int(match[1], 16) <= end:
+            skip_to = int(match[1], 16)
+    return kept
+
+
+def loop_figures(loop) -> LoopFigures:
+    kept = [text for _, text in _executed(loop)]
+    waits = [i for i, text in enumerate(kept) if text.startswith("WARPGROUP.DEPBAR")]
+    product = next(i for i, text in enumerate(kept) if text.startswith("HGMMA"))
+    releases = [i for i, text in enumerate(kept) if text.startswith("SYNCS.ARRIVE") and waits and i > waits[0]]
+    return LoopFigures(
+        instructions=len(loop),
+        executed=len(kept),
+        after_wait=len(kept) - 1 - waits[-1] + product if waits else len(kept),
+        before_release=releases[0] - waits[0] - 1 if releases else len(kept),
+        counts=Counter(re.split(r"[.\s]", text)[0] for _, text in loop),
+    )
+
+
 # Per instantiation of the attention kernel: registers at launch, matrix shapes (QK^T, PV), exponentials of a tile per thread.
-# 64 rows x tile_n scores over 128 threads are tile_n / 2 exponentials; 2 more rescale the two rows.
+# 64 rows x tile_n scores over 128 threads are tile_n / 2 exponentials; 2 more rescale the two rows. Of the loop at most: executed
+# instructions, those between the wait for O and the next product, those before K is handed back.
 _ATTENTION = {
-    128: {"registers": 168, "products": ("64x176x16", "64x128x16"), "exponentials": 176 // 2},
-    64: {"registers": 128, "products": ("64x128x16", "64x64x16"), "exponentials": 128 // 2},
+    128: {"registers": 168, "products": ("64x176x16", "64x128x16"), "exponentials": 176 // 2, "loop": (560, 120, 40)},
+    64: {"registers": 128, "products": ("64x128x16", "64x64x16"), "exponentials": 128 // 2, "loop": (430, 100, 40)},
 }
 _ATTENTION_VARIANTS = 4  # bf16 and fp16, head dims 64 and 128
 
@@ -163,6 +207,27 @@ def check_attention(kernel: Kernel) -> list[str]:
     if exponentials < intended["exponentials"]:
         wrong.append(
             f"{exponentials} exponentials between the two waits of the main loop, intended {intended['exponentials']}"
+        )
+    return wrong + check_loop(loop_figures(loop), *intended["loop"])
+
+
+def check_loop(found: LoopFigures, executed: int, after_wait: int, before_release: int) -> list[str]:
+    """What is not as intended in the main loop's figures."""
+    wrong = []
+    # R2UR: an address that the compiler took for divergent and moved to the uniform registers at run time. BSSY, BSYNC: a branch
+    # after which it gathers the lanes of a warp again.
+    for opcode in ("R2UR", "BSSY", "BSYNC"):
+        if found[opcode]:
+            wrong.append(f"{found[opcode]} {opcode} in the main loop, intended none")
+    if found.executed > executed:
+        wrong.append(f"{found.executed} instructions executed per key tile, intended at most {executed}")
+    if found.after_wait > after_wait:
+        wrong.append(
+            f"{found.after_wait} instructions from the wait for O to the next product, intended at most {after_wait}"
+        )
+    if found.before_release > before_release:
+        wrong.append(
+            f"K handed back {found.before_release} instructions after its wait, intended at most {before_release}"
         )
     return wrong
 
@@ -201,13 +266,30 @@ def wide(kernel: Kernel, access: str) -> int:
 
 def table(found: list[Kernel]) -> str:
     """One line per kernel."""
-    head = ("kernel", "arch", "regs", "stack", "instr", "HGMMA", "UTMALDG", "LDG.128", "STG.128", "EX2 in overlap")
+    head = (
+        "kernel",
+        "arch",
+        "regs",
+        "stack",
+        "instr",
+        "HGMMA",
+        "UTMALDG",
+        "LDG.128",
+        "STG.128",
+        "EX2 in overlap",
+        "loop",
+        "executed",
+        "to product",
+        "to release",
+    )
     rows = [head]
     for k in sorted(found, key=lambda k: (k.title, k.arch)):
         loop = main_loop(k)
+        figures = loop_figures(loop) if loop else None
         rows.append((
             short_title(k), k.arch, k.registers, k.stack, len(k.instructions), k.count("HGMMA"), k.count("UTMALDG"),
             wide(k, "LDG"), wide(k, "STG"), between_waits(loop)["MUFU.EX2"] if loop else "-",
+            *((figures.instructions, figures.executed, figures.after_wait, figures.before_release) if loop else "----"),
         ))  # fmt: skip
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
     aligned = lambda i, x: str(x).ljust(widths[i]) if i < 2 else str(x).rjust(widths[i])  # noqa: E731

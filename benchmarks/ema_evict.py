@@ -13,6 +13,7 @@ import torch
 from rf_kernels.ops.ema_evict import ema_evict
 from rf_kernels.positions import RoPE3D
 
+from . import floors
 from .case import Case, agree
 from .rope_append import rotate
 
@@ -86,7 +87,7 @@ def cases() -> list[Case]:
             name = "the cache's own precision" if dtype == torch.float32 else f"state {state}"
             tokens = grid[0] * grid[1]
             label = f"3 frames of {grid[0]}x{grid[1]}, {name} [1, {3 * tokens}, {heads}, {head_dim}]"
-            cost = ema_evict.cost(
+            cost = floors.ema_evict(
                 batch=1,
                 sink_frames=SINK_FRAMES,
                 frame_tokens=tokens,

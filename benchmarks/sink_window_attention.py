@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from rf_kernels.ops.sink_window_attention import sink_window_attention
 
+from . import floors
 from .case import Case, agree
 
 # Probabilities and the output are rounded, and rows are merged: at most four units in the last place.
@@ -121,7 +122,7 @@ def build_whole(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -
 
 def streaming_case(shape: Shape, dtype: torch.dtype, device: str, quick: bool) -> Case:
     label = f"{shape.name} [1, {shape.queries} x {shape.kv_tokens}, {shape.heads}, {shape.head_dim}]"
-    cost = sink_window_attention.cost(
+    cost = floors.sink_window_attention(
         1, shape.queries, shape.heads, shape.head_dim, kv_tokens=shape.kv_tokens, element_size=dtype.itemsize
     )
     names = ("sink_window_attention", "concatenated", "sdpa")
@@ -133,9 +134,9 @@ def whole_case(shape: Shape, dtype: torch.dtype, backward: bool, device: str) ->
     what = "forward and backward" if backward else "forward"
     label = f"{shape.name}, {shape.chunks} chunks, {what} [1, {tokens}, {shape.heads}, {shape.head_dim}]"
     options = {"element_size": dtype.itemsize, **shape.whole}
-    cost = sink_window_attention.cost(1, tokens, shape.heads, shape.head_dim, **options)
+    cost = floors.sink_window_attention(1, tokens, shape.heads, shape.head_dim, **options)
     if backward:
-        more = sink_window_attention.cost(1, tokens, shape.heads, shape.head_dim, backward=True, **options)
+        more = floors.sink_window_attention(1, tokens, shape.heads, shape.head_dim, backward=True, **options)
         cost = {name: cost[name] + more[name] for name in cost}
     names = ("sink_window_attention", "masked_sdpa")
     return Case(

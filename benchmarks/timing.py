@@ -1,18 +1,12 @@
 """Timing side by side: candidates run in turn, round after round in one process, so that what the machine does in between meets all of
 them alike. CPU times are for ratios; absolute times are quoted for GPUs alone."""
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-
-from rf_kernels._backend import build_info
 
 # Larger than any L2 there is (H200: 50 MB): writing it between GPU calls leaves nothing of a candidate's input in the cache.
 _FLUSH_BYTES = 256 << 20
@@ -136,42 +130,3 @@ def geometric_means(results: list[dict]) -> dict[str, dict[str, float]]:
     return {
         op: {peer: statistics.geometric_mean(values) for peer, values in peers.items()} for op, peers in ratios.items()
     }
-
-
-def _cpu_name() -> str:
-    try:
-        names = [
-            x.split(":")[1].strip()
-            for x in Path("/proc/cpuinfo").read_text().splitlines()
-            if x.startswith("model name")
-        ]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def environment() -> dict:
-    """What a number has to be quoted with: machine, versions, commit, date."""
-    info = build_info()
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": info["commit"],
-        "version": info["version"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_arch": info["cpu_arch"],
-        "nvcc": info["nvcc"],
-        "gpu": None,
-    }
-    if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-        smi = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        facts |= {
-            "gpu": torch.cuda.get_device_name(),
-            "cuda": torch.version.cuda,
-            "driver, SM clock, memory clock": smi,
-        }
-    return facts

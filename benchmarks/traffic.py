@@ -1,6 +1,6 @@
 """Bytes that a launch of a memory-bound op moves between memory and chip, counted from the structure of its CUDA kernel.
 
-Beside ``<op>.cost(...)["bytes"]``, the least that the job can move, the count includes what a kernel adds to it: tables, weights,
+Beside the least that the job can move (``floors.py``), the count includes what a kernel adds to it: tables, weights,
 schedules, workspaces, rows that nothing needs, passes over memory that does not fit on the chip. What many blocks read (a table, a
 weight) and what a block reads again at once (a token that was looked at for non-finite values) counts once: it is in a cache by then.
 ``tests/harness/test_bytes.py`` holds the counts against the floors, and against the accesses of the kernels' bodies run on the host.

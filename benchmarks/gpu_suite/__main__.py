@@ -13,7 +13,8 @@ import torch
 
 import rf_kernels
 
-from . import machine, plots
+from .. import facts as machine
+from .. import plots
 from .report import assemble, read_rows, write
 
 ROOT = Path(rf_kernels.__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         Stage("tests", checks, 130, ("tests", tests)),
         Stage("attention", "benchmarks.gpu_suite.attention", 100),
         Stage("memory", "benchmarks.gpu_suite.memory", 80),
-        Stage("model", "reward_forcing.benchmark", 100),
+        Stage("model", "benchmarks.gpu_suite.model", 100),
     ]
     if options.tuning:
         found.append(Stage("tuning", "benchmarks.gpu_suite.tuning", 60, (str(VARIANTS),)))
@@ -145,7 +146,7 @@ def main(arguments=None) -> int:
         print(
             "torch sees no CUDA device: the functional model's cases are run instead, and nothing is timed", flush=True
         )
-    facts, done = machine.facts(ROOT) | {"arguments": sys.argv[1:] if arguments is None else list(arguments)}, []
+    facts, done = machine.of_run(ROOT) | {"arguments": sys.argv[1:] if arguments is None else list(arguments)}, []
 
     def report(complete: bool) -> dict:
         found = assemble(options.mode, facts, done, read_rows(options.out / "rows.jsonl"), complete)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rf_kernels.ops.sink_window_attention import sink_window_attention
 from rf_kernels.reference.sink_window_attention import sink_window_attention as oracle
 
+from .. import floors
 from ..sink_window_attention import ULPS, Shape
 from .jobs import Job, Options, disagreement, measured_roof, reason, run_jobs
 
@@ -130,7 +131,7 @@ def job(shape: Shape, dtype: torch.dtype = torch.bfloat16, full: bool = False, p
         costly = [] if full else [name for name in PEERS if name in ("flex_attention", "concatenated") or "," in name]
         peers = {name: make for name, make in PEERS.items() if name not in costly}
     label = f"{shape.name} [1, {shape.queries} x {shape.kv_tokens}, {shape.heads}, {shape.head_dim}]"
-    cost = sink_window_attention.cost(
+    cost = floors.sink_window_attention(
         1, shape.queries, shape.heads, shape.head_dim, kv_tokens=shape.kv_tokens, element_size=dtype.itemsize
     )
     return Job(OURS, label, dtype, partial(build, shape, dtype, peers), cost)

@@ -91,7 +91,8 @@ def chip_model(options: Options, tests: Path) -> None:
     built = list((tests.parent / "build" / "chip" / sys.implementation.cache_tag).glob("_chip*.so"))
     if not built:
         options.rows.add(
-            "note", text="the functional model of the chip is not built (make chip): its cases were not run"
+            "note",
+            text="the functional model of the chip is not built (python tests/chip/build.py): its cases were not run",
         )
         return
     run_files(options, [tests / "chip" / "test_sink_window_attention_sm90.py"], "not heavy")

@@ -17,7 +17,7 @@ from rf_kernels.ops.rope_append import rope_append as append_op
 from rf_kernels.positions import RoPE3D
 from rf_kernels.testing import relative_l2
 
-from .. import dmd_gradient, ema_evict, layer, rope_append
+from .. import dmd_gradient, ema_evict, floors, layer, rope_append
 from ..case import Case
 from .jobs import Job, Options, measured_roof, reason, run_jobs
 
@@ -138,7 +138,7 @@ def append_job(shape: rope_append.Shape, dtype: torch.dtype) -> Job:
 def evict_job(grid, heads: int, head_dim: int, dtype: torch.dtype, state: str) -> Job:
     build = partial(ema_evict.build, grid, heads, head_dim, dtype, state)
     n, frames = grid[0] * grid[1], ema_evict.SINK_FRAMES
-    cost = evict_op.cost(
+    cost = floors.ema_evict(
         batch=1, sink_frames=frames, frame_tokens=n, heads=heads, head_dim=head_dim, dtype=dtype,
         temporal_pairs=RoPE3D.wan(head_dim).temporal_pairs, state=state,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def evict_job(grid, heads: int, head_dim: int, dtype: torch.dtype, state: str) -
 
 
 def dmd_job(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Job:
-    cost = dmd_op.cost(shape, dtype, real_uncond=True, weight_elements=shape[0])
+    cost = floors.dmd_gradient(shape, dtype, real_uncond=True, weight_elements=shape[0])
     build = partial(dmd_gradient.build, shape, dtype)
     case = Case("dmd_gradient", f"{name} {list(shape)}", dtype, dmd_gradient.NAMES, build, cost)
     return with_compiled(case, partial(compiled_dmd, shape, dtype))

@@ -12,6 +12,9 @@ namespace rf::arch {
 RF_DEVICE int thread_index() {
   return threadIdx.x;
 }
+RF_DEVICE uint32_t block_index() {
+  return blockIdx.x;
+}
 // A read of %tid that is never merged with an earlier one: nothing computed from it can be hoisted above it.
 RF_DEVICE int thread_index_again() {
   int t;
@@ -47,6 +50,11 @@ RF_DEVICE void named_barrier_sync(int id, int threads) {
 }
 RF_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// True in the whole warp when x is true in any lane of it. Every lane must come here.
+RF_DEVICE bool any_in_warp(bool x) {
+  return __any_sync(~0u, x);
 }
 
 RF_DEVICE uint32_t shuffle_xor(uint32_t v, int lane_mask) {

@@ -46,18 +46,18 @@ RF_DEVICE void partial_load(const float* p, float* v) {
 RF_DEVICE void flag_signal(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
+// Executed by a whole warp, which leaves together: a spin that each lane could leave on its own makes ptxas
+// take everything around it for divergent, the main loop too, and keep every address out of the uniform
+// registers.
 RF_DEVICE void flag_wait(uint32_t* flag) {
   uint32_t x;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
-  } while (x == 0);
+  } while (any_in_warp(x == 0));
 }
-RF_DEVICE void flag_clear(uint32_t* flag) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(flag) : "memory");
-}
-// 0, 1, ... count - 1 in the order of asking, then 0 again: ready for the next launch without a memset.
-RF_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t count) {
-  return atomicInc(counter, count - 1);
+// 0, 1, ... in the order of asking.
+RF_DEVICE uint32_t take_ticket(uint32_t* counter) {
+  return atomicAdd(counter, 1u);
 }
 
 }  // namespace rf::arch

@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "csrc/common/cuda_status.h"
 #include "csrc/common/torch_stable.h"
 
 namespace rf {
@@ -82,17 +83,24 @@ inline std::string device_text(const Tensor& t) {
     if (!(cond)) ::rf::throw_argument_error(op, arg, expected, __VA_ARGS__); \
   } while (0)
 
-// A CUDA error code (int) from a launcher becomes an exception; nothing exits the process.
-#define RF_CHECK_CUDA(op, code)                                                                 \
-  do {                                                                                          \
-    const int rf_code_ = (code);                                                                \
-    if (rf_code_ != 0)                                                                          \
-      throw std::runtime_error(::rf::concat("rf_kernels.", op, ": CUDA error ", rf_code_, ": ", \
-                                            ::rf::cuda_error_text(rf_code_)));                  \
-  } while (0)
-
 namespace rf {
 const char* cuda_error_text(int code);
+
+// What a build lacks, in the one wording for it: errors, last_dispatch() and the doctor quote these.
+inline constexpr const char* kNoCudaPart = "this build has no CUDA part (RF_CUDA=OFF, or no nvcc was found)";
+inline constexpr const char* kNoHopperPart =
+    "this build has no Hopper kernels (RF_HOPPER=OFF, or no CUTLASS headers were found)";
+
+// What a launcher returned becomes an exception; nothing exits the process.
+inline void check_cuda(const char* op, const CudaStatus& status) {
+  if (status.driver != 0)
+    throw std::runtime_error(
+        concat("rf_kernels.", op, ": ", status.call, " failed: CUresult ", status.driver));
+  if (!status.ok())
+    throw std::runtime_error(concat("rf_kernels.", op, ": ", status.call, " failed: CUDA error ", status.code,
+                                    ": ", cuda_error_text(status.code)));
+}
+
 // Why this library's CUDA runtime does not run here, nullptr when it does. It is linked statically, hence not
 // torch's: on a driver that is older than the nvcc of the build torch may run and this library not.
 const char* cuda_problem();

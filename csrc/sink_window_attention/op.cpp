@@ -23,7 +23,7 @@ void check_rows(const char* arg, const Tensor& t) {
 
 void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dim(kOp, "q", q, 4, kQueryLayout);
-  RF_DISPATCH_FLOATING(q.scalar_type(), T, kOp, "q", (void)sizeof(T));
+  checked_dtype(kOp, "q", q);
   const int64_t batch = q.size(0), heads = q.size(2), dim = q.size(3);
   RF_CHECK_ARG(dim >= 1 && dim <= kMaxHeadDim, kOp, "q", concat("a head dim D of 1 to ", kMaxHeadDim),
                shape_text(q));
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optio
                                         bool deterministic) {
   const Problem problem =
       check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
-  const char* reason = "this build has no Hopper kernels (RF_HOPPER)";
+  const char* reason = kNoHopperPart;
 #if defined(RF_WITH_HOPPER)
   const Sm90Options options{num_sink_tokens, num_window_tokens, chunk_ends.has_value(), deterministic};
   reason = refused_by_sm90(problem, options);

@@ -11,7 +11,7 @@ from .checkpoint import (
     read_checkpoint,
 )
 from .config import ModelConfig, StreamConfig
-from .model import BidirectionalWanModel, CausalWanModel, FlowPredictor
+from .models import BidirectionalWanModel, CausalWanModel, FlowPredictor
 from .pipeline import Chunk, Phase, StreamingPipeline
 from .scheduler import FlowMatchScheduler
 

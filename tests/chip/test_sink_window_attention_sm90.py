@@ -25,6 +25,8 @@ DENSE = {
     "one key head": Case(100, 300, heads=3, kv_heads=1),
     "a prefix of a long cache": Case(100, 177, capacity=2000),
     "a full cache": Case(100, 360, capacity=360),
+    "scores rise from tile to tile": Case(200, 1409, num_sms=2, q_scale=4.0, k_ramp=6.0),
+    "scores rise over a split tile": Case(130, 900, num_sms=3, q_scale=4.0, k_ramp=6.0),
 }
 
 
@@ -106,6 +108,39 @@ def test_logits_of_any_size(q_scale):
     check(make_inputs(Case(100, 400, q_scale=q_scale)))
 
 
+@pytest.mark.parametrize("variant", ["bf16_128", "fp16_64"])
+@pytest.mark.parametrize("rise", [7.9, 8.1, 16.0, 100.0])
+def test_a_maximum_that_rises_by(rise, variant):
+    """Each tile's largest score is `rise` (base 2) above the last one's: below 8 a row keeps its reference, and weights
+    reach 2^8; a second such rise moves it."""
+    inputs = make_inputs(Case(64, 704, num_sms=1, variant=variant))
+    dim = inputs.case.head_dim
+    inputs.q[:], inputs.k[:, :704] = 0.0, 0.0
+    inputs.q[..., 0] = 1.0
+    step = rise / (inputs.softmax_scale * 1.4426950408889634)
+    for tile, row in enumerate(range(650, -1, -100)):
+        inputs.k[:, row, :, 0] = tile * step
+    inputs.k[:, :704, :, 1 : dim // 2] = torch.randn(
+        1, 704, 1, dim // 2 - 1, generator=torch.Generator().manual_seed(1)
+    )
+    inputs.q[:, ::2, :, 1] = 0.25
+    check(inputs)
+
+
+def test_the_bits_of_a_row_do_not_depend_on_its_neighbours():
+    """The warp votes on rescaling, each row decides for itself: rows 3, 20, 40 amid rows that rescale, and amid rows that do
+    not."""
+    calm = make_inputs(Case(64, 900, num_sms=1))
+    wild = dataclasses.replace(calm, q=calm.q * 40)
+    rows = [3, 20, 40]
+    wild.q[:, rows] = calm.q[:, rows]
+    for a, b in zip(run(calm)[:2], run(wild)[:2], strict=True):
+        if a.dim() == 3:
+            a, b = a.transpose(1, 2), b.transpose(1, 2)
+        assert_equal_bits(a[:, rows], b[:, rows])
+        assert not torch.equal(a, b)
+
+
 def test_large_values_and_identical_keys():
     inputs = make_inputs(Case(100, 400))
     inputs.k[:, :400] = inputs.k[:, :1]  # uniform weights: the mean of V
@@ -145,7 +180,7 @@ def test_strides_as_they_come():
     "case", [DENSE["every CTA splits"], DENSE["a tile over many CTAs"], WHOLE["unequal chunks"]], ids=str
 )
 def test_launches_are_bitwise_equal(case):
-    """Whatever lands when, and in one workspace: the schedule fixes the order of every sum."""
+    """Whatever lands when: the schedule fixes the order of every sum."""
     inputs = make_inputs(case)
     first = run(inputs, policy="random", seed=0)
     for seed, policy in enumerate(POLICIES, 1):
@@ -156,16 +191,15 @@ def test_launches_are_bitwise_equal(case):
         assert_equal_bits(first[1], again[1])
 
 
-def test_one_workspace_serves_every_configuration():
-    """A launch leaves tickets and flags ready for the next, of another head dimension and another grid."""
-    inputs = [
-        make_inputs(Case(130, 611, num_sms=n, variant=v)) for n, v in ((5, "bf16_128"), (3, "fp16_64"), (4, "bf16_64"))
-    ]
-    shared = max((i.workspace for i in inputs), key=len)
-    for _ in range(2):
-        for i in inputs:
-            i.workspace = shared
-            check(i)
+def test_only_calls_that_cut_tiles_have_a_workspace():
+    """A launch zeroes ticket and flags alone, and nothing where no tile is cut: then no CTA takes a ticket either."""
+    cut = Case(200, 611, heads=2)
+    *_, stats = run(make_inputs(cut))
+    assert stats["zeroed"] == 128 + 128 and stats["workspace"] == stats["zeroed"] + 3 * 8 * 4 * 32 * (64 + 4)
+    for whole in (dataclasses.replace(cut, deterministic=True), Case(128 * 3, 611), Case(65, 200, num_sms=16)):
+        out, lse, stats = run(make_inputs(whole))
+        assert stats["workspace"] == stats["zeroed"] == 0
+        assert not out.isnan().any() and not lse.isnan().any()
 
 
 def test_deterministic_mode_depends_on_the_keys_alone():

@@ -13,14 +13,14 @@
 using namespace rf;
 
 static_assert(std::is_same_v<decltype(angle_row(RopeAxes{}, 0, 0)), int64_t>);
-static_assert(std::is_same_v<decltype(cache_token(RopeAppendParams{}, 0, 0)), int64_t>);
-static_assert(std::is_same_v<decltype(HeadRows::batch_stride), int64_t>);
-static_assert(std::is_same_v<decltype(HeadRows::token_stride), int64_t>);
-static_assert(std::is_same_v<decltype(HeadRows::head_stride), int64_t>);
-static_assert(std::is_same_v<decltype(MutableHeadRows::token_stride), int64_t>);
+static_assert(std::is_same_v<decltype(rope_append::cache_token(rope_append::Params{}, 0, 0)), int64_t>);
+static_assert(std::is_same_v<decltype(rope_append::HeadRows::batch_stride), int64_t>);
+static_assert(std::is_same_v<decltype(rope_append::HeadRows::token_stride), int64_t>);
+static_assert(std::is_same_v<decltype(rope_append::HeadRows::head_stride), int64_t>);
+static_assert(std::is_same_v<decltype(rope_append::MutableHeadRows::token_stride), int64_t>);
 static_assert(std::is_same_v<decltype(RopeAxis::offset), int64_t>);
-static_assert(std::is_same_v<decltype(EmaEvictParams::k_stride_t), int64_t>);
-static_assert(std::is_same_v<decltype(EmaEvictParams::frame_tokens), int64_t>);
+static_assert(std::is_same_v<decltype(ema_evict::Params::k_stride_t), int64_t>);
+static_assert(std::is_same_v<decltype(ema_evict::Params::frame_tokens), int64_t>);
 static_assert(std::is_same_v<decltype(KeyIntervals::begin), int64_t[2]>);
 
 static int failures = 0;
@@ -44,15 +44,15 @@ int main() {
     expect("angle_row, product", angle_row(axes, 2147482 * 7, 999), 1 + int64_t{2147482} * 1000 + 999);
 
     // A cache so long that a slot's first token lies beyond the edge.
-    RopeAppendParams p{};
+    rope_append::Params p{};
     const int32_t slots[] = {0, static_cast<int32_t>(edge / 1560)};
     p.slots = slots;
     p.slots_stride = 1;
     p.frame_tokens = 1560;
     p.cache_tokens = (slots[1] + int64_t{1}) * 1560;
-    expect("cache_token", cache_token(p, 0, 1560 + 1559), slots[1] * int64_t{1560} + 1559);
+    expect("cache_token", rope_append::cache_token(p, 0, 1560 + 1559), slots[1] * int64_t{1560} + 1559);
     p.cache_tokens -= 1;
-    expect("cache_token outside", cache_token(p, 0, 1560), -1);
+    expect("cache_token outside", rope_append::cache_token(p, 0, 1560), -1);
 
     // Whole sequences: sink and window on either side of the edge.
     const KeyIntervals keys = key_intervals(edge, 5, edge - 6);
@@ -63,13 +63,14 @@ int main() {
 
     // A weight per frame and channel of a sample: the element at the edge, of frame 1, and how many follow it
     // in its run.
-    dmd::Broadcast weight;
+    dmd_gradient::Broadcast weight;
     weight.dims = 2;
     weight.batch_stride = edge;
     weight.size[0] = 3, weight.stride[0] = 5;
     weight.size[1] = edge, weight.stride[1] = 1;
     int64_t run = 0;
-    expect("broadcast", dmd::broadcast_offset(weight, 2, 2 * edge - 3, run), 2 * edge + 5 + edge - 3);
+    expect("broadcast", dmd_gradient::broadcast_offset(weight, 2, 2 * edge - 3, run),
+           2 * edge + 5 + edge - 3);
     expect("broadcast run", run, 3);
   }
   return failures;

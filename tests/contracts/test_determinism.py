@@ -9,13 +9,6 @@ import rf_kernels as rf
 THREADS = (1, 2, 3, 4)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def tables(dtype, frames, grid, head_dim, batch):
     """Positions of their own for every sample."""
     positions = [[[7 * b + f for f in range(frames)] for b in range(batch)], range(grid[0]), range(grid[1])]
@@ -233,12 +226,11 @@ def test_streams(policy, threads):
         everything = make_cache(policy, batch=batch, dtype=torch.bfloat16, heads=4, head_dim=64, grid=(4, 8))
         results = []
         for chunk in range(5):
-            plan = cache.begin(2)
             inputs = [draw(everything, 2, 10 * chunk + layer) for layer in range(2)]
             if sample is not None:
                 inputs = [[t[sample : sample + 1] for t in qkv] for qkv in inputs]
-            results += forward(cache, plan, inputs)
-            cache.commit(plan)
+            with cache.chunk(2) as opened:
+                results += forward(opened, inputs)
         return results, [t for t in seen_of(cache)]
 
     threads(1)

@@ -1,13 +1,14 @@
 """The documents and what they are made from say the same: the API reference names all that is public, figures are those of the
 committed reports, and the reports are those of the code."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import rf_kernels
+from benchmarks import accuracy, ema_study, fill_readme
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,20 +19,57 @@ def test_every_public_name_is_in_the_api_reference():
     assert not set(rf_kernels.__all__) - named
 
 
-def module(name):
-    """A script of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def snippets(document):
+    """The Python blocks of a document as one program, line for line where they stand."""
+    lines, inside = [], False
+    for line in (ROOT / document).read_text().splitlines():
+        inside = inside and line != "```"
+        lines.append(line if inside else "")
+        inside = inside or line == "```python"
+    return compile("\n".join(lines), document, "exec")
+
+
+def streaming_names(height, width, **sizes):
+    """What a snippet that streams is given: a small model, its text, noise for four chunks, and what a block has at hand."""
+    from reward_forcing import CausalWanModel, ModelConfig
+
+    common = {"ffn_dim": 32, "num_layers": 2, "in_dim": 4, "out_dim": 4, "text_dim": 8, "text_len": 4, "freq_dim": 8}
+    config = ModelConfig(**common, **sizes)
+    model = CausalWanModel(config).requires_grad_(False)
+    spec = model.cache_spec(height, width, sink_frames=2, window_frames=3)
+    q, k, v = torch.randn(3, 1, 3 * spec.frame_tokens, config.num_heads, config.head_dim).unbind(0)
+    return {
+        "torch": torch, "rf": rf_kernels, "model": model, "text": model.text_keys(torch.randn(1, 4, 8)), "spec": spec,
+        "timesteps": [torch.full((1, 1), t) for t in (1000.0, 500.0)], "stream": torch.randn(4, 1, 4, 3, height, width),
+        "layer": 0, "q": q, "k": k, "v": v, "norm_q": torch.nn.RMSNorm(config.dim), "norm_k": torch.nn.RMSNorm(config.dim),
+    }  # fmt: skip
+
+
+SNIPPETS = {
+    "README.md": lambda: streaming_names(60, 104, dim=16, num_heads=1),
+    "docs/cache.md": lambda: streaming_names(8, 12, dim=64, num_heads=2),
+    "docs/sinks.md": lambda: streaming_names(8, 12, dim=64, num_heads=2),
+}
+
+
+@pytest.mark.parametrize("document", SNIPPETS)
+def test_snippets_run_as_they_are_printed(document):
+    torch.manual_seed(0)
+    names = SNIPPETS[document]() | {"__name__": "snippets"}
+    exec(snippets(document), names)
+    assert all(bool(names[result].isfinite().all()) for result in ("flow", "y") if result in names)
+    assert names["cache"].next_frame > 0
+    if "self_attention" in names:  # the block of the README
+        y = names["self_attention"](names["cache"].open(3), 0, *(names[x] for x in "qkv"))
+        assert y.requires_grad and y.shape == names["q"].shape
 
 
 def test_documents_say_what_the_reports_say():
-    assert not module("fill_readme").stale()
+    assert not fill_readme.stale()
 
 
 def test_a_changed_report_makes_the_readme_stale(monkeypatch):
-    fill = module("fill_readme")
+    fill = fill_readme
     real = fill.load
 
     def changed(name):
@@ -47,7 +85,7 @@ def test_a_changed_report_makes_the_readme_stale(monkeypatch):
 def test_the_cpu_report_names_its_machine_and_judges_its_own_timings():
     from benchmarks import aims
 
-    report = module("fill_readme").load("cpu")
+    report = fill_readme.load("cpu")
     assert all(report["environment"][fact] for fact in ("date", "commit", "torch", "python", "cpu", "cores", "threads"))
     results = {result["case"]: result for result in report["results"]}
     assert report["aims"] == [aim.judge(results) for aim in aims.aims()]
@@ -55,9 +93,8 @@ def test_the_cpu_report_names_its_machine_and_judges_its_own_timings():
 
 def test_errors_are_still_those_of_the_report():
     """One op recomputed: within a factor of two of the committed figures (the last bits differ between machines)."""
-    accuracy = module("accuracy")
     found = accuracy.table((accuracy.dmd_gradient, accuracy.rope_append))
-    committed = {(r["op"], r["quantity"], r["dtype"]): r for r in module("fill_readme").load("accuracy")}
+    committed = {(r["op"], r["quantity"], r["dtype"]): r for r in fill_readme.load("accuracy")}
     assert len(found) >= 20
     for row in found:
         before = committed[row["op"], row["quantity"], row["dtype"]]
@@ -75,9 +112,9 @@ def test_at_0999_every_bf16_number_decays_to_itself():
 
 def test_the_study_of_the_sink_repeats():
     """Ten evictions: the published state has lost most of its way, the default state has not."""
-    study = module("ema_study")
+    study = ema_study
     rows = study.follow(0.999, 10)
-    committed = module("fill_readme").load("ema_study")["alpha"]["0.999"]
+    committed = fill_readme.load("ema_study")["alpha"]["0.999"]
     for row, before in zip(rows, committed, strict=False):
         assert row["evictions"] == before["evictions"]
         assert abs(row["state"]["published"] / before["state"]["published"] - 1) < 0.05

@@ -15,10 +15,13 @@ from helpers.promise_tools import (
     make_cache,
     poison_of,
     seen_of,
+    states_of,
 )
 
 import rf_kernels as rf
 from rf_kernels.reference.sink_window_attention import visible_keys
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEAD_DIMS = (1, 13, 64, 128, 256)
 PAIRS = (
@@ -27,15 +30,6 @@ PAIRS = (
     (-float("inf"), 3e38),
 )  # what keys and values are filled with
 heavy = pytest.mark.heavy
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def attend(inputs, grad_out, **options):
@@ -129,8 +123,8 @@ def fill(value, *tensors):
 
 
 def poison_dead(cache, plan, value):
-    """Everything that no rule says is read from here on, right after ``begin``."""
-    n = cache.frame_tokens
+    """Everything that no rule says is read from here on, right after the chunk is opened."""
+    n = cache.spec.frame_tokens
     part = {j: cache.k[:, :, j * n : (j + 1) * n] for j in range(cache.ring.length)}
     part_v = {j: cache.v[:, :, j * n : (j + 1) * n] for j in range(cache.ring.length)}
     for slot in range(cache.ring.length):
@@ -142,31 +136,27 @@ def poison_dead(cache, plan, value):
             fused |= set(sources[:count])
             plan.schedule[j, 2 + count :] = 2**31 - 1
             plan.turns[j, count:-1] = poison_of(value, plan.turns.dtype)
-            if cache._state_ready:
+            if not plan.first:
                 fill(value, part[j])  # the sink's key slots are written from the state, never read
-        if not cache._state_ready:
-            fill(value, cache.k_state, cache.k_state_lo, cache.v_state)
+        if plan.first:
+            fill(value, *states_of(cache).values())
     for slot in set(plan.slots.tolist()) - fused:
         fill(value, part[slot], part_v[slot])  # frames that leave and are fused into nothing
-    fill(value, *(cache._undo or {}).values())
+    fill(value, *cache._undo.values())
 
 
 def check_stream(policy, dtype, value, chunks, seed):
     choose = random.Random(seed)
     batch = choose.randint(1, 2)
     clean, poisoned = (make_cache(policy, dtype=dtype, batch=batch, undo_frames=3) for _ in range(2))
-    fill(
-        value, poisoned.k, poisoned.v, poisoned.k_state, poisoned.k_state_lo, poisoned.v_state, *poisoned._undo.values()
-    )
+    fill(value, poisoned.k, poisoned.v, *states_of(poisoned).values(), *poisoned._undo.values())
     for chunk in range(chunks):
         frames = choose.randint(1, 3)
-        plans = clean.begin(frames), poisoned.begin(frames)
-        poison_dead(poisoned, plans[1], value)
-        for i in range(2):
-            inputs = [draw(clean, frames, 100 * chunk + 10 * i + layer) for layer in range(2)]
-            assert_all_equal_bits(forward(poisoned, plans[1], inputs), forward(clean, plans[0], inputs))
-        clean.commit(plans[0])
-        poisoned.commit(plans[1])
+        with clean.chunk(frames) as expected, poisoned.chunk(frames) as found:
+            poison_dead(poisoned, found.plan, value)
+            for i in range(2):
+                inputs = [draw(clean, frames, 100 * chunk + 10 * i + layer) for layer in range(2)]
+                assert_all_equal_bits(forward(found, inputs), forward(expected, inputs))
         assert_all_equal_bits(seen_of(poisoned), seen_of(clean))
     assert clean.next_frame > clean.ring.length  # frames have left
     assert_all_equal_bits([poisoned.skipped_tokens], [clean.skipped_tokens])

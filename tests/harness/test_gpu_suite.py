@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_suite import SCHEMA, attention, checks, device, machine, memory, plots
+from benchmarks import facts, plots
+from benchmarks.gpu_suite import SCHEMA, attention, checks, device, memory
 from benchmarks.gpu_suite import __main__ as suite
 from benchmarks.gpu_suite.jobs import Job, Options, Rows, run_jobs
 from benchmarks.gpu_suite.report import HOMES, assemble, counts_of, read_rows, write
@@ -248,12 +249,12 @@ def test_smi_is_read_in_its_own_words(tmp_path, monkeypatch):
     tool.write_text('#!/bin/sh\necho "1980 MHz, 3201 MHz, 612.5 W"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    found = machine.smi(("clocks.sm", "clocks.mem", "power.draw"))
+    found = facts.smi(("clocks.sm", "clocks.mem", "power.draw"))
     assert found == {"clocks.sm": "1980 MHz", "clocks.mem": "3201 MHz", "power.draw": "612.5 W"}
     tool.write_text('#!/bin/sh\ncase "$1" in *pstate*) exit 2;; *) echo 7;; esac\n')
-    assert machine.smi(("power.draw", "pstate")) == {"power.draw": "7", "pstate": "status 2"}
+    assert facts.smi(("power.draw", "pstate")) == {"power.draw": "7", "pstate": "status 2"}
     tool.write_text("#!/bin/sh\necho 'no devices were found' >&2\nexit 6\n")
-    assert machine.smi(("clocks.sm",)) == {"error": "no devices were found"}
+    assert facts.smi(("clocks.sm",)) == {"error": "no devices were found"}
 
 
 def test_counts():

@@ -473,51 +473,57 @@ def fuzz_stream(draw):
     settings = {
         "layers": draw.integer(1, 2), "batch": draw.integer(1, 2), "heads": heads, "head_dim": head_dim, "grid": grid,
         "sink_frames": sink_frames, "window_frames": window, "undo_frames": sink_frames + window,
-        "sink_policy": {"ema": rf.EMASink(alpha), "static": rf.StaticSink(), "none": rf.NoSink()}[policy],
         "dtype": draw.dtype if draw.exact else torch.float64, "rope": None if draw.exact else rf.RoPE3D.wan(head_dim),
+        "device": "cpu",
     }  # fmt: skip
-    cache = rf.SinkWindowCache(**settings)
+    policies = {"ema": rf.EMASink(alpha), "static": rf.StaticSink(rephase=True), "none": rf.NoSink()}
+
+    def new_cache():
+        return rf.SinkWindowCache(rf.CacheSpec(**settings), sink=policies[policy])
+
+    cache = new_cache()
     # bfloat16 has 8 bits: an integer below 4 can be halved five times beside another.
     longest = 4 if draw.exact else 10
     references = [
         StreamingReference(grid=grid, sink_frames=sink_frames, window_frames=window, policy=policy, alpha=alpha)
-        for _ in range(cache.layers)
+        for _ in range(cache.spec.layers)
     ]
 
     def inputs(frames):
-        size = (cache.batch, frames * cache.frame_tokens, heads, head_dim)
-        return [[draw.numbers(size, cache.dtype, largest=3) for _ in range(3)] for _ in references]
+        size = (cache.spec.batch, frames * cache.spec.frame_tokens, heads, head_dim)
+        return [[draw.numbers(size, cache.spec.dtype, largest=3) for _ in range(3)] for _ in references]
 
     for chunk in range(longest):
         frames = draw.integer(1, min(3, window + max(0, sink_frames - cache.next_frame)))
         if draw.chance(0.2):  # another chunk, given up in the middle
-            plan = cache.begin(frames, undo=True)
-            cache[0].append(*inputs(frames)[0], plan)
-            cache.rollback(plan)
+            given_up = cache.open(frames, undo=True)
+            given_up.append(0, *inputs(frames)[0])
+            given_up.rollback()
         if draw.chance(0.2):
-            saved, cache = cache.state_dict(), rf.SinkWindowCache(**settings)
-            other = cache.begin(1)
+            saved, cache = cache.state_dict(), new_cache()
+            other = cache.open(1)
             for layer, qkv in enumerate(inputs(1)):
-                cache[layer].append(*qkv, other)
+                other.append(layer, *qkv)
             cache.load_state_dict(saved)
-        plan = cache.begin(frames)
+        opened = cache.open(frames)
         for reference in references:
             reference.begin(frames)
         for _ in range(draw.integer(1, 2)):
             for layer, (q, k, v) in enumerate(inputs(frames)):
-                rotated = cache[layer].append(q, k, v, plan)
                 expected = references[layer].attend(q.double(), k, v)
-                if not draw.exact:
-                    out = rf.sink_window_attention(rotated, cache[layer].k, cache[layer].v, kv_tokens=plan.kv_tokens)
+                if draw.exact:
+                    opened.append(layer, q, k, v)
+                else:
+                    out = opened.attend(layer, q, k, v)
                     assert relative_l2(out, expected) < 1e-12, f"chunk {chunk}, layer {layer}"
-        cache.commit(plan)
+        opened.commit()
         if draw.exact:
             check_contents(cache, references)
 
 
 def check_contents(cache, references):
     """Every valid slot holds the frame or average that the rule says, to the bit."""
-    n = cache.frame_tokens
+    n = cache.spec.frame_tokens
     for layer, reference in enumerate(references):
         for held, frames in ((reference.sink_kv, reference.sink_kv), (reference.window_kv, reference.window_kv)):
             for frame in frames:

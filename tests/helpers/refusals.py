@@ -77,7 +77,9 @@ class World:
             "rope": rf.RoPE3D.wan(8),
             "dtype": torch.float32,
             "undo_frames": 2,
+            "device": "cpu",
         }
+        self.sink = rf.EMASink()
 
     def tensors(self):
         """All tensors that a call could change."""
@@ -446,16 +448,17 @@ CONFIGURATIONS = {
     "undo_frames": (-1, 6),
     "dtype": (torch.int32, torch.complex64, None),
     "device": ("nowhere", 1.5),
-    "sink_policy": (rf.NoSink(), "ema", rf.EMASink),
+    "sink": (rf.NoSink(), "ema", rf.EMASink, None),
     "rope": (rf.RoPE3D.wan(64), "wan", rf.RoPE((2,), (1e4,))),
-    "sink_policy.held": (rf.EMASink(held=(2,)), rf.EMASink(held=(-1,))),
-    "sink_policy.alpha": (rf.EMASink([0.5] * 3), rf.EMASink([[0.5]])),
+    "sink.held": (rf.EMASink(held=(2,)), rf.EMASink(held=(-1,))),
+    "sink.alpha": (rf.EMASink([0.5] * 3), rf.EMASink([[0.5]])),
 }
 POLICIES = {
     "alpha": (1.5, -0.1, float("nan"), "x", None, [0.5, 2.0], [[0.5], [0.5, 0.5]]),
     "held": (3, (0.5,), "0"),
     "state": ("fp8", None, []),
     "on_nonfinite": ("ignore", True),
+    "rephase": (1, None, "yes"),
 }
 ROPES = {
     "pairs": ((-1, 2, 2), (1.5, 2, 2)),

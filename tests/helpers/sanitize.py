@@ -1,4 +1,4 @@
-"""The CPU backend under sanitizers: `make sanitize` (tests/contracts/reports/sanitize.json is what it wrote), `make sanitize-sample` in CI.
+"""The CPU backend under sanitizers: `make sanitize` (tests/contracts/reports/sanitize.json is what it wrote), `make sanitize SAMPLE=1` in CI.
 
 AddressSanitizer and UndefinedBehaviorSanitizer (alignment included) in one build, ThreadSanitizer in another: the extension is built
 with RF_SANITIZE into build/sanitize, and the configurations of tests/helpers/fuzz.py and the wrong calls of tests/helpers/refusals.py run on it in a

@@ -5,7 +5,7 @@
 
 #include "csrc/dmd_gradient/kernel.h"
 
-namespace rf::dmd {
+namespace rf::dmd_gradient {
 namespace {
 
 struct Seen {
@@ -44,13 +44,13 @@ int run(Params p, const void* divisors, double scale, Seen* seen) {
 }
 
 }  // namespace
-}  // namespace rf::dmd
+}  // namespace rf::dmd_gradient
 
 // data: x, fake, real, fake_uncond, real_uncond, x_t, sigma [B, F], weight [B, M], mask [B, M], gradient,
 // divisors [B], results [B] of Seen. sizes: dtype, predictions in float32, B, M, F. values: guidance of fake
 // and of real, 1 / N. Returns the elements of one access.
 extern "C" int dmd_gradient_lanes(const int64_t* sizes, void* const* data, const double* values) {
-  using namespace rf::dmd;
+  using namespace rf::dmd_gradient;
   Params p;
   p.batch = sizes[2];
   p.sample_size = sizes[3];

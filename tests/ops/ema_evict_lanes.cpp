@@ -38,7 +38,7 @@ struct HostLanes {
 
 // False if some lanes came to a vote and others did not: on the GPU, a deadlock.
 template <typename T, EmaState kState, int N>
-bool run_row(const EmaEvictParams& p, int64_t row, int first, const std::vector<int>& order) {
+bool run_row(const Params& p, int64_t row, int first, const std::vector<int>& order) {
   const int lanes = static_cast<int>(order.size());
   Ballot ballot;
   for (;;) {
@@ -58,7 +58,7 @@ bool run_row(const EmaEvictParams& p, int64_t row, int first, const std::vector<
 }
 
 template <typename T, EmaState kState, int N>
-bool run(const EmaEvictParams& p, const std::vector<int>& order) {
+bool run(const Params& p, const std::vector<int>& order) {
   bool together = true;
   for (int first = 0; first == 0 || first < p.sources; first += kGroup)
     for (int64_t row = 0; row < p.batch * p.sink_frames * p.frame_tokens; ++row)
@@ -66,30 +66,24 @@ bool run(const EmaEvictParams& p, const std::vector<int>& order) {
   return together;
 }
 
-template <typename T, EmaState kState>
-int run(const EmaEvictParams& p, const std::vector<int>& order) {
-  constexpr int kVector = 16 / sizeof(T);
-  const bool vectors = vectors_fit(p, sizeof(T));
-  const bool together = vectors ? run<T, kState, kVector>(p, order) : run<T, kState, 1>(p, order);
-  return !together ? -1 : vectors ? kVector : 1;
-}
-
-template <typename T>
-int run_half(const EmaEvictParams& p, EmaState state, const std::vector<int>& order) {
-  if (state == EmaState::kCompensated) return run<T, EmaState::kCompensated>(p, order);
-  if (state == EmaState::kFloat32) return run<T, EmaState::kFloat32>(p, order);
-  return run<T, EmaState::kPublished>(p, order);
+int run(const Params& p, const std::vector<int>& order) {
+  return with_state(p, [&]<typename T, EmaState kState>() {
+    constexpr int kVector = 16 / sizeof(T);
+    const int vector = choose_config(p).vector;
+    const bool together = vector == kVector ? run<T, kState, kVector>(p, order) : run<T, kState, 1>(p, order);
+    return together ? vector : -1;
+  });
 }
 
 }  // namespace
 }  // namespace rf::ema_evict
 
 // data: k_cache, v_cache, k_state, k_state_lo, v_state, schedule, turns, alpha, skipped.
-// sizes: dtype, state, then the integers of EmaEvictParams in their order.
+// sizes: dtype, state, then the integers of Params in their order.
 // Returns the elements of one access, or -1 if the lanes of a row did not vote together.
 extern "C" int ema_evict_lanes(const int64_t* sizes, void* const* data, int lanes, int reversed) {
   using namespace rf;
-  EmaEvictParams p{};
+  ema_evict::Params p{};
   p.k_cache = data[0];
   p.v_cache = data[1];
   p.k_state = data[2];
@@ -99,8 +93,8 @@ extern "C" int ema_evict_lanes(const int64_t* sizes, void* const* data, int lane
   p.turns = data[6];
   p.alpha = static_cast<const double*>(data[7]);
   p.skipped = static_cast<int64_t*>(data[8]);
-  const int64_t dtype = *sizes++;
-  const EmaState state = static_cast<EmaState>(*sizes++);
+  p.dtype = static_cast<Dtype>(*sizes++);
+  p.state = static_cast<EmaState>(*sizes++);
   for (int64_t* n : {&p.batch, &p.frames, &p.sink_frames, &p.frame_tokens}) *n = *sizes++;
   for (int32_t* n : {&p.heads, &p.head_dim, &p.sources, &p.temporal_pairs, &p.x0, &p.y0, &p.step})
     *n = static_cast<int32_t>(*sizes++);
@@ -112,16 +106,7 @@ extern "C" int ema_evict_lanes(const int64_t* sizes, void* const* data, int lane
   std::vector<int> order(static_cast<size_t>(lanes));
   std::iota(order.begin(), order.end(), 0);
   if (reversed) std::reverse(order.begin(), order.end());
-  switch (dtype) {
-    case 0:
-      return ema_evict::run_half<bf16>(p, state, order);
-    case 1:
-      return ema_evict::run_half<f16>(p, state, order);
-    case 2:
-      return ema_evict::run<float, EmaState::kPublished>(p, order);
-    default:
-      return ema_evict::run<double, EmaState::kPublished>(p, order);
-  }
+  return ema_evict::run(p, order);
 }
 
 // Bytes that vector accesses have moved since the last question.

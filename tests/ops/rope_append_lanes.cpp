@@ -9,15 +9,15 @@
 
 #include "csrc/rope_append/kernel.h"
 
-namespace rf {
+namespace rf::rope_append {
 namespace {
 
 constexpr unsigned char kGuard = 0xA5;
 
 template <typename T, int V>
-bool run(const RopeAppendParams& p, const RopeAppendConfig& config, bool reversed) {
+bool run(const Params& p, const Config& config, bool reversed) {
   constexpr size_t kGuardBytes = 64;
-  std::vector<typename RopeAppendToken<T, V>::Registers> registers(config.threads);
+  std::vector<typename Token<T, V>::Registers> registers(config.threads);
   std::vector<int32_t> order(config.threads);
   std::iota(order.begin(), order.end(), 0);
   if (reversed) std::reverse(order.begin(), order.end());
@@ -27,23 +27,14 @@ bool run(const RopeAppendParams& p, const RopeAppendConfig& config, bool reverse
   for (int64_t row = 0; row < p.batch * p.tokens; ++row) {
     std::fill_n(shared, config.shared_bytes, 0xFF);  // NaN, float or double
     std::fill_n(shared + config.shared_bytes, kGuardBytes, kGuard);
-    for (const int32_t lane : order)
-      RopeAppendToken<T, V>(p, shared, row, lane, config.threads).read(registers[lane]);
+    for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).read(registers[lane]);
     if (p.q.weight != nullptr || p.k.weight != nullptr)
-      for (const int32_t lane : order)
-        RopeAppendToken<T, V>(p, shared, row, lane, config.threads).sum_heads();
-    for (const int32_t lane : order)
-      RopeAppendToken<T, V>(p, shared, row, lane, config.threads).write(registers[lane]);
+      for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).sum_heads();
+    for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).write(registers[lane]);
     for (size_t i = 0; i < kGuardBytes; ++i) guarded &= shared[config.shared_bytes + i] == kGuard;
   }
   std::free(shared);
   return guarded;
-}
-
-template <typename T>
-bool run_dtype(const RopeAppendParams& p, const RopeAppendConfig& config, bool reversed) {
-  constexpr int kVector = 16 / sizeof(T);
-  return config.vector == kVector ? run<T, kVector>(p, config, reversed) : run<T, 1>(p, config, reversed);
 }
 
 HeadRows rows(const void* data, const int64_t*& strides) {
@@ -58,7 +49,7 @@ MutableHeadRows mutable_rows(void* data, const int64_t*& strides) {
 }
 
 }  // namespace
-}  // namespace rf
+}  // namespace rf::rope_append
 
 // sizes: dtype, norm, D, N, B, Hq, Hkv, q float weight, k float weight, slots batch stride, slots stride, n,
 // T,
@@ -68,8 +59,9 @@ MutableHeadRows mutable_rows(void* data, const int64_t*& strides) {
 extern "C" int rope_append_lanes(const int64_t* sizes, const int64_t* strides, void* const* data, double eps,
                                  int threads, int reversed) {
   using namespace rf;
-  RopeAppendParams p{};
-  p.dtype = static_cast<RopeDtype>(sizes[0]);
+  using namespace rf::rope_append;
+  Params p{};
+  p.dtype = static_cast<Dtype>(sizes[0]);
   p.norm = static_cast<NormScope>(sizes[1]);
   p.eps = eps;
   p.head_dim = static_cast<int32_t>(sizes[2]);
@@ -101,23 +93,13 @@ extern "C" int rope_append_lanes(const int64_t* sizes, const int64_t* strides, v
                       sizes[18 + 3 * a]};
     p.axes.pairs += p.axes.axis[a].pairs;
   }
-  RopeAppendConfig config = choose_config(p);
+  Config config = choose_config(p);
   if (threads > 0) config.threads = threads;
-  bool guarded = false;
-  switch (p.dtype) {
-    case RopeDtype::kBFloat16:
-      guarded = run_dtype<bf16>(p, config, reversed != 0);
-      break;
-    case RopeDtype::kFloat16:
-      guarded = run_dtype<f16>(p, config, reversed != 0);
-      break;
-    case RopeDtype::kFloat32:
-      guarded = run_dtype<float>(p, config, reversed != 0);
-      break;
-    case RopeDtype::kFloat64:
-      guarded = run_dtype<double>(p, config, reversed != 0);
-      break;
-  }
+  const bool guarded = with_dtype(p.dtype, [&]<typename T>() {
+    constexpr int kVector = 16 / sizeof(T);
+    return config.vector == kVector ? run<T, kVector>(p, config, reversed != 0)
+                                    : run<T, 1>(p, config, reversed != 0);
+  });
   return guarded ? config.vector : -1;
 }
 

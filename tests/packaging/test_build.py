@@ -1,67 +1,20 @@
-"""What a build says of itself, that two builds are compared for real, and that the library asks nothing of a network.
+"""What goes into a wheel, that two wheels are compared for real, and that the library asks nothing of a network. The builds themselves
+are tried by tests/packaging/check.py (`make check-install`)."""
 
-The builds themselves are in tests/packaging/check_install.py and tests/packaging/check_reproducible.py."""
-
-import copy
-import hashlib
-import json
+import ast
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-import check_reproducible
-import pytest
-import sbom_tools
+import check
+import setuptools
 
 import rf_kernels
-import sbom
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = (Path(rf_kernels.__file__).parent / "_C.abi3.so").read_bytes()
-TOOLS = {"cxx_flags": "-O3", "cuda_flags": "-O3", "cmake": "4.4.4", "ninja": "1.13.2"}
-
-
-def document(info=None, epoch=1_790_000_000):
-    info = info or rf_kernels.build_info()
-    return sbom.document(info | TOOLS, hashlib.sha256(LIBRARY).hexdigest(), "3.11.7", "84.2.1", epoch)
-
-
-def test_the_sbom_is_of_the_standards_form_and_of_this_binary():
-    made = json.loads(json.dumps(document()))
-    sbom_tools.check(made, rf_kernels.build_info(), LIBRARY)
-    assert made["metadata"]["timestamp"] == "2026-09-21T14:13:20Z"
-    assert "timestamp" not in document(epoch=None)["metadata"]
-
-
-def test_a_cpu_build_lists_no_cuda():
-    info = rf_kernels.build_info() | {"nvcc": "none", "cuda_runtime": "none", "cutlass": "none", "cuda_archs": ""}
-    made = document(info)
-    sbom_tools.check(made, info, LIBRARY)
-    assert {part["name"] for part in made["components"]} & {"cutlass", "cuda-cudart", "cuda-nvcc"} == set()
-
-
-def test_equal_builds_have_equal_sboms_and_others_have_not():
-    assert document() == document()
-    assert document()["serialNumber"] != document(rf_kernels.build_info() | {"commit": "another"})["serialNumber"]
-
-
-EDITS = {
-    "a version": lambda d: d["components"][0].update(version="0.0.1"),
-    "a key": lambda d: d["components"][0].update(colour="blue"),
-    "a reference": lambda d: d["dependencies"][0]["dependsOn"].append("nothing"),
-    "the commit": lambda d: d["metadata"]["component"]["properties"][0].update(value="another"),
-    "the hash": lambda d: d["metadata"]["component"]["components"][0]["hashes"][0].update(content="0" * 64),
-    "a part": lambda d: d["components"].pop(0),
-}
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_a_wrong_sbom_is_found(name):
-    made = copy.deepcopy(document())
-    EDITS[name](made)
-    with pytest.raises((AssertionError, KeyError)):
-        sbom_tools.check(made, rf_kernels.build_info(), LIBRARY)
 
 
 def wheel(path, library=LIBRARY, order=("a.py", "_C.abi3.so"), date_time=(2026, 9, 21, 14, 13, 20), mode=0o644):
@@ -84,8 +37,8 @@ def one_bit_in(section):
 
 def test_a_difference_of_two_wheels_is_named(tmp_path):
     first = wheel(tmp_path / "first.whl")
-    sections = check_reproducible.sections(LIBRARY, tmp_path)
-    assert check_reproducible.differences(first, wheel(tmp_path / "equal.whl")) == []
+    sections = check.sections(LIBRARY, tmp_path)
+    assert check.differences(first, wheel(tmp_path / "equal.whl")) == []
     for changed, named in (
         ({"order": ("_C.abi3.so", "a.py")}, "order"),
         ({"order": ("a.py",)}, "_C.abi3.so"),
@@ -94,14 +47,14 @@ def test_a_difference_of_two_wheels_is_named(tmp_path):
         ({"library": one_bit_in(sections[".text"])}, "section .text"),
         ({"library": one_bit_in(sections[".note.gnu.build-id"])}, "section .note.gnu.build-id"),
     ):
-        found = check_reproducible.differences(first, wheel(tmp_path / "second.whl", **changed))
+        found = check.differences(first, wheel(tmp_path / "second.whl", **changed))
         assert named in " ".join(found), (changed.keys(), found)
 
 
 def test_a_folder_inside_a_wheel_is_named(tmp_path):
     inside = wheel(tmp_path / "inside.whl", LIBRARY + b"/home of/somebody/file.h")
-    assert check_reproducible.folders_inside(inside, ["/home of/somebody"]) == ["_C.abi3.so: /home of/somebody"]
-    assert check_reproducible.folders_inside(inside, ["/home of/nobody"]) == []
+    assert check.folders_inside(inside, ["/home of/somebody"]) == ["_C.abi3.so: /home of/somebody"]
+    assert check.folders_inside(inside, ["/home of/nobody"]) == []
 
 
 LISTEN = """
@@ -113,7 +66,7 @@ print(f"{{len(events)}} events: {{events[:5]}}")
 """
 USE = """
 import runpy
-import rf_kernels, benchmarks, rf_kernels.doctor, reward_forcing, reward_forcing.cli
+import rf_kernels, rf_kernels.doctor, reward_forcing, reward_forcing.cli
 assert rf_kernels.doctor.main(["--json"]) == 0
 runpy.run_path("tests/packaging/smoke.py", run_name="__main__")
 """
@@ -141,3 +94,13 @@ def test_the_binary_cannot_resolve_a_name(tmp_path):
     symbols = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
     assert "memcpy" in symbols
     assert not symbols & {"getaddrinfo", "getnameinfo", "gethostbyname", "gethostbyname_r", "res_query"}
+
+
+def test_a_wheel_holds_the_two_packages_alone():
+    """What is not the library does not ship in it; `make check-install` looks into the wheel itself."""
+    found = re.search(r"where = (\[.*\])\ninclude = (\[.*\])", (ROOT / "pyproject.toml").read_text())
+    where, include = map(ast.literal_eval, found.groups())
+    packages = {name for folder in where for name in setuptools.find_packages(ROOT / folder, include=include)}
+    assert {name.split(".")[0] for name in packages} == {"rf_kernels", "reward_forcing"}
+    assert {"rf_kernels.ops", "rf_kernels.reference", "reward_forcing.pipeline"} <= packages
+    assert not [name for name in packages if {"bench", "gpu_suite", "published", "tests"} & set(name.split("."))]

@@ -35,7 +35,7 @@ struct EpilogueFwdSm90 {
     float* partial = partial_of(p, range, warp);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) partial_store(partial + (i * 32 + lane) * 4, f.o + 4 * i);
-    const float rows[4] = {f.row[0].max, f.row[1].max, f.row[0].sum, f.row[1].sum};
+    const float rows[4] = {f.row[0].reference, f.row[1].reference, f.row[0].sum, f.row[1].sum};
     partial_store(partial + (kQuads * 32 + lane) * 4, rows);
     sync_warp();  // puts the other lanes' stores before lane 0's release, which is cumulative
     if (elect_one()) flag_signal(flag_of(p, range, warp));
@@ -46,26 +46,20 @@ struct EpilogueFwdSm90 {
     using namespace arch;
     const float* partial = partial_of(p, range, warp);
     flag_wait(flag_of(p, range, warp));
-    sync_warp();  // all lanes have seen the flag
-    if (elect_one()) flag_clear(flag_of(p, range, warp));
-    float rows[4];
+    float rows[4], x[kQuads][4];  // all loads in flight at once: S and P are gone, registers are free
     partial_load(partial + (kQuads * 32 + lane) * 4, rows);
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) partial_load(partial + (i * 32 + lane) * 4, x[i]);
     MergeFactors factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = softmax_merge(f.row[r], {rows[r], rows[2 + r]});
 #pragma unroll
-    for (int i = 0; i < kQuads; i += 4) {  // four loads in flight
-      float x[4][4];
+    for (int i = 0; i < kQuads; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) partial_load(partial + ((i + j) * 32 + lane) * 4, x[j]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& o = f.o[(i + j) * 4 + e];
-          o = o * factor[e >> 1].own + x[j][e] * factor[e >> 1].other;
-        }
-    }
+      for (int e = 0; e < 4; ++e) {
+        float& o = f.o[i * 4 + e];
+        o = o * factor[e >> 1].own + x[i][e] * factor[e >> 1].other;
+      }
   }
 
   // Words y[0..3] of thread x of a quad are word x of column blocks 0..3; afterwards thread x holds words

@@ -38,6 +38,18 @@ struct MainloopFwdSm90 {
     tma_load<L2Hint::evict_last>(map, full, tile, {{0, row, 0, work.kv_head, work.batch}});
   }
 
+  static RF_DEVICE void load_q(Smem& smem, const arch::TensorMap* map_q, uint32_t phase,
+                               const FwdWork& work) {
+    using namespace arch;
+#pragma unroll 1
+    for (int w = 0; w < Traits::kWarpgroups; ++w) {
+      mbarrier_wait(&smem.q_empty[w], phase);
+      mbarrier_arrive_expect(&smem.q_full[w], Traits::kQBytes);
+      tma_load<L2Hint::evict_first>(map_q, &smem.q_full[w], smem.q[w],
+                                    {{0, work.row + 64 * w, 0, work.head, work.batch}});
+    }
+  }
+
   static RF_DEVICE void load(Smem& smem, const arch::TensorMap* map_q, const arch::TensorMap* map_k,
                              const arch::TensorMap* map_v, const FwdKernelParams& p, int range) {
     using namespace arch;
@@ -46,16 +58,8 @@ struct MainloopFwdSm90 {
     Segment segment;
     for (SegmentWalk walk(p.schedule, range); walk.current(p.schedule, segment); walk.advance(p.schedule)) {
       const FwdWork work = fwd_work<Traits>(p, segment);
-#pragma unroll 1
-      for (int w = 0; w < Traits::kWarpgroups; ++w) {
-        mbarrier_wait(&smem.q_empty[w], q_phase);
-        mbarrier_arrive_expect(&smem.q_full[w], Traits::kQBytes);
-        tma_load<L2Hint::evict_first>(map_q, &smem.q_full[w], smem.q[w],
-                                      {{0, work.row + 64 * w, 0, work.head, work.batch}});
-      }
-      q_phase ^= 1;
-
-      // K of a tile before V of the one before it: the order in which the consumers need them.
+      // K of a tile before V of the one before it: the order in which the consumers need them. The first K
+      // does not wait for the buffers of Q.
       const KeyRun high = key_run(work.keys, 0, work.first, work.count, Traits::kTileN);
       const int low_row = key_run(work.keys, 1, work.first, work.count, Traits::kTileN).row;
       const int low_begin = it + high.count, end = it + work.count;
@@ -69,10 +73,13 @@ struct MainloopFwdSm90 {
         if (v_row >= 0)
           load_kv(map_v, &smem.v_full[stage(it - 1)], &smem.v_empty[stage(it - 1)], smem.v[stage(it - 1)],
                   it - 1, v_row, work);
+        else
+          load_q(smem, map_q, q_phase, work);
         if (it == end) break;
         v_row = k_row;
         k_row -= Traits::kTileN;
       }
+      q_phase ^= 1;
     }
   }
 
@@ -86,21 +93,15 @@ struct MainloopFwdSm90 {
   // Constant barrier ids (see named_barrier_sync), hence the spelled-out cases.
   static RF_DEVICE void take_turn(int w) {
     using namespace arch;
-    if (w == 0)
-      named_barrier_sync(kTurn, Traits::kTurnThreads);
-    else if (Traits::kWarpgroups == 2 || w == 1)
-      named_barrier_sync(kTurn + 1, Traits::kTurnThreads);
-    else
-      named_barrier_sync(kTurn + 2, Traits::kTurnThreads);
+    if (w == 0) named_barrier_sync(kTurn, Traits::kTurnThreads);
+    if (w == 1) named_barrier_sync(kTurn + 1, Traits::kTurnThreads);
+    if (Traits::kWarpgroups > 2 && w == 2) named_barrier_sync(kTurn + 2, Traits::kTurnThreads);
   }
   static RF_DEVICE void pass_turn(int w) {
     using namespace arch;
-    if (w == Traits::kWarpgroups - 1)
-      named_barrier_arrive(kTurn, Traits::kTurnThreads);
-    else if (Traits::kWarpgroups == 2 || w == 0)
-      named_barrier_arrive(kTurn + 1, Traits::kTurnThreads);
-    else
-      named_barrier_arrive(kTurn + 2, Traits::kTurnThreads);
+    if (w == Traits::kWarpgroups - 1) named_barrier_arrive(kTurn, Traits::kTurnThreads);
+    if (w == 0) named_barrier_arrive(kTurn + 1, Traits::kTurnThreads);
+    if (Traits::kWarpgroups > 2 && w == 1) named_barrier_arrive(kTurn + 2, Traits::kTurnThreads);
   }
 
   // S = Q K^T, 16 of the head dimension at a time: 32 bytes inside a 128-byte row, then the next 64-wide
@@ -139,27 +140,39 @@ struct MainloopFwdSm90 {
       if ((i / 4) * 8 + (i & 1) >= limit) s[i] = -std::numeric_limits<float>::infinity();
   }
 
-  // Largest score of each row over the four threads that share it; the factors for what is already
-  // accumulated.
-  static RF_DEVICE void raise_max(const float (&s)[kScores], SoftmaxRow (&row)[2], float (&factor)[2],
-                                  float scale) {
+  // What the softmax of a thread's two rows carries from tile to tile: `base` follows the rows' references.
+  struct Softmax {
+    float base[2], factor[2];
+  };
+
+  // Makes the rows' references fit the scores. False when all rows of the warp keep theirs, as they do in
+  // most tiles; else .factor is for what is already accumulated.
+  static RF_DEVICE bool raise(const float (&s)[kScores], SoftmaxRow (&row)[2], Softmax& softmax,
+                              float scale) {
     using namespace arch;
     // Two chains per row: the latency of dependent maxima counts.
-    float largest[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
+    float chain[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
 #pragma unroll
-    for (int i = 4; i < kScores; ++i) largest[(i >> 1) & 1][i & 1] = max2(largest[(i >> 1) & 1][i & 1], s[i]);
+    for (int i = 4; i < kScores; ++i) chain[(i >> 1) & 1][i & 1] = max2(chain[(i >> 1) & 1][i & 1], s[i]);
+    float largest[2] = {max2(chain[0][0], chain[0][1]), max2(chain[1][0], chain[1][1])};
+    // The four threads of a row need not exchange their maxima to see that none of them is too large.
+    const bool exceeds =
+        any_in_warp(softmax_exceeds(row[0], largest[0], scale) | softmax_exceeds(row[1], largest[1], scale));
+    if (exceeds) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float x = max2(largest[r][0], largest[r][1]);
-      x = max2(x, shuffle_xor(x, 1));
-      x = max2(x, shuffle_xor(x, 2));
-      factor[r] = softmax_raise_max(row[r], x, scale);
+      for (int r = 0; r < 2; ++r) {
+        largest[r] = max2(largest[r], shuffle_xor(largest[r], 1));
+        largest[r] = max2(largest[r], shuffle_xor(largest[r], 2));
+        softmax.factor[r] = softmax_raise(row[r], largest[r], scale);
+        softmax.base[r] = softmax_base(row[r].reference);
+      }
     }
+    return exceeds;
   }
-  static RF_DEVICE void weigh(float (&s)[kScores], SoftmaxRow (&row)[2], float scale) {
-    const float reference[2] = {softmax_reference(row[0].max), softmax_reference(row[1].max)};
+  static RF_DEVICE void weigh(float (&s)[kScores], SoftmaxRow (&row)[2], const Softmax& softmax,
+                              float scale) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = softmax_weight(s[i], scale, reference[(i >> 1) & 1]);
+    for (int i = 0; i < kScores; ++i) s[i] = softmax_weight(s[i], scale, softmax.base[(i >> 1) & 1]);
     float sum[2][2] = {{row[0].sum + s[0], s[1]}, {row[1].sum + s[2], s[3]}};
 #pragma unroll
     for (int i = 4; i < kScores; ++i) sum[(i >> 1) & 1][i & 1] += s[i];
@@ -171,16 +184,17 @@ struct MainloopFwdSm90 {
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = arch::pack2<Element>(s[2 * i], s[2 * i + 1]);
   }
-  static RF_DEVICE void rescale(float (&o)[kOutputs], const float (&factor)[2]) {
+  static RF_DEVICE void rescale(float (&o)[kOutputs], const Softmax& softmax) {
 #pragma unroll
-    for (int i = 0; i < kOutputs; ++i) o[i] *= factor[(i >> 1) & 1];
+    for (int i = 0; i < kOutputs; ++i) o[i] *= softmax.factor[(i >> 1) & 1];
   }
 
   // Thread t of consumer warpgroup w: one fragment. `it` counts key tiles since the kernel began.
   static RF_DEVICE void mma(Smem& smem, const FwdKernelParams& p, const FwdWork& work, int w, int t,
                             uint32_t q_phase, int& it, Fragment& f) {
     using namespace arch;
-    float s[kScores], factor[2];
+    float s[kScores];
+    Softmax softmax;
     uint32_t probs[kScores / 2];
     const float scale = p.scale_log2;
     const uint32_t q = shared_address(smem.q[w]), k0 = shared_address(smem.k[0]),
@@ -205,12 +219,15 @@ struct MainloopFwdSm90 {
       wgmma_wait<0>();
       pin_registers(s);
       release(&smem.k_empty[stage(it)]);
+      if (next.count == 0 && run.count == 1) release(&smem.q_empty[w]);
       if (run.valid < Traits::kTileN) mask_columns(s, run.valid, t);
-      raise_max(s, f.row, factor, scale);
-      weigh(s, f.row, scale);
+      bool exceeds = raise(s, f.row, softmax, scale);
+      weigh(s, f.row, softmax, scale);
       to_operand(s, probs);
-      rescale(f.o, factor);
+      if (exceeds) rescale(f.o, softmax);
 
+      const int last =
+          next.count == 0 ? 1 : 0;  // of n, at the last Q K^T of the query tile; 0: not in this interval
 #pragma unroll 1
       for (int n = run.count - 1; n > 0; --n, ++it) {
         wait_k(it + 1);
@@ -223,20 +240,19 @@ struct MainloopFwdSm90 {
         wgmma_wait<1>();
         pin_registers(s);
         release(&smem.k_empty[stage(it + 1)]);
+        if (n == last) release(&smem.q_empty[w]);  // the next query rows may come while this tile finishes
         // ... this warpgroup does the softmax of this tile.
-        raise_max(s, f.row, factor, scale);
-        weigh(s, f.row, scale);
+        exceeds = raise(s, f.row, softmax, scale);
+        weigh(s, f.row, softmax, scale);
         order_before(f.row[0].sum + f.row[1].sum);
         wgmma_wait<0>();
         pin_registers(f.o);
         pin_registers(s);
         release(&smem.v_empty[stage(it)]);
         to_operand(s, probs);
-        rescale(f.o, factor);
+        if (exceeds) rescale(f.o, softmax);
       }
 
-      // The next query rows may come while this tile finishes.
-      if (next.count == 0) release(&smem.q_empty[w]);
       wait_v(it);
       issue_pv(f.o, probs, v0 + stage(it) * Traits::kKvBytes);
       wgmma_wait<0>();

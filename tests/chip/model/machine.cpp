@@ -277,6 +277,10 @@ int thread_index() {
   return current_fiber->index;
 }
 
+int block_index() {
+  return current_cta->index;
+}
+
 // A warp-wide exchange also carries what sync_warp orders: `ordering` says whether this one does (shfl does
 // not).
 static uint32_t exchange(uint32_t v, int source_lane, bool ordering) {
@@ -306,6 +310,12 @@ uint32_t shuffle(uint32_t v, int source_lane) {
 }
 void sync_warp() {
   exchange(0, 0, true);
+}
+bool any_in_warp(bool x) {  // a vote orders no memory
+  const WarpExchange* w = &current_cta->warps[current_fiber->index / kWarp];
+  const int slot = w->generation & 1;
+  exchange(x, 0, false);
+  return std::any_of(w->value[slot], w->value[slot] + kWarp, [](uint32_t v) { return v != 0; });
 }
 
 void set_registers(int per_thread, bool increase) {

@@ -8,6 +8,9 @@ namespace rf::arch {
 RF_DEVICE int thread_index() {
   return chip::thread_index();
 }
+RF_DEVICE uint32_t block_index() {
+  return static_cast<uint32_t>(chip::block_index());
+}
 RF_DEVICE int thread_index_again() {
   return chip::thread_index();
 }
@@ -36,6 +39,10 @@ RF_DEVICE void named_barrier_sync(int id, int threads) {
 }
 RF_DEVICE void named_barrier_arrive(int id, int threads) {
   chip::named_barrier(id, threads, false);
+}
+
+RF_DEVICE bool any_in_warp(bool x) {
+  return chip::any_in_warp(x);
 }
 
 RF_DEVICE uint32_t shuffle_xor(uint32_t v, int lane_mask) {

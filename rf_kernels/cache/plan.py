@@ -1,0 +1,311 @@
+"""Geometry of a cache and of its chunks, computed on the host from integers that the host already knows.
+
+The arithmetic of slots and positions is here, in one place, in plain integers. Notation: S sink frames, W window frames,
+L = S + W, n tokens a frame; a chunk is the frames [t_begin, t_end) of the stream.
+
+- slot of frame f:      f while f < S, then S + (f - S) mod W              (nothing in the cache moves)
+- attended prefix:      min(t_end, L) * n tokens                            (softmax does not care about the order of keys)
+- frames that leave:    e = f - W for every new frame f >= L: the slot that e leaves is the slot that f takes
+- position shift of the sink:  max(0, t_end - L): seen from the window, sink frame j stays at distance L - j
+  (Reward Forcing, arXiv 2512.04678, gives the sink positions 0..S-1 and the window the positions that follow)
+
+What the sink does with the frames that leave is its policy's business (sinks.py).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .._backend import argument_error
+from ..positions import RoPE, table_dtype
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What a cache is made for. Checked when it is written down.
+
+    Args:
+        layers, batch, heads, head_dim: as in the model (``heads`` are key/value heads; queries may have a multiple of them).
+        grid: tokens of a frame along its spatial axes, e.g. ``(30, 52)``; n = their product.
+        sink_frames, window_frames: S and W in latent frames; sink and window together are what a query sees (L = S + W).
+        rope: positions of ``(frame, *grid)``, ``RoPE3D.wan(head_dim)`` for Wan; None for keys without positions.
+        dtype, device: of keys and values.
+        undo_frames: frames of the largest chunk that ``chunk(frames, undo=True)`` may be asked for (its save area is allocated with
+            the cache).
+    """
+
+    layers: int
+    batch: int
+    heads: int
+    head_dim: int
+    grid: Sequence[int]
+    sink_frames: int
+    window_frames: int
+    rope: RoPE | None
+    dtype: torch.dtype
+    device: torch.device | str
+    undo_frames: int = 0
+    # What follows from them, as plain attributes: they are read in compiled code.
+    #: n.
+    frame_tokens: int = field(init=False, repr=False, compare=False)
+    ring: "Ring" = field(init=False, repr=False, compare=False)
+    layout: str = field(init=False, repr=False, compare=False)
+    #: Where the temporal pairs lie in a head, see ``RoPE.temporal_dims``.
+    temporal_dims: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        op, grid, rope = "CacheSpec", self.grid, self.rope
+        if not isinstance(grid, Sequence) or not all(map(is_integer, grid)):
+            raise argument_error(op, "grid", "a sequence of integers", repr(grid))
+        grid = tuple(grid)
+        least = {
+            "layers": 1,
+            "batch": 1,
+            "heads": 1,
+            "head_dim": 1,
+            "sink_frames": 0,
+            "window_frames": 0,
+            "undo_frames": 0,
+        }
+        for name, value, bound in [
+            *((n, getattr(self, n), b) for n, b in least.items()),
+            ("grid", min(grid, default=1), 1),
+        ]:
+            if not is_integer(value) or value < bound:
+                raise argument_error(op, name, f"an integer >= {bound}", repr(value))
+        length = self.sink_frames + self.window_frames
+        if length < 1:
+            raise argument_error(op, "sink_frames + window_frames", "an integer >= 1", 0)
+        if self.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise argument_error(op, "dtype", "float64, float32, bfloat16 or float16", self.dtype)
+        if rope is not None:
+            if not isinstance(rope, RoPE):
+                raise argument_error(op, "rope", "a RoPE or None", repr(rope))
+            if len(rope.pairs) != 1 + len(grid):
+                raise argument_error(op, "rope", f"{1 + len(grid)} axes (frame, *grid)", f"{len(rope.pairs)} axes")
+            if rope.temporal_axis not in (0, None) or (rope.temporal_axis is None and rope.pairs[0]):
+                raise argument_error(op, "rope", "temporal_axis 0, or None with pairs[0] = 0", rope)
+            if rope.rotated_dims > self.head_dim:
+                raise argument_error(op, "rope", f"at most {self.head_dim} rotated dims", rope.rotated_dims)
+        if self.undo_frames > length:
+            raise argument_error(op, "undo_frames", f"at most {length}", self.undo_frames)
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise argument_error(op, "device", "a device", repr(self.device)) from None
+        followed = {
+            "grid": grid,
+            "device": device,
+            "frame_tokens": math.prod(grid),
+            "ring": Ring(self.sink_frames, self.window_frames),
+            "layout": "adjacent" if rope is None else rope.layout,
+            "temporal_dims": (0, 1, 2) if rope is None or not rope.temporal_pairs else rope.temporal_dims,
+        }
+        for name, value in followed.items():
+            object.__setattr__(self, name, value)
+
+    def zeros(self, tokens: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``[layers, B, tokens, H, D]`` of zeros on the device, of the cache's dtype unless another is named."""
+        size = (self.layers, self.batch, tokens, self.heads, self.head_dim)
+        return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Geometry of one cache in frames: S sink frames, then a ring of W window frames."""
+
+    sink_frames: int
+    window_frames: int
+
+    @property
+    def length(self) -> int:
+        """L, frames the cache holds."""
+        return self.sink_frames + self.window_frames
+
+    def slot(self, frame: int) -> int:
+        """Slot of a frame of the stream."""
+        if frame < self.sink_frames:
+            return frame
+        return self.sink_frames + (frame - self.sink_frames) % self.window_frames
+
+    def leaving(self, t_begin: int, t_end: int) -> range:
+        """Frames that leave the window when the chunk [t_begin, t_end) comes in, ascending."""
+        return range(max(t_begin, self.length) - self.window_frames, max(t_end, self.length) - self.window_frames)
+
+    def shift(self, t_end: int) -> int:
+        """Frames by which the sink's positions have moved when the newest frame is t_end - 1."""
+        return max(0, t_end - self.length)
+
+    def held(self, t_end: int) -> list[int]:
+        """Frames of the stream whose own keys and values are in the cache, ascending (sink frames: as they were absorbed into)."""
+        first = min(t_end, self.sink_frames)
+        return [*range(first), *range(max(first, t_end - self.window_frames), t_end)]
+
+    def check_chunk(self, t_begin: int, t_end: int) -> None:
+        """Raise unless the frames of the chunk that are new to the ring fit in it."""
+        new = t_end - max(t_begin, self.sink_frames)
+        if new > self.window_frames:
+            raise argument_error(
+                "SinkWindowCache.open",
+                "frames",
+                f"at most {self.window_frames - max(t_begin, self.sink_frames) + t_begin} frames "
+                f"(chunk starts at frame {t_begin}, window of {self.window_frames})",
+                t_end - t_begin,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkPlan:
+    """What one chunk does, as its ops take it. ``chunk.plan``; the same for every forward of the chunk.
+
+    Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens`` (length of the valid prefix
+    to attend), ``shift`` (frames by which the sink's positions have moved), ``leaving`` (frames that leave the window), ``sources``
+    (for each sink frame those that it absorbs; None when the sink has nothing to do), ``first`` (no frame has left before).
+    Device tensors, read by the ops, rewritten when the next chunk opens: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``,
+    ``schedule`` int32 [S, 2 + E] and ``turns`` [S, E + 1, nt, 2] (None when the sink has nothing to do).
+    """
+
+    ring: Ring
+    t_begin: int
+    t_end: int
+    kv_tokens: int
+    shift: int
+    leaving: range
+    sources: list[list[int]] | None
+    slots: torch.Tensor = field(repr=False)
+    angles: torch.Tensor | None = field(repr=False)
+    axes: list[int] = field(repr=False)
+    schedule: torch.Tensor | None = field(repr=False)
+    turns: torch.Tensor | None = field(repr=False)
+
+    @property
+    def frames(self) -> int:
+        return self.t_end - self.t_begin
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first chunk that makes a frame leave: the sink's state is then taken from its slots."""
+        return self.t_begin <= self.ring.length < self.t_end
+
+    @property
+    def pieces(self) -> list[tuple[bool, int, int]]:
+        """The valid slots in order, as runs of (the chunk's own?, first frame, one past the last), frames counted among the chunk's
+        own and among the others."""
+        place = {self.ring.slot(f): i for i, f in enumerate(range(self.t_begin, self.t_end))}
+        runs, others = [], 0
+        for slot in range(min(self.t_end, self.ring.length)):
+            own = slot in place
+            at = place[slot] if own else others
+            others += not own
+            if runs and runs[-1][0] == own and runs[-1][2] == at:
+                runs[-1] = (own, runs[-1][1], at + 1)
+            else:
+                runs.append((own, at, at + 1))
+        return runs
+
+
+class PlanBuffers:
+    """The device tensors of a cache's plans: allocated once, rewritten by every ``begin`` with two small copies.
+
+    Layout of the float buffer (rows of (cos, sin)): spatial axes of the grid, never rewritten; then the temporal axis of a chunk;
+    then the turns of the sink. One buffer serves all chunks, so a captured CUDA graph reads each chunk's plan at the same address.
+    """
+
+    def __init__(self, spec: CacheSpec, max_sources: int):
+        ring, grid, rope, device = spec.ring, spec.grid, spec.rope, spec.device
+        dtype = table_dtype(spec.dtype)
+        self.ring, self.rope, self.max_sources = ring, rope, max_sources
+        self._pairs_t = rope.temporal_pairs if rope is not None else 0
+        S, E = ring.sink_frames, self.max_sources
+        spatial = 0
+        if rope is not None:
+            spatial = sum(length * pairs for length, pairs in zip(grid, rope.pairs[1:], strict=True))
+            self._spatial_axes = rope.axes((0, *grid))[3:]
+        self._temporal_row = spatial
+        self._turn_row = spatial + ring.length * self._pairs_t
+        rows = self._turn_row + S * (E + 1) * self._pairs_t
+
+        on_host = device.type in ("cpu", "meta")
+        self.ints = torch.zeros(ring.length + S * (2 + E), dtype=torch.int32, device=device)
+        self.floats = torch.zeros(max(rows, 1), 2, dtype=dtype, device=device)
+        # Host images. On the CPU the kernels read them directly. For a GPU they are pinned and used in turn, each guarded by an
+        # event, so that an upload still under way is never overwritten.
+        self._stages = [self._stage(device) for _ in range(1 if on_host else 2)]
+        self._turn = 0
+        if rope is not None and device.type != "meta":
+            table = np.concatenate(
+                [rope.axis_table(a + 1, np.arange(length)).reshape(-1, 2) for a, length in enumerate(grid)]
+                or [np.zeros((0, 2))]
+            )
+            self.floats[:spatial].copy_(torch.from_numpy(table))
+        self._views = {}
+
+    def _stage(self, device):
+        if device.type in ("cpu", "meta"):
+            on_host = {"ints": self.ints, "floats": self.floats}
+            if device.type == "meta":
+                on_host = {name: torch.zeros(t.shape, dtype=t.dtype, device="cpu") for name, t in on_host.items()}
+            return on_host | {"event": None}
+        pinned = {"device": "cpu", "pin_memory": True}
+        return {
+            "ints": torch.zeros(self.ints.shape, dtype=torch.int32, **pinned),
+            "floats": torch.zeros(self.floats.shape, dtype=self.floats.dtype, **pinned),
+            "event": torch.cuda.Event(),
+        }
+
+    def views(self, frames):
+        """(slots, angles, axes, schedule, turns) for a chunk of so many frames: views of the buffers, made once per length."""
+        if frames not in self._views:
+            S, E, nt = self.ring.sink_frames, self.max_sources, self._pairs_t
+            schedule = self.ints[self.ring.length :].view(S, 2 + E) if S else None
+            turns = self.floats[self._turn_row : self._turn_row + S * (E + 1) * nt].view(S, E + 1, nt, 2) if S else None
+            angles, axes = None, []
+            if self.rope is not None:
+                end = self._temporal_row + frames * self._pairs_t
+                angles = self.floats[:end].unsqueeze(0)
+                axes = [frames, self.rope.pairs[0], self._temporal_row, *self._spatial_axes]
+            self._views[frames] = (self.ints[:frames], angles, axes, schedule, turns)
+        return self._views[frames]
+
+    def upload(self, plan: ChunkPlan) -> None:
+        """Write a chunk's integers and angles."""
+        t_begin, t_end, sources = plan.t_begin, plan.t_end, plan.sources
+        stage = self._stages[self._turn]
+        self._turn = (self._turn + 1) % len(self._stages)
+        if stage["event"] is not None:
+            stage["event"].synchronize()  # returns at once unless the GPU lags two chunks behind
+        ring, rope, nt = self.ring, self.rope, self._pairs_t
+        ints, floats = stage["ints"].numpy(), stage["floats"].numpy()
+        ints[: t_end - t_begin] = [ring.slot(f) for f in range(t_begin, t_end)]
+        if nt:
+            table = rope.temporal_table(range(t_begin, t_end)).reshape(-1, 2)
+            floats[self._temporal_row : self._temporal_row + len(table)] = table
+        if sources is not None:
+            S, E = ring.sink_frames, self.max_sources
+            schedule = ints[ring.length :].reshape(S, 2 + E)
+            schedule[:, 0] = plan.first
+            schedule[:, 1] = [len(frames) for frames in sources]
+            for j, frames in enumerate(sources):
+                schedule[j, 2 : 2 + len(frames)] = [ring.slot(e) for e in frames]
+            if nt:
+                turns = floats[self._turn_row : self._turn_row + S * (E + 1) * nt].reshape(S, E + 1, nt, 2)
+                turns[:, E] = rope.temporal_table([plan.shift])[0]
+                for j, frames in enumerate(sources):
+                    if frames:
+                        turns[j, : len(frames)] = rope.temporal_table([j - e for e in frames])
+        if stage["event"] is None:
+            # Written through numpy, which autograd does not see: a graph that has saved such a view must find out.
+            for tensor in (self.ints, self.floats):
+                if not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+        else:
+            self.ints.copy_(stage["ints"], non_blocking=True)
+            self.floats[self._temporal_row :].copy_(stage["floats"][self._temporal_row :], non_blocking=True)
+            stage["event"].record()
