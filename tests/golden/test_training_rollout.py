@@ -1,13 +1,11 @@
 """The library's training rollout against the published one's, where its caches are cut from the graph (``gd``)."""
 
 import pytest
-import torch
+from helpers.golden_cases import as_dtype, parametrize
 from reward_forcing.config import ModelConfig, StreamConfig
 from reward_forcing.models import CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
 from reward_forcing.trainer import Rollout
-
-from helpers.golden_cases import as_dtype, parametrize
 
 
 @parametrize("training_rollout")
@@ -19,7 +17,9 @@ def test_training_rollout(case, dtype, how):
     hyper, tensors, run_dtype = case.hyper, case.tensors, as_dtype(dtype)
     model = CausalWanModel(ModelConfig.from_dict(hyper))
     model.load_state_dict(case.weights(), strict=True)
-    pipeline = StreamingPipeline(model.to(run_dtype), StreamConfig.from_dict({**hyper, "sink_policy": "static"}))
+    pipeline = StreamingPipeline(
+        model.to(run_dtype), StreamConfig.from_dict({**hyper, "sink_policy": "static"})
+    )
     rollout = Rollout(pipeline, renoise_context=True)
     draws = iter(tensors["renoise"].to(run_dtype))
 

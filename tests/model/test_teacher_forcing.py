@@ -27,16 +27,23 @@ def models(dtype=torch.float64):
 def inputs(frames, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     clean, noisy = (torch.randn(2, 4, frames, 4, 4, generator=generator).to(dtype) for _ in range(2))
-    return clean, noisy, 1000 * torch.rand(2, frames, generator=generator), torch.randn(2, 3, 8, generator=generator).to(dtype)
+    return (
+        clean,
+        noisy,
+        1000 * torch.rand(2, frames, generator=generator),
+        torch.randn(2, 3, 8, generator=generator).to(dtype),
+    )
 
 
 @pytest.mark.parametrize("policy", ["none", "static", "ema"])
-@pytest.mark.parametrize(
-    ("chunk", "sink", "visible"), [(3, 3, 9), (2, 3, 8), (3, 1, 5), (4, 2, 7)]
-)
+@pytest.mark.parametrize(("chunk", "sink", "visible"), [(3, 3, 9), (2, 3, 8), (3, 1, 5), (4, 2, 7)])
 def test_equals_streaming(policy, chunk, sink, visible):
     stream = StreamConfig(
-        chunk_frames=chunk, sink_frames=0 if policy == "none" else sink, local_attn_size=visible, alpha=0.8, sink_policy=policy
+        chunk_frames=chunk,
+        sink_frames=0 if policy == "none" else sink,
+        local_attn_size=visible,
+        alpha=0.8,
+        sink_policy=policy,
     )
     forced, causal = models()
     frames = 6 * chunk
@@ -82,7 +89,11 @@ def test_gradient_is_the_derivative():
         return (forced(clean, noisy, t, forced.text_keys(context), stream) * weights).sum()
 
     value().backward()
-    for name in ("blocks.0.self_attn.k.weight", "blocks.1.self_attn.v.bias", "blocks.0.self_attn.norm_k.weight"):
+    for name in (
+        "blocks.0.self_attn.k.weight",
+        "blocks.1.self_attn.v.bias",
+        "blocks.0.self_attn.norm_k.weight",
+    ):
         p = forced.get_parameter(name)
         direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         with torch.no_grad():

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import rf_kernels as rf
 from reward_forcing.config import ModelConfig, StreamConfig
 from reward_forcing.models import BidirectionalWanModel, CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
@@ -16,6 +14,8 @@ from reward_forcing.trainer.draws import Draws
 from reward_forcing.trainer.loop import Trained
 from reward_forcing.trainer.stages import FlowMatching
 from reward_forcing.trainer.step import Stepper, StoppedOnNonFinite, learning_rate
+
+import rf_kernels as rf
 
 TINY = ModelConfig(
     dim=32, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=3, freq_dim=16
@@ -99,12 +99,17 @@ def test_the_published_file_is_accepted_as_it_is(tmp_path):
     config = load(path)
     assert (config.stage, config.distill.objective, config.distill.beta) == ("distill", "re_dmd", 2.0)
     assert config.model == ModelConfig.wan_1_3b() and config.frames == 21
-    assert (config.optimizer.lr, config.optimizer.betas) == (2e-6, (0.0, 0.999)) and config.distill.critic.lr == 4e-7
+    assert (config.optimizer.lr, config.optimizer.betas) == (
+        2e-6,
+        (0.0, 0.999),
+    ) and config.distill.critic.lr == 4e-7
     stream = config.stream
     assert (stream.chunk_frames, stream.sink_frames, stream.local_attn_size, stream.shift) == (3, 3, 9, 5.0)
     assert (config.accumulate, config.distill.critic_steps, config.steps) == (8, 5, 601)
     assert config.distill.real_guidance == 3.0 and stream.warp and config.ema == 0.99
-    assert stream.denoising_step_list == (1000, 750, 500, 250) and config.generator == "checkpoints/ode_init.pt"
+    assert (
+        stream.denoising_step_list == (1000, 750, 500, 250) and config.generator == "checkpoints/ode_init.pt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,13 +192,17 @@ def test_accumulation_is_one_large_batch():
     results = []
     for parts in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
         model, matching = _matching(TEACHER)
-        report = Stepper(model, OptimizerConfig(lr=1e-3, clip=0.1), 10)(_micro(matching, part) for part in parts)
+        report = Stepper(model, OptimizerConfig(lr=1e-3, clip=0.1), 10)(
+            _micro(matching, part) for part in parts
+        )
         results.append((report.loss, report.grad_norm, dict(model.named_parameters())))
     (loss, norm, one), (loss4, norm4, four) = results
     assert loss4 == pytest.approx(loss, rel=1e-6) and norm4 == pytest.approx(norm, rel=1e-5)
     assert norm > 0.1  # the clip acts
     for name in one:
-        assert torch.allclose(one[name], four[name], rtol=0, atol=1e-6 * float(one[name].abs().max()) + 2e-6), name
+        assert torch.allclose(
+            one[name], four[name], rtol=0, atol=1e-6 * float(one[name].abs().max()) + 2e-6
+        ), name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -280,9 +289,10 @@ def test_gradient_of_the_last_chunks_alone():
     masked[:, :9] = 0
     whole = _gradients(rollout.model, lambda: rollout.replay(tape, context, masked))
     assert all(torch.allclose(last[n], whole[n], rtol=1e-12, atol=1e-14) for n in last)
-    assert not torch.allclose(last["head.head.weight"], _gradients(
-        rollout.model, lambda: rollout.replay(tape, context, grad)
-    )["head.head.weight"])
+    assert not torch.allclose(
+        last["head.head.weight"],
+        _gradients(rollout.model, lambda: rollout.replay(tape, context, grad))["head.head.weight"],
+    )
 
 
 def test_memory_for_backward_does_not_grow_with_the_rollout():
@@ -332,7 +342,9 @@ def test_a_resumed_run_is_the_run(config, tmp_path):
     assert (tmp_path / "parts" / "step-00000001").is_dir()
     parts = load_file(train(replace(config, save_every=1), tmp_path / "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").open()] for run in ("whole", "parts")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").open()] for run in ("whole", "parts")
+    ]
     for line in logs[0] + logs[1]:
         line.pop("seconds")
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, config.steps + 1))
@@ -352,4 +364,23 @@ def test_every_objective_trains_a_step(objective, tmp_path):
         pytest.importorskip("cv2")
     train(config, tmp_path)
     (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
-    assert line["generator_grad_norm"] > 0 and line["critic_grad_norm"] > 0 and "generator_skipped" not in line
+    assert (
+        line["generator_grad_norm"] > 0 and line["critic_grad_norm"] > 0 and "generator_skipped" not in line
+    )
+
+
+def test_the_command_line_trains_and_refuses_in_one_line(tmp_path, capsys):
+    from reward_forcing.cli import main
+
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        YAML.replace("stage: distill", "stage: teacher").replace("{dim", "{text_dim: 32, text_len: 3, dim")
+        + "steps: 1\nbatch: 1\n"
+    )
+    assert main(["train", "--config", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "teacher.safetensors")
+    path.write_text(YAML.replace("stage: distill", "stage: teacher") + "stepps: 1\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(path), "--out", str(tmp_path / "other")])
+    assert ended.value.code == 2 and "nearest: steps" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

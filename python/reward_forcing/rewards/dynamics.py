@@ -34,7 +34,9 @@ class OpticalFlowDynamics:
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         expect(frames.shape[1] >= 3, "OpticalFlowDynamics", "frames", "at least 3 frames", frames.shape[1])
-        images = ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).byte().cpu().permute(0, 1, 3, 4, 2).numpy()
+        images = (
+            ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).byte().cpu().permute(0, 1, 3, 4, 2).numpy()
+        )
         return torch.tensor([self._clip(clip) for clip in images], dtype=torch.float32)
 
     def _clip(self, clip) -> float:

@@ -18,7 +18,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
-        self.weights = {name: t.detach().to(torch.float32, copy=True) for name, t in model.state_dict().items()}
+        self.weights = {
+            name: t.detach().to(torch.float32, copy=True) for name, t in model.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

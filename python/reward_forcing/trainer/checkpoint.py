@@ -45,7 +45,9 @@ def save(state: dict, out: Path, step: int, *, keep: int = 2) -> Path:
     try:
         dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
         error = None
-    except Exception as caught:  # any failure of any rank must reach the verdict, or the others would wait for ever
+    except (
+        Exception
+    ) as caught:  # any failure of any rank must reach the verdict, or the others would wait for ever
         error = caught
     if not agreed(error is None, "cpu"):
         if rank() == 0:
@@ -72,4 +74,6 @@ def load(state: dict, path: Path) -> None:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        expect(False, "checkpoint.load", "path", "a whole checkpoint of this configuration", f"{path}: {first}")
+        expect(
+            False, "checkpoint.load", "path", "a whole checkpoint of this configuration", f"{path}: {first}"
+        )

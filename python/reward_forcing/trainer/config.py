@@ -78,7 +78,9 @@ class DistillConfig:
     sid_alpha: float = 1.0
 
     def __post_init__(self):
-        expect(self.objective in OBJECTIVES, "DistillConfig", "objective", f"one of {OBJECTIVES}", self.objective)
+        expect(
+            self.objective in OBJECTIVES, "DistillConfig", "objective", f"one of {OBJECTIVES}", self.objective
+        )
         expect(self.critic_steps >= 1, "DistillConfig", "critic_steps", "at least 1", self.critic_steps)
         expect(self.grad_chunks >= 0, "DistillConfig", "grad_chunks", "at least 0", self.grad_chunks)
         ordered = 0 <= self.min_step < self.max_step
@@ -175,10 +177,14 @@ def build(cls: type, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     refuse_unknown(cls.__name__, values, names, where)
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    required = [
+        f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in required if name not in values]
     expect(not missing, cls.__name__, f"{where}{missing[0] if missing else ''}", "a value", "none")
-    return cls(**{key: _coerce(hints[key], value, cls.__name__, f"{where}{key}") for key, value in values.items()})
+    return cls(
+        **{key: _coerce(hints[key], value, cls.__name__, f"{where}{key}") for key, value in values.items()}
+    )
 
 
 def _coerce(kind: Any, value: Any, who: str, name: str) -> Any:

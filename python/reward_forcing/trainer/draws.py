@@ -26,7 +26,14 @@ class Draws:
         return torch.Generator().manual_seed(seed)
 
     def normal(
-        self, purpose: str, step: int, samples: Sequence[int], shape: Sequence[int], *, dtype=torch.float32, device="cpu"
+        self,
+        purpose: str,
+        step: int,
+        samples: Sequence[int],
+        shape: Sequence[int],
+        *,
+        dtype=torch.float32,
+        device="cpu",
     ) -> Tensor:
         """Standard normal ``[len(samples), *shape]``, one generator a sample; drawn in float32 whatever the dtype."""
         rows = [torch.randn(tuple(shape), generator=self.generator(purpose, step, s)) for s in samples]

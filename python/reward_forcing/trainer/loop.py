@@ -98,7 +98,9 @@ class RegressionStage:
 class DistillStage:
     """Distillation: ``critic_steps`` of the critic, then one of the generator."""
 
-    def __init__(self, config: TrainConfig, source: Source, draws: Draws, reward: rewards.Reward | None = None):
+    def __init__(
+        self, config: TrainConfig, source: Source, draws: Draws, reward: rewards.Reward | None = None
+    ):
         self.config = config
         teacher = _network(BidirectionalWanModel, config.teacher, config)
         critic = _network(BidirectionalWanModel, config.critic or config.teacher, config)
@@ -183,7 +185,13 @@ def run(config: TrainConfig, out: str | Path) -> Path:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 def _micro_steps(config: TrainConfig, loss: Callable[[list[int]], Tensor], backward: bool):
     """The micro-steps of one optimizer step: each takes its own part of the step's global sample indices."""
-    expect(config.batch % world_size() == 0, "TrainConfig", "batch", f"a multiple of {world_size()} ranks", config.batch)
+    expect(
+        config.batch % world_size() == 0,
+        "TrainConfig",
+        "batch",
+        f"a multiple of {world_size()} ranks",
+        config.batch,
+    )
     mine = config.batch // world_size()
     for micro in range(config.accumulate):
         first = micro * config.batch + rank() * mine

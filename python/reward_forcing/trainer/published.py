@@ -104,9 +104,17 @@ def from_published(values: Mapping[str, Any]) -> TrainConfig:
     """
     refuse_unknown("the published file", values, KEYS, "")
     for key, served in _FIXED.items():
-        expect(values.get(key, served) == served, "the published file", key, repr(served), repr(values.get(key)))
+        expect(
+            values.get(key, served) == served, "the published file", key, repr(served), repr(values.get(key))
+        )
     name = values["distribution_loss"]
-    expect(name in _OBJECTIVES, "the published file", "distribution_loss", f"one of {list(_OBJECTIVES)}", repr(name))
+    expect(
+        name in _OBJECTIVES,
+        "the published file",
+        "distribution_loss",
+        f"one of {list(_OBJECTIVES)}",
+        repr(name),
+    )
     given = dict(values)
     model = given.get("model_kwargs", {})
     shift = float(given.get("timestep_shift", 5.0))

@@ -70,7 +70,9 @@ class Rollout:
         return self.pipeline.model
 
     @torch.no_grad()
-    def generate(self, noise: Tensor, context: Tensor, exits: Sequence[int], noise_source: NoiseSource) -> Tape:
+    def generate(
+        self, noise: Tensor, context: Tensor, exits: Sequence[int], noise_source: NoiseSource
+    ) -> Tape:
         """Roll out without gradient.
 
         Args:
@@ -91,7 +93,9 @@ class Rollout:
             entries.append(TapeEntry(z, exit_step, x0, written))
         return Tape(tuple(entries))
 
-    def replay(self, tape: Tape, context: Tensor, grad: Tensor, *, chunks: Collection[int] | None = None) -> None:
+    def replay(
+        self, tape: Tape, context: Tensor, grad: Tensor, *, chunks: Collection[int] | None = None
+    ) -> None:
         """Add d<grad, x>/d(parameters) to the parameters' ``grad``, chunk by chunk.
 
         Args:
@@ -99,7 +103,9 @@ class Rollout:
             grad: dL/dx ``[B, F, C, H, W]``.
             chunks: the chunks that get gradient; all by default.
         """
-        expect(grad.shape == tape.x.shape, "Rollout.replay", "grad", str(tuple(tape.x.shape)), tuple(grad.shape))
+        expect(
+            grad.shape == tape.x.shape, "Rollout.replay", "grad", str(tuple(tape.x.shape)), tuple(grad.shape)
+        )
         cache = self.pipeline.new_cache(grad.shape[0], *grad.shape[3:])
         parts = grad.split([entry.z.shape[1] for entry in tape.entries], dim=1)
         for index, (entry, part) in enumerate(zip(tape.entries, parts, strict=True)):

@@ -21,7 +21,14 @@ from .teacher_forcing import TeacherForcedWan
 
 @torch.no_grad()
 def sample_teacher(
-    model: BidirectionalWanModel, noise: Tensor, context: Tensor, uncond: Tensor, *, shift: float, steps: int, guidance: float
+    model: BidirectionalWanModel,
+    noise: Tensor,
+    context: Tensor,
+    uncond: Tensor,
+    *,
+    shift: float,
+    steps: int,
+    guidance: float,
 ) -> tuple[Tensor, Tensor]:
     """Whole clips by Euler steps on the teacher's flow, with guidance ``c + s (c - u)``.
 
@@ -48,7 +55,9 @@ def predict_flow(model: BidirectionalWanModel, x_t: Tensor, t: Tensor, context: 
 class Scores:
     """A bidirectional model as the scorers of ``reward_forcing.losses``, for one batch of prompts."""
 
-    def __init__(self, model: BidirectionalWanModel, scheduler: FlowMatchScheduler, context: Tensor, uncond: Tensor):
+    def __init__(
+        self, model: BidirectionalWanModel, scheduler: FlowMatchScheduler, context: Tensor, uncond: Tensor
+    ):
         self.model, self.scheduler, self._features = model, scheduler, {"cond": context, "uncond": uncond}
 
     def _x0(self, kind: str, x_t: Tensor, t: Tensor) -> Tensor:
@@ -103,7 +112,9 @@ class TeacherForcing:
         context = self.source.embed(prompts) * keep[:, None, None]
         chunks = config.frames // config.stream.chunk_frames
         per_chunk = [
-            timesteps(draws, f"timestep {c}", step, samples, shift=config.stream.shift, min_step=0, max_step=1000)
+            timesteps(
+                draws, f"timestep {c}", step, samples, shift=config.stream.shift, min_step=0, max_step=1000
+            )
             for c in range(chunks)
         ]
         t = torch.stack(per_chunk, dim=1).repeat_interleave(config.stream.chunk_frames, dim=1)
@@ -119,7 +130,12 @@ class TrajectoryRegression:
     its own denoising steps, to the trajectory's end: ``mean |x0 - teacher's clip|^2``."""
 
     def __init__(
-        self, config: TrainConfig, model: TeacherForcedWan, teacher: BidirectionalWanModel, source: Source, draws: Draws
+        self,
+        config: TrainConfig,
+        model: TeacherForcedWan,
+        teacher: BidirectionalWanModel,
+        source: Source,
+        draws: Draws,
     ):
         self.config, self.model, self.teacher = config, model, teacher.requires_grad_(False)
         self.source, self.draws = source, draws
@@ -134,7 +150,12 @@ class TrajectoryRegression:
         context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
         noise = draws.normal("noise", step, samples, (config.frames, *self.source.latent_shape))
         states, sigmas = sample_teacher(
-            self.teacher, noise, context, uncond, shift=stream.shift, steps=config.teacher_steps,
+            self.teacher,
+            noise,
+            context,
+            uncond,
+            shift=stream.shift,
+            steps=config.teacher_steps,
             guidance=config.distill.real_guidance,
         )
         # The trajectory's state nearest to each denoising step, at the state's own noise level.
@@ -149,7 +170,9 @@ class TrajectoryRegression:
         return (x0 - clip).square().mean()
 
 
-def _forced_flow(model: TeacherForcedWan, clean: Tensor, x_t: Tensor, t: Tensor, context: Tensor, config: TrainConfig) -> Tensor:
+def _forced_flow(
+    model: TeacherForcedWan, clean: Tensor, x_t: Tensor, t: Tensor, context: Tensor, config: TrainConfig
+) -> Tensor:
     at = float(config.stream.context_noise)
     return model(clean.transpose(1, 2), x_t.transpose(1, 2), t, context, config.stream, at).transpose(1, 2)
 
@@ -211,15 +234,23 @@ class Distillation:
         x = tape.x.requires_grad_(True)
         t = timesteps(draws, "generator timestep", step, samples, **self._options())
         noise = draws.normal("generator score noise", step, samples, x.shape[1:])
-        loss = self._objective(x, Scores(self.teacher, self.scheduler, context, uncond),
-                               Scores(self.critic, self.scheduler, context, uncond), noise, t, prompts)
+        loss = self._objective(
+            x,
+            Scores(self.teacher, self.scheduler, context, uncond),
+            Scores(self.critic, self.scheduler, context, uncond),
+            noise,
+            t,
+            prompts,
+        )
         (gradient,) = torch.autograd.grad(loss, x)
         last, count = config.distill.grad_chunks, len(tape.entries)
         chunks = None if last == 0 else range(max(0, count - last), count)
         self.rollout.replay(tape, context, gradient, chunks=chunks)
         return loss.detach()
 
-    def _objective(self, x: Tensor, teacher: Scores, critic: Scores, noise: Tensor, t: Tensor, prompts) -> Tensor:
+    def _objective(
+        self, x: Tensor, teacher: Scores, critic: Scores, noise: Tensor, t: Tensor, prompts
+    ) -> Tensor:
         distill = self.config.distill
         shared = {"noise": noise, "t": t, "scheduler": self.scheduler, "real_guidance": distill.real_guidance}
         scorers = {"fake": critic.cond, "real": teacher.cond, "real_uncond": teacher.uncond}
@@ -230,7 +261,12 @@ class Distillation:
             reward = rewards.scores(self.reward, self.source.decode(x.detach()), prompts)
             weight = rf.reward_weight(reward, distill.beta)
         return losses.dmd_loss(
-            x, **scorers, fake_uncond=critic.uncond, fake_guidance=distill.fake_guidance, weight=weight, **shared
+            x,
+            **scorers,
+            fake_uncond=critic.uncond,
+            fake_guidance=distill.fake_guidance,
+            weight=weight,
+            **shared,
         )
 
     def critic_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:

@@ -49,13 +49,21 @@ class StreamRule:
         moves = self.stream.policy().rephase
         return max(0, end - self.stream.local_attn_size) if moves else 0
 
-    def rotate(self, x: Tensor, frames: list[int], *, spatial: bool = True, weight=None, eps: float = 0.0) -> Tensor:
+    def rotate(
+        self, x: Tensor, frames: list[int], *, spatial: bool = True, weight=None, eps: float = 0.0
+    ) -> Tensor:
         """Whole frames ``[B, len(frames) * n, H, D]`` turned to the temporal positions ``frames`` (and, with ``spatial``,
         to their places in the frame), normalised first if there is a weight."""
         places = [range(length) if spatial else [0] * length for length in self.grid]
         angles, axes = self.rope.table([frames, *places], dtype=torch.promote_types(x.dtype, torch.float32))
         return rf.rope(
-            x, angles=angles.to(x.device), axes=axes, layout=self.rope.layout, weight=weight, norm="model", eps=eps
+            x,
+            angles=angles.to(x.device),
+            axes=axes,
+            layout=self.rope.layout,
+            weight=weight,
+            norm="model",
+            eps=eps,
         )
 
 
@@ -73,7 +81,9 @@ class TeacherForcedAttention(Projections):
         sink: list[tuple[Tensor, Tensor]] = []  # keys at the temporal phase of their own slots, and values
         outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
         for first, end in rule.chunks():
-            sink += [(clean[1][j], clean[2][j]) for j in range(len(sink), min(rule.stream.sink_frames, first))]
+            sink += [
+                (clean[1][j], clean[2][j]) for j in range(len(sink), min(rule.stream.sink_frames, first))
+            ]
             sink = self._absorb(sink, rule, rule.leaving(first, end), clean)
             past = self._past(sink, rule, first, end, clean)
             for half, output in zip((clean, noisy), outputs, strict=True):
@@ -110,7 +120,13 @@ class TeacherForcedWan(WanTransformer):
     self_attention = TeacherForcedAttention
 
     def forward(
-        self, clean: Tensor, noisy: Tensor, t: Tensor, text: list[TextKeys] | Tensor, stream: StreamConfig, t_context: float = 0.0
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        t: Tensor,
+        text: list[TextKeys] | Tensor,
+        stream: StreamConfig,
+        t_context: float = 0.0,
     ) -> Tensor:
         """Flow of the noisy frames, each chunk given the clean frames before it.
 
@@ -123,7 +139,9 @@ class TeacherForcedWan(WanTransformer):
         """
         frames, *grid = self._check_latent(noisy)
         same = clean.shape == noisy.shape and tuple(t.shape) == (noisy.shape[0], frames)
-        self._expect(same, "clean, t", f"{tuple(noisy.shape)} and [B, F]", (tuple(clean.shape), tuple(t.shape)))
+        self._expect(
+            same, "clean, t", f"{tuple(noisy.shape)} and [B, F]", (tuple(clean.shape), tuple(t.shape))
+        )
         rule = StreamRule(stream, frames, tuple(grid), self.config.rope)
         tokens = torch.cat([self._patchify(clean), self._patchify(noisy)], dim=1)
         times = torch.cat([torch.full_like(t, t_context), t], dim=1)

@@ -55,7 +55,9 @@ class PatchCodec(torch.nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         fits = video.dim() == 5 and video.shape[2] == 3 and not any(n % PATCH for n in video.shape[3:])
-        expect(fits, "PatchCodec.encode", "video", f"[B, F, 3, H, W], H, W % {PATCH} == 0", tuple(video.shape))
+        expect(
+            fits, "PatchCodec.encode", "video", f"[B, F, 3, H, W], H, W % {PATCH} == 0", tuple(video.shape)
+        )
         latents = ((self._patches(video) - self.mean) @ self.basis.T) / self.scale
         return latents.movedim(-1, 2)
 
