@@ -19,7 +19,7 @@ try:
         StaticSink,
         StreamClosedError,
     )
-    from .ops.dmd_gradient import DMDAux, dmd_gradient, dmd_loss, reward_weight
+    from .ops.dmd_gradient import DMDAux, DMDOptions, dmd_gradient, dmd_loss, reward_weight
     from .ops.ema_evict import ema_evict
     from .ops.rope_append import rope, rope_append
     from .ops.sink_window_attention import sink_window_attention
@@ -38,6 +38,7 @@ __all__ = [
     "Chunk",
     "ChunkPlan",
     "DMDAux",
+    "DMDOptions",
     "Dispatch",
     "EMASink",
     "NoSink",

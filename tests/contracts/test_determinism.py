@@ -150,7 +150,8 @@ class DmdGradient:
             "weight": weight,
             "mask": mask,
         }
-        gradient, aux = rf.dmd_gradient(x, **options, reduction="none", return_aux=True)
+        unscaled = rf.DMDOptions(reduction="none")
+        gradient, aux = rf.dmd_gradient(x, **options, options=unscaled, return_aux=True)
         leaf = x.clone().requires_grad_()
         loss = rf.dmd_loss(leaf, **options)
         loss.backward()

@@ -210,7 +210,8 @@ def batch_ema_evict(q, k, v):
 
 def batch_dmd(nan):
     def call(q, k, v):
-        gradient, aux = rf.dmd_gradient(q, fake=k, real=v, reduction="none", nan=nan, return_aux=True)
+        options = rf.DMDOptions(reduction="none", nan=nan)
+        gradient, aux = rf.dmd_gradient(q, fake=k, real=v, options=options, return_aux=True)
         return gradient, aux.gradient_norm, aux.normalizer, aux.per_sample_loss
 
     return call

@@ -49,7 +49,9 @@ def check_dense(dtype, head_dim, tokens, queries, lengths):
     q, k, v, grad_out = attention_inputs(dtype, tokens, queries, head_dim)
     for kv_tokens in lengths:
         clean = attend((q, k, v), grad_out, kv_tokens=kv_tokens)
-        exact = attend((q, k[:, :kv_tokens].clone(), v[:, :kv_tokens].clone()), grad_out)  # nothing there to see
+        exact = attend(
+            (q, k[:, :kv_tokens].clone(), v[:, :kv_tokens].clone()), grad_out, kv_tokens=kv_tokens
+        )  # nothing there to see
         for in_k, in_v in PAIRS:
             bad_k, bad_v = k.clone(), v.clone()
             bad_k[:, kv_tokens:], bad_v[:, kv_tokens:] = poison_of(in_k, dtype), poison_of(in_v, dtype)

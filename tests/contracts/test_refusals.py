@@ -2,6 +2,7 @@
 before anything is written. The ops' calls are in tests/helpers/refusals.py, those of the cache here."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -348,3 +349,71 @@ def test_files_that_are_cut_off(tmp_path, length):
     before = everything_of(cache)
     refused(lambda: cache.load(path), "path")
     assert everything_of(cache) == before
+
+
+# ---- under torch.compile -----------------------------------------------------------------------------------------------------------
+
+# One wrong call for each way of finding out: in Python, of the C++ checks while tracing, and of values while running.
+COMPILED = [
+    ("rope", "axes", lambda c: c.update(axes=[0.5])),
+    ("rope", "weight", lambda c: c.update(weight=c["weight"][:3])),
+    ("rope_append", "v_cache", lambda c: c.update(v_cache=c["v_cache"].half())),
+    ("rope_append", "layout", lambda c: c.update(layout="other")),
+    ("ema_evict", "k_state_lo", lambda c: c.update(k_state_lo=None)),
+    ("sink_window_attention", "kv_tokens", lambda c: c.update(kv_tokens=4.7)),
+    ("sink_window_attention", "kv_tokens", lambda c: c.update(kv_tokens=10)),
+    ("sink_window_attention", "kv_tokens", lambda c: c.pop("kv_tokens")),
+    ("sink_window_attention", "v", lambda c: c.update(v=c["v"][:, :3])),
+    ("dmd_gradient", "real", lambda c: c.update(real=c["real"][:, :1])),
+    ("dmd_loss", "weight", lambda c: c.update(weight=c["weight"][:1].repeat(5))),
+]
+
+
+@pytest.mark.parametrize("function, argument, edit", COMPILED)
+def test_what_tracing_can_find_is_an_argument_error(function, argument, edit):
+    world = refusals.World()
+    call = getattr(world, function)
+    edit(call)
+    before = fingerprint(*world.tensors())
+    torch._dynamo.reset()
+    refused(lambda: torch.compile(lambda c: getattr(rf, function)(**c), backend="aot_eager")(call), argument)
+    torch._dynamo.reset()
+    whole = torch.compile(lambda c: getattr(rf, function)(**c), backend="aot_eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=f"argument `{argument}`"
+    ):  # fullgraph: Dynamo's own type, our text
+        whole(call)
+    assert fingerprint(*world.tensors()) == before
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_only_the_values_tell_keeps_its_text(fullgraph):
+    call = refusals.World().rope_append
+    call["slots"] = torch.tensor([1, 99], dtype=torch.int32)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"rf_kernels\.rope_append: argument `slots`: expected .+, found 99"):
+        torch.compile(lambda c: rf.rope_append(**c), backend="aot_eager", fullgraph=fullgraph)(call)
+
+
+def test_sizes_that_vary_are_checked_at_run_time():
+    q = torch.zeros(1, 8, 1, 8)
+    torch._dynamo.reset()
+    attend = torch.compile(
+        lambda n: rf.sink_window_attention(q, q, q, kv_tokens=n), fullgraph=True, backend="aot_eager"
+    )
+    for n in (3, 4, 5):
+        attend(n)
+    with pytest.raises(RuntimeError, match=r"argument `kv_tokens`: expected 0 to T = 8, .+ found 9"):
+        attend(9)
+
+
+def test_slots_of_many_frames_are_checked_in_linear_time():
+    """100,000 frames: minutes where the check grows with their square."""
+    frames = 100_000
+    call = {name: torch.zeros(1, frames, 1, 2) for name in ("q", "k", "v", "k_cache", "v_cache")}
+    slots = torch.arange(frames, dtype=torch.int32)
+    began = time.perf_counter()
+    rf.rope_append(**call, slots=slots, norm=None)
+    slots[-1] = 5
+    refused(lambda: rf.rope_append(**call, slots=slots, norm=None), "slots")
+    assert time.perf_counter() - began < 2

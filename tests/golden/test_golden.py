@@ -5,6 +5,7 @@ of the recorded numbers, under the same tolerance (docs/compatibility.md says wh
 (``RF_GOLDEN_DIR``): cases by kind, sizes from their hyper-parameters, bounds from their tolerance texts.
 """
 
+import dataclasses
 import re
 
 import pytest
@@ -439,7 +440,8 @@ def test_dmd(case, nan):
     """
     scorers, tensors = Scorers(case), dict(case.tensors)
     x, mask = tensors["x"].to(scorers.dtype).requires_grad_(), tensors.get("mask")
-    arguments = {**scorers.dmd_arguments(), "mask": None if mask is None else mask.bool(), "nan": nan}
+    arguments = {**scorers.dmd_arguments(), "mask": None if mask is None else mask.bool()}
+    arguments["options"] = rf.DMDOptions(nan=nan)
     if case.kind == "re_dmd":
         loss = re_dmd_loss(x, reward=tensors["MQ"].to(scorers.dtype), beta=case.hyper["beta"], **arguments)
     else:
@@ -471,11 +473,11 @@ def test_dmd_gradient(case):
         if (scorer := scorer_arguments[name]) is not None
     }
     options = {name: scorer_arguments[name] for name in ("real_guidance", "fake_guidance")}
-    options |= {"nan": "published", "reduction": "none", "return_aux": True}
-    grad, aux = rf.dmd_gradient(x, **predictions, **options)
+    published = rf.DMDOptions(nan="published", reduction="none")
+    grad, aux = rf.dmd_gradient(x, **predictions, **options, options=published, return_aux=True)
     case.check(scorers.dtype, "grad", grad, "grad")
     case.tolerance(scorers.dtype, "grad").check(aux.gradient_norm.double().mean(), tensors["grad_norm_log"], "norm")
-    grad, _ = rf.dmd_gradient(x, **predictions, **options, normalize=False)
+    grad = rf.dmd_gradient(x, **predictions, **options, options=dataclasses.replace(published, normalize=False))
     case.check(scorers.dtype, "grad", grad, "grad_unnormalised")
 
 

@@ -60,7 +60,6 @@ class World:
             "real_guidance": 3.0,
             "weight": randn(2),
             "mask": randn(2, 3) > 0,
-            "prediction": "flow",
             "x_t": randn(2, 3, 4, 5),
             "sigma": torch.rand(2, generator=g),
         }
@@ -422,11 +421,7 @@ def op_entries():
         for name, wrong in {
             "real_guidance": (None, float("nan"), "x"),
             "fake_guidance": (float("inf"), [1.0]),
-            "eps": (-1.0, float("inf"), None),
-            "nan": ("skip", 1, None),
-            "prediction": ("v", None),
-            "guidance": ("cfg", 1),
-            "reduction": ("batchmean", None, 1),
+            "options": (None, {"nan": "sample"}, rf.DMDOptions),
         }.items():
             for x in wrong:
                 add(op, name, repr(x), value(name, x))
