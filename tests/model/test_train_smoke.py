@@ -1,4 +1,6 @@
-"""`make train-smoke`: every stage of the embedded world from its shipped configuration, a few steps each, one after the other."""
+"""`make train-smoke`: every stage of the embedded world from its shipped configuration, a few steps each, one
+after the other.
+"""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""The trainer: draws by counter, configuration, the optimizer step, rollouts and their gradients, exact resume."""
+"""The trainer: draws by counter, configuration, the optimizer step, rollouts and their gradients, exact
+resume.
+"""
 
 import json
 from dataclasses import replace
@@ -34,7 +36,7 @@ DISTILL = TrainConfig(
 )
 
 
-# ---- draws -----------------------------------------------------------------------------------------------------------
+# ---- draws ---------------------------------------------------------------------------------------------------
 def test_a_draw_depends_on_its_name_alone():
     draws = Draws(5)
     whole = draws.normal("noise", 7, range(4), (2, 3))
@@ -48,7 +50,7 @@ def test_a_draw_depends_on_its_name_alone():
     assert sorted(set(draws.integers("n", 0, 4, range(200)))) == [0, 1, 2, 3]
 
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------------------
 YAML = """
 stage: distill
 model: {dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8}
@@ -169,7 +171,7 @@ model_kwargs: {timestep_shift: 5.0, local_attn_size: 9, sink_size: 3}
 """
 
 
-# ---- the optimizer step ----------------------------------------------------------------------------------------------
+# ---- the optimizer step --------------------------------------------------------------------------------------
 def _matching(config, seed=0):
     torch.manual_seed(seed)
     model = BidirectionalWanModel(config.model)
@@ -236,7 +238,7 @@ def test_learning_rate_schedule():
     assert learning_rate(OptimizerConfig(lr=2.0), 50, 100) == 2.0
 
 
-# ---- rollouts --------------------------------------------------------------------------------------------------------
+# ---- rollouts ------------------------------------------------------------------------------------------------
 def _rollout(policy, dtype=torch.float64, frames=21, stream=STREAM, seed=0):
     torch.manual_seed(seed)
     model = CausalWanModel(TINY).to(dtype)
@@ -318,14 +320,16 @@ def test_memory_for_backward_does_not_grow_with_the_rollout():
     assert peaks[84] == pytest.approx(peaks[9], rel=0.02) and peaks[9] > 0
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------------------
 CAUSAL = replace(TEACHER, stage="causal", frames=12)
 ODE = replace(TEACHER, stage="ode", frames=12, batch=2, teacher_steps=3)
 
 
 @pytest.mark.parametrize("config", [TEACHER, CAUSAL, ODE, DISTILL], ids=lambda config: config.stage)
 def test_a_resumed_run_is_the_run(config, tmp_path):
-    """Interrupted at an odd step, amid the alternation of generator and critic: weights, averages and log, bit for bit."""
+    """Interrupted at an odd step, amid the alternation of generator and critic: weights, averages and log,
+    bit for bit.
+    """
     from safetensors.torch import load_file
 
     whole = load_file(train(config, tmp_path / "whole"))

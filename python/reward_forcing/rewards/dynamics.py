@@ -13,14 +13,15 @@ from .._check import expect
 class OpticalFlowDynamics:
     """Speed of what moves, in pixels per frame.
 
-    Flow magnitude alone is a reward that can be cheated: noise and flicker have large flow that points elsewhere in
-    every frame. What really moves goes on moving. So a pixel counts with the part of its flow that persists,
+    Flow magnitude alone is a reward that can be cheated: noise and flicker have large flow that points
+    elsewhere in every frame. What really moves goes on moving. So a pixel counts with the part of its flow
+    that persists,
 
         m(p, i)^2 = max(0, <f_i(p), f_{i+1}(p + f_i(p))>)        f_i: flow from frame i to i + 1
 
-    whose expectation is 0 for flow of independent directions, and |f|^2 for steady motion. The inner product is
-    averaged over the fastest ``share`` of the pixels before the root is taken, so that noise cancels instead of
-    adding up. The score is the mean over the frames.
+    whose expectation is 0 for flow of independent directions, and |f|^2 for steady motion. The inner product
+    is averaged over the fastest ``share`` of the pixels before the root is taken, so that noise cancels
+    instead of adding up. The score is the mean over the frames.
 
     Args:
         share: the fastest part of the pixels that is averaged (the object, not the background).

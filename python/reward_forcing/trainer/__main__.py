@@ -1,4 +1,6 @@
-"""``torchrun --nproc-per-node N -m reward_forcing.trainer CONFIG OUT``: what ``reward-forcing train`` does, on every rank."""
+"""``torchrun --nproc-per-node N -m reward_forcing.trainer CONFIG OUT``: what ``reward-forcing train`` does,
+on every rank.
+"""
 
 import argparse
 

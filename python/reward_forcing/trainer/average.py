@@ -1,4 +1,6 @@
-"""The exponential moving average of the weights, in float32 from construction: what ``generate`` and every evaluation use."""
+"""The exponential moving average of the weights, in float32 from construction: what ``generate`` and every
+evaluation use.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from .distributed import local
 
 
 class WeightAverage:
-    """``average <- d average + (1 - d) weights`` after every optimizer step, ``d = min(decay, (1 + n) / (10 + n))``: the
-    first steps count less.
+    """``average <- d average + (1 - d) weights`` after every optimizer step, ``d = min(decay, (1 + n) / (10 +
+    n))``: the first steps count less.
 
-    The average exists from construction, so that a resume never starts it anew. Sharded weights are averaged shard by
-    shard.
+    The average exists from construction, so that a resume never starts it anew. Sharded weights are averaged
+    shard by shard.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -1,8 +1,9 @@
-"""Training checkpoints: sharded, written under another name, and renamed when every rank has written its part.
+"""Training checkpoints: sharded, written under another name, and renamed when every rank has written its
+part.
 
 A folder ``step-00000120`` is therefore whole or absent, whatever killed the run. Reading one goes through
-``torch.distributed.checkpoint``, whose index file is a pickle: resume from your own runs alone. Weights to hand to
-others are the safetensors files that a run writes beside them.
+``torch.distributed.checkpoint``, whose index file is a pickle: resume from your own runs alone. Weights to
+hand to others are the safetensors files that a run writes beside them.
 """
 
 from __future__ import annotations

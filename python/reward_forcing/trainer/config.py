@@ -1,4 +1,6 @@
-"""What a training run is: frozen dataclasses, read from YAML. Unknown keys are refused with the nearest known one."""
+"""What a training run is: frozen dataclasses, read from YAML. Unknown keys are refused with the nearest known
+one.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,9 @@ class TrainConfig:
     """One stage of training.
 
     Args:
-        stage: "teacher" (flow matching of the bidirectional model), "causal" (teacher forcing of the student), "ode" (regression
-            of the student on the teacher's trajectories) or "distill" (distribution matching).
+        stage: "teacher" (flow matching of the bidirectional model), "causal" (teacher forcing of the
+            student), "ode" (regression of the student on the teacher's trajectories) or "distill"
+            (distribution matching).
         model: sizes of the network that trains.
         frames: latent frames of a training clip.
         batch: clips per micro-step, over all ranks.
@@ -107,7 +110,8 @@ class TrainConfig:
         teacher_steps: Euler steps of a teacher's trajectory ("ode").
         stream: how the student streams, in training as in inference.
         distill: distribution matching.
-        teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from the teacher).
+        teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from
+            the teacher).
         save_every: steps between checkpoints; 0 saves at the end alone.
     """
 

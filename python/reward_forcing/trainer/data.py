@@ -13,7 +13,9 @@ from .draws import Draws
 
 
 class Source(Protocol):
-    """What a stage asks of its data; ``samples`` are global sample indices of the step, so ranks split a batch freely."""
+    """What a stage asks of its data; ``samples`` are global sample indices of the step, so ranks split a
+    batch freely.
+    """
 
     latent_shape: tuple[int, int, int]
 

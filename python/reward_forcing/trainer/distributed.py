@@ -17,7 +17,9 @@ from ..models.blocks import WanTransformer
 
 @contextmanager
 def process_group():
-    """The process group of a ``torchrun`` launch, for the length of a run; nothing where there was no such launch."""
+    """The process group of a ``torchrun`` launch, for the length of a run; nothing where there was no such
+    launch.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
@@ -61,8 +63,8 @@ def shard(model: WanTransformer, compute_dtype: torch.dtype | None = None) -> Wa
     """Shard parameters, gradients and optimizer state over all ranks; as it is in a run of one process.
 
     Args:
-        compute_dtype: what the blocks compute in; parameters and reductions stay float32. Inputs are not cast by FSDP: a
-            chunk is not a tensor, and timesteps must not become bfloat16.
+        compute_dtype: what the blocks compute in; parameters and reductions stay float32. Inputs are not cast
+            by FSDP: a chunk is not a tensor, and timesteps must not become bfloat16.
     """
     if not dist.is_initialized():
         return model
@@ -74,8 +76,8 @@ def shard(model: WanTransformer, compute_dtype: torch.dtype | None = None) -> Wa
 
 
 def settle(model: nn.Module) -> None:
-    """After a forward without gradient FSDP2 leaves the root unsharded (pytorch#155319): whatever then reads parameters
-    or gradients of the root would miss them."""
+    """After a forward without gradient FSDP2 leaves the root unsharded (pytorch#155319): whatever then reads
+    parameters or gradients of the root would miss them."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

@@ -74,7 +74,9 @@ class Stage(Protocol):
 
 
 class RegressionStage:
-    """A stage of one network and one loss: flow matching of the teacher, teacher forcing or ODE regression of the student."""
+    """A stage of one network and one loss: flow matching of the teacher, teacher forcing or ODE regression of
+    the student.
+    """
 
     def __init__(self, config: TrainConfig, source: Source, draws: Draws):
         self.config = config
@@ -133,8 +135,8 @@ def train(
 ) -> Path:
     """Run a stage to its end, resuming from the newest checkpoint under ``out``.
 
-    Writes ``config.json``, one JSON line a step to ``log.jsonl``, checkpoints, and at the end the averaged weights as
-    ``<network>.safetensors`` in bfloat16, under published names.
+    Writes ``config.json``, one JSON line a step to ``log.jsonl``, checkpoints, and at the end the averaged
+    weights as ``<network>.safetensors`` in bfloat16, under published names.
 
     Returns:
         the path of those weights.
@@ -169,7 +171,9 @@ def train(
 
 
 def run(config: TrainConfig, out: str | Path) -> Path:
-    """``train`` as the command line does: in the process group of a ``torchrun`` launch, with a progress bar on rank 0."""
+    """``train`` as the command line does: in the process group of a ``torchrun`` launch, with a progress bar
+    on rank 0.
+    """
     from tqdm import tqdm
 
     with process_group():
@@ -182,7 +186,7 @@ def run(config: TrainConfig, out: str | Path) -> Path:
             return train(config, out, on_step=show)
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------------------
 def _micro_steps(config: TrainConfig, loss: Callable[[list[int]], Tensor], backward: bool):
     """The micro-steps of one optimizer step: each takes its own part of the step's global sample indices."""
     expect(

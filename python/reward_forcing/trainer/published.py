@@ -1,8 +1,9 @@
 """The published training file (reward_forcing.yaml), accepted as it is.
 
-``python -m reward_forcing.trainer.published`` prints what each of its keys does here. What its trainer really does
-differs from what the names suggest (601 loop steps hold 16 generator batches, each stepped twice, and critic gradients
-pile up over eight micro-steps); that is not reproduced: here accumulation averages gradients and steps once.
+``python -m reward_forcing.trainer.published`` prints what each of its keys does here. What its trainer really
+does differs from what the names suggest (601 loop steps hold 16 generator batches, each stepped twice, and
+critic gradients pile up over eight micro-steps); that is not reproduced: here accumulation averages gradients
+and steps once.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Caches hold constants, so every generator loss factors through dL/dx and no grap
 
 1. ``generate`` streams without gradient and keeps, per chunk, what its exit forward was given (the tape);
 2. the loss gives dL/dx on the tape's ``x``;
-3. ``replay`` streams the same chunks again: per chunk the exit forward with gradient, ``backward`` at once, then the
-   context forward on the stored result. Memory is that of one chunk, whatever the length of the rollout; the price is
-   one exit and one context forward per chunk.
+3. ``replay`` streams the same chunks again: per chunk the exit forward with gradient, ``backward`` at once,
+   then the context forward on the stored result. Memory is that of one chunk, whatever the length of the
+   rollout; the price is one exit and one context forward per chunk.
 
 ``graph`` is the same rollout as one ordinary graph, for tests and for losses that do not factor.
 """
@@ -25,14 +25,15 @@ from .._check import expect
 from ..models import CausalWanModel
 from ..pipeline import StreamingPipeline, chunk_lengths
 
-#: ``noise(purpose, chunk, like) -> Tensor``: the noise of one re-noising, of the shape, dtype and device of ``like``.
+#: ``noise(purpose, chunk, like) -> Tensor``: the noise of one re-noising, of the shape, dtype and device of
+#: ``like``.
 NoiseSource = Callable[[str, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class TapeEntry:
-    """One chunk of a rollout: ``z`` entered the exit forward at denoising step ``exit_step``, ``x0`` came out, and
-    ``context`` is what was written into the cache."""
+    """One chunk of a rollout: ``z`` entered the exit forward at denoising step ``exit_step``, ``x0`` came
+    out, and ``context`` is what was written into the cache."""
 
     z: Tensor
     exit_step: int
@@ -57,9 +58,9 @@ class Rollout:
 
     Args:
         pipeline: the student with its stream's configuration; its cache is built anew for every rollout.
-        renoise_context: as published, the finished chunk is noised to the timestep ``context_noise`` before it is
-            written into the cache (at timestep 0 the schedule still has sigma > 0); False writes it as it is, as
-            ``StreamingPipeline`` does in inference.
+        renoise_context: as published, the finished chunk is noised to the timestep ``context_noise`` before
+            it is written into the cache (at timestep 0 the schedule still has sigma > 0); False writes it as
+            it is, as ``StreamingPipeline`` does in inference.
     """
 
     def __init__(self, pipeline: StreamingPipeline, *, renoise_context: bool = False):
@@ -116,8 +117,8 @@ class Rollout:
                     self._write(entry.context, context, chunk)
 
     def graph(self, tape: Tape, context: Tensor) -> Tensor:
-        """x of the tape ``[B, F, C, H, W]`` as one graph over all chunks: what ``replay`` is held against. Memory grows
-        with the length. The past of every chunk is a constant, as in ``replay``."""
+        """x of the tape ``[B, F, C, H, W]`` as one graph over all chunks: what ``replay`` is held against.
+        Memory grows with the length. The past of every chunk is a constant, as in ``replay``."""
         first = tape.entries[0].z
         cache = self.pipeline.new_cache(first.shape[0], *first.shape[3:])
         outputs = []
@@ -128,7 +129,7 @@ class Rollout:
                     self._write(entry.context, context, chunk)
         return torch.cat(outputs, dim=1)
 
-    # ---- the steps of a chunk ----------------------------------------------------------------------------------------
+    # ---- the steps of a chunk --------------------------------------------------------------------------------
     def _split(self, noise: Tensor, exits: Sequence[int]) -> list[Tensor]:
         config = self.pipeline.config
         lengths = chunk_lengths(

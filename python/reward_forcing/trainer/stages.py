@@ -1,4 +1,6 @@
-"""What one micro-step of each stage computes. A stage owns no optimizer: it returns losses and leaves gradients."""
+"""What one micro-step of each stage computes. A stage owns no optimizer: it returns losses and leaves
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def sample_teacher(
     """Whole clips by Euler steps on the teacher's flow, with guidance ``c + s (c - u)``.
 
     Returns:
-        states ``[steps + 1, B, F, C, H, W]`` from the noise to the clip, and their sigmas ``[steps + 1]``, from 1 to 0.
+        states ``[steps + 1, B, F, C, H, W]`` from the noise to the clip, and their sigmas ``[steps + 1]``,
+        from 1 to 0.
     """
     s = torch.linspace(1, 0, steps + 1)
     sigmas = shift * s / (1 + (shift - 1) * s)
@@ -78,8 +81,8 @@ def timesteps(draws: Draws, purpose: str, step: int, samples: Sequence[int], **o
 
 
 class FlowMatching:
-    """Flow matching of the bidirectional teacher: ``mean |v(x_t, t, text) - (noise - x0)|^2``, t uniform and then warped
-    by the stream's shift, text left out for a share of the samples."""
+    """Flow matching of the bidirectional teacher: ``mean |v(x_t, t, text) - (noise - x0)|^2``, t uniform and
+    then warped by the stream's shift, text left out for a share of the samples."""
 
     def __init__(self, config: TrainConfig, model: BidirectionalWanModel, source: Source, draws: Draws):
         self.config, self.model, self.source, self.draws = config, model, source, draws
@@ -98,8 +101,8 @@ class FlowMatching:
 
 
 class TeacherForcing:
-    """Flow matching of the causal student on whole clips, each chunk at a noise level of its own, given the clean frames
-    before it (with a little noise on them, so that it learns to bear its own mistakes)."""
+    """Flow matching of the causal student on whole clips, each chunk at a noise level of its own, given the
+    clean frames before it (with a little noise on them, so that it learns to bear its own mistakes)."""
 
     def __init__(self, config: TrainConfig, model: TeacherForcedWan, source: Source, draws: Draws):
         self.config, self.model, self.source, self.draws = config, model, source, draws
@@ -126,8 +129,9 @@ class TeacherForcing:
 
 
 class TrajectoryRegression:
-    """ODE regression (CausVid, arXiv 2412.07772): the student maps a state of the teacher's sampling trajectory, at one of
-    its own denoising steps, to the trajectory's end: ``mean |x0 - teacher's clip|^2``."""
+    """ODE regression (CausVid, arXiv 2412.07772): the student maps a state of the teacher's sampling
+    trajectory, at one of its own denoising steps, to the trajectory's end: ``mean |x0 - teacher's
+    clip|^2``."""
 
     def __init__(
         self,
@@ -178,8 +182,8 @@ def _forced_flow(
 
 
 class Distillation:
-    """Distribution matching of a streaming student (DMD, Re-DMD or SiD) against a frozen teacher, with a critic that
-    follows the student's distribution.
+    """Distribution matching of a streaming student (DMD, Re-DMD or SiD) against a frozen teacher, with a
+    critic that follows the student's distribution.
 
     Args:
         rollout: of the student.
@@ -227,7 +231,9 @@ class Distillation:
         return {"shift": distill.shift, "min_step": distill.min_step, "max_step": distill.max_step}
 
     def generator_loss(self, step: int, samples: Sequence[int]) -> Tensor:
-        """One generator micro-step: rollout, gradient on x, replay. Gradients are added to the student's parameters."""
+        """One generator micro-step: rollout, gradient on x, replay. Gradients are added to the student's
+        parameters.
+        """
         config, draws = self.config, self.draws
         tape, prompts = self.roll(step, samples, "generator")
         context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
@@ -270,8 +276,8 @@ class Distillation:
         )
 
     def critic_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:
-        """One critic micro-step: flow matching on the student's own clips. ``turn`` counts the critic's steps within the
-        generator's step."""
+        """One critic micro-step: flow matching on the student's own clips. ``turn`` counts the critic's steps
+        within the generator's step."""
         purpose = f"critic {turn}"
         tape, prompts = self.roll(step, samples, purpose)
         context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))

@@ -35,8 +35,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class Stepper:
-    """AdamW over a model's parameters, with the rule for what is not finite: no rank applies the step unless every rank's
-    loss and gradients are finite; three skipped steps in a row raise :class:`StoppedOnNonFinite`."""
+    """AdamW over a model's parameters, with the rule for what is not finite: no rank applies the step unless
+    every rank's loss and gradients are finite; three skipped steps in a row raise
+    :class:`StoppedOnNonFinite`."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
         self.model, self.config, self.steps = model, config, steps
@@ -48,7 +49,9 @@ class Stepper:
         self._in_a_row = 0
 
     def __call__(self, micro_steps: Iterable[Callable[[], Tensor]]) -> StepReport:
-        """Run the micro-steps (each adds to the parameters' ``grad`` and returns its loss), then one optimizer step."""
+        """Run the micro-steps (each adds to the parameters' ``grad`` and returns its loss), then one
+        optimizer step.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         losses = [micro_step().detach() for micro_step in micro_steps]
         settle(self.model)

@@ -1,10 +1,10 @@
 """Teacher forcing of the causal student on whole clips, under the rule of the stream it will run in.
 
-Every chunk is denoised given the clean frames before it, all chunks at once: one pass over clean and noisy tokens, in
-which chunk c attends the sink as it stands when c is streamed, the clean window before c, and itself. What the cache
-does in place (absorbing what leaves, turning the sink's keys) is done here by ordinary differentiable operations, so
-gradient reaches the clean keys too, and the sink. A streamed forward on the same frames gives the same flow
-(tests/model/test_teacher_forcing.py).
+Every chunk is denoised given the clean frames before it, all chunks at once: one pass over clean and noisy
+tokens, in which chunk c attends the sink as it stands when c is streamed, the clean window before c, and
+itself. What the cache does in place (absorbing what leaves, turning the sink's keys) is done here by ordinary
+differentiable operations, so gradient reaches the clean keys too, and the sink. A streamed forward on the
+same frames gives the same flow (tests/model/test_teacher_forcing.py).
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ class StreamRule:
         return range(min(first, max(self.stream.sink_frames, end - self.stream.window_frames)), first)
 
     def shift(self, end: int) -> int:
-        """By how many frames the sink's positions have moved when the chunk that ends at ``end`` is generated."""
+        """By how many frames the sink's positions have moved when the chunk that ends at ``end`` is
+        generated.
+        """
         moves = self.stream.policy().rephase
         return max(0, end - self.stream.local_attn_size) if moves else 0
 
     def rotate(
         self, x: Tensor, frames: list[int], *, spatial: bool = True, weight=None, eps: float = 0.0
     ) -> Tensor:
-        """Whole frames ``[B, len(frames) * n, H, D]`` turned to the temporal positions ``frames`` (and, with ``spatial``,
-        to their places in the frame), normalised first if there is a weight."""
+        """Whole frames ``[B, len(frames) * n, H, D]`` turned to the temporal positions ``frames`` (and, with
+        ``spatial``, to their places in the frame), normalised first if there is a weight."""
         places = [range(length) if spatial else [0] * length for length in self.grid]
         angles, axes = self.rope.table([frames, *places], dtype=torch.promote_types(x.dtype, torch.float32))
         return rf.rope(
@@ -78,14 +80,14 @@ class TeacherForcedAttention(Projections):
         k = rule.rotate(k, both, weight=k_weight, eps=self.eps)
         clean, noisy = ([t.chunk(2, dim=1)[half].split(n, dim=1) for t in (q, k, v)] for half in (0, 1))
 
-        sink: list[tuple[Tensor, Tensor]] = []  # keys at the temporal phase of their own slots, and values
+        sink_kv: list[tuple[Tensor, Tensor]] = []  # keys at the temporal phase of their own slots, and values
         outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
         for first, end in rule.chunks():
-            sink += [
-                (clean[1][j], clean[2][j]) for j in range(len(sink), min(rule.stream.sink_frames, first))
+            sink_kv += [
+                (clean[1][j], clean[2][j]) for j in range(len(sink_kv), min(rule.stream.sink_frames, first))
             ]
-            sink = self._absorb(sink, rule, rule.leaving(first, end), clean)
-            past = self._past(sink, rule, first, end, clean)
+            sink_kv = self._absorb(sink_kv, rule, rule.leaving(first, end), clean)
+            past = self._past(sink_kv, rule, first, end, clean)
             for half, output in zip((clean, noisy), outputs, strict=True):
                 q_own, k_own, v_own = (torch.cat(t[first:end], dim=1) for t in half)
                 keys = torch.cat([*(k for k, _ in past), k_own], dim=1)
@@ -94,23 +96,26 @@ class TeacherForcedAttention(Projections):
         return self.o(torch.cat([*outputs[0], *outputs[1]], dim=1).flatten(2))
 
     @staticmethod
-    def _absorb(sink, rule: StreamRule, leaving: range, clean) -> list[tuple[Tensor, Tensor]]:
+    def _absorb(sink_kv, rule: StreamRule, leaving: range, clean) -> list[tuple[Tensor, Tensor]]:
         """``sink[j] <- alpha sink[j] + (1 - alpha) R(j - e) frame e``, ``j = (e - S) mod S``, in order."""
-        if rule.stream.sink_policy != "ema" or not sink:
-            return sink
-        sink, alpha, frames = list(sink), rule.stream.alpha, rule.stream.sink_frames
+        if rule.stream.sink_policy != "ema" or not sink_kv:
+            return sink_kv
+        sink_kv, alpha, frames = list(sink_kv), rule.stream.alpha, rule.stream.sink_frames
         for e in leaving:
             j = (e - frames) % frames
             turn = [j - e if rule.stream.policy().rephase else 0]
             key, value = rule.rotate(clean[1][e], turn, spatial=False), clean[2][e]
-            sink[j] = (alpha * sink[j][0] + (1 - alpha) * key, alpha * sink[j][1] + (1 - alpha) * value)
-        return sink
+            sink_kv[j] = (
+                alpha * sink_kv[j][0] + (1 - alpha) * key,
+                alpha * sink_kv[j][1] + (1 - alpha) * value,
+            )
+        return sink_kv
 
     @staticmethod
-    def _past(sink, rule: StreamRule, first: int, end: int, clean) -> list[tuple[Tensor, Tensor]]:
+    def _past(sink_kv, rule: StreamRule, first: int, end: int, clean) -> list[tuple[Tensor, Tensor]]:
         """Keys and values that the chunk sees beside its own: the sink, turned, and the clean window."""
         shift = rule.shift(end)
-        turned = [(rule.rotate(k, [shift], spatial=False) if shift else k, v) for k, v in sink]
+        turned = [(rule.rotate(k, [shift], spatial=False) if shift else k, v) for k, v in sink_kv]
         return turned + [(clean[1][f], clean[2][f]) for f in rule.window(first, end)]
 
 

@@ -1,11 +1,12 @@
 """The embedded world: procedural video on a torus, small enough to train on two CPU cores.
 
 One textured shape stands or drifts, turning as it goes, over a soft grey pattern that drifts on its own. A
-prompt names the shape's colour and form, and may name its speed; where it does not, the speed is drawn over the
-whole range (so a reward has something to choose). Everything wraps around: a position is never special, as it
-never is for rotary embeddings.
+prompt names the shape's colour and form, and may name its speed; where it does not, the speed is drawn over
+the whole range (so a reward has something to choose). Everything wraps around: a position is never special,
+as it never is for rotary embeddings.
 
-The object is saturated and the background is grey, so that every read-out of ``measure`` needs the pixels alone.
+The object is saturated and the background is grey, so that every read-out of ``measure`` needs the pixels
+alone.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def render(
     """Clips of the prompts, and where their objects are.
 
     Returns:
-        video ``[B, F, 3, size, size]`` in [-1, 1], float32; centres ``[B, F, 2]`` (x, y) in pixels, not wrapped, so
-        that differences are the true motion.
+        video ``[B, F, 3, size, size]`` in [-1, 1], float32; centres ``[B, F, 2]`` (x, y) in pixels, not
+        wrapped, so that differences are the true motion.
     """
     batch = len(prompts)
 
