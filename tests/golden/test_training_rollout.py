@@ -1,6 +1,4 @@
-"""The library's training rollout against the published one's, where its caches are cut from the graph
-(``gd``).
-"""
+"""The library's training rollout against the published one, its caches cut from the graph (``gd``)."""
 
 import pytest
 from helpers.golden_cases import as_dtype, parametrize
@@ -14,8 +12,7 @@ from reward_forcing.trainer import Rollout
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("how", ["graph", "replay"])
 def test_training_rollout(case, dtype, how):
-    """A published training cache outlasts its window and so never evicts: a static sink at re-phased
-    positions is the same rule."""
+    """A published training cache outlasts its window and never evicts: that is a static sink, re-phased."""
     hyper, tensors, run_dtype = case.hyper, case.tensors, as_dtype(dtype)
     model = CausalWanModel(ModelConfig.from_dict(hyper))
     model.load_state_dict(case.weights(), strict=True)

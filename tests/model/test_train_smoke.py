@@ -1,6 +1,4 @@
-"""`make train-smoke`: every stage of the embedded world from its shipped configuration, a few steps each, one
-after the other.
-"""
+"""`make train-smoke`: every stage of the embedded world from its shipped configuration, a few steps each."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""The trainer: draws by counter, configuration, the optimizer step, rollouts and their gradients, exact
-resume.
-"""
+"""The trainer: draws by counter, configuration, the optimizer step, rollouts, gradients, exact resume."""
 
 import json
 from dataclasses import replace
@@ -327,9 +325,7 @@ ODE = replace(TEACHER, stage="ode", frames=12, batch=2, teacher_steps=3)
 
 @pytest.mark.parametrize("config", [TEACHER, CAUSAL, ODE, DISTILL], ids=lambda config: config.stage)
 def test_a_resumed_run_is_the_run(config, tmp_path):
-    """Interrupted at an odd step, amid the alternation of generator and critic: weights, averages and log,
-    bit for bit.
-    """
+    """Interrupted at an odd step, amid the alternation: weights, averages and log, bit for bit."""
     from safetensors.torch import load_file
 
     whole = load_file(train(config, tmp_path / "whole"))

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "{dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8, text_dim: 32, text_len: 3,
-freq_dim: 16}" TEACHER = f"""
+MODEL = "{dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8, text_dim: 32, text_len: 3}"
+TEACHER = f"""
 stage: teacher
 model: {MODEL}
 frames: 4
@@ -46,9 +46,7 @@ def launch(config: Path, out: Path, ranks: int) -> subprocess.CompletedProcess:
 
 
 def start(path: Path, networks: tuple[str, ...]) -> str:
-    """Weights to start from, and the lines that name them: from a fresh model only its zero head would get
-    gradient.
-    """
+    """Weights to start from, and the lines that name them: a fresh model's zero head would hide the rest."""
     torch.manual_seed(0)
     model = BidirectionalWanModel(build(TrainConfig, yaml.safe_load(TEACHER), "").model)
     save_file(model.state_dict(), path)

@@ -48,12 +48,12 @@ def test_speed_words_are_kept_and_an_open_speed_spans_all_of_them():
 
 
 def test_the_world_is_a_torus():
-    """A clip moved around the torus is what the same scene elsewhere would give: every read-out but the place
-    stays.
-    """
-    video, _ = render(draw_prompts(8, torch.Generator().manual_seed(3)), 6,
-    generator=torch.Generator().manual_seed(4)) here, there = measure(video), measure(video.roll((5, 11),
-    dims=(-2, -1))) assert torch.equal(here.count, there.count)
+    """Moving a clip around the torus changes no read-out but the place."""
+    video, _ = render(
+        draw_prompts(8, torch.Generator().manual_seed(3)), 6, generator=torch.Generator().manual_seed(4)
+    )
+    here, there = measure(video), measure(video.roll((5, 11), dims=(-2, -1)))
+    assert torch.equal(here.count, there.count)
     assert torch.allclose(here.mass, there.mass) and torch.allclose(here.sharpness, there.sharpness)
     moved = torch.remainder(there.centre - here.centre - torch.tensor([11.0, 5.0]) + 16, 32) - 16
     assert moved.abs().max() < 1e-3
