@@ -191,7 +191,7 @@ class ChunkPlan:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first chunk that makes a frame leave: the sink's state is then taken from its slots."""
+        """Whether this is the first chunk that makes a frame leave. The sink's state is then taken from its slots."""
         return self.t_begin <= self.ring.length < self.t_end
 
     @property

@@ -63,7 +63,7 @@ class SinkState:
         self.policy, self.spec = policy, spec
         self.tensors: dict[str, Tensor] = {}
         self.max_sources = spec.window_frames if spec.sink_frames else 0
-        #: Whether keys turn at all when the sink moves: without temporal positions re-phasing is the identity.
+        #: Whether keys turn at all when the sink moves. Without temporal positions re-phasing is the identity.
         self.turns = policy.rephase and spec.rope is not None and spec.rope.temporal_pairs > 0
 
     def allocate(self, name: str, dtype: torch.dtype | None = None, tokens: int | None = None) -> Tensor:
