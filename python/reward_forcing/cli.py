@@ -1,8 +1,9 @@
-"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are generated;
-`reward-forcing train`: run one stage of training (`trainer/`).
+"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are
+generated.
 
-A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after the chunk under way and
-exits with 130; the same command with `--resume` continues it, and its latents are those of a run that nobody stopped.
+A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after
+the chunk under way and exits with 130; the same command with `--resume` continues it, and its latents are
+those of a run that nobody stopped.
 """
 
 from __future__ import annotations
@@ -85,8 +86,16 @@ def _one_of(names):
 
 
 def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The options of a stream. ``defaults`` replace those of a published model; an option without one is required."""
-    defaults = {"height": 60, "width": 104, "dtype": "bfloat16", "out": Path("out"), "heads": None, **defaults}
+    """The options of a stream. ``defaults`` replace those of a published model; an option without one is
+    required."""
+    defaults = {
+        "height": 60,
+        "width": 104,
+        "dtype": "bfloat16",
+        "out": Path("out"),
+        "heads": None,
+        **defaults,
+    }
 
     def add(name, text, type=str, default=None, **more):
         default = defaults.get(name.replace("-", "_"), default)
@@ -189,7 +198,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     either.add_argument("--overwrite", action="store_true", help="replace the stream that is in --out")
     train = commands.add_parser("train", help="train one stage (docs/training.md)", allow_abbrev=False)
     train.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    train.add_argument("--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there")
+    train.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
+    )
     return parser.parse_args(argv)
 
 
@@ -212,7 +223,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n: stopped by signal n."""
+    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n:
+    stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":

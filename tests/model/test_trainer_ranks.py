@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "{dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8, text_dim: 32, text_len: 3}"
+MODEL = (
+    "{dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8, text_dim: 32, text_len: 3}"
+)
 TEACHER = f"""
 stage: teacher
 model: {MODEL}
