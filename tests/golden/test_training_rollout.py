@@ -1,6 +1,7 @@
 """The library's training rollout against the published one, its caches cut from the graph (``gd``)."""
 
 import pytest
+
 from helpers.golden_cases import as_dtype, parametrize
 from reward_forcing.config import ModelConfig, StreamConfig
 from reward_forcing.models import CausalWanModel

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reward_forcing.rewards import OpticalFlowDynamics, scores
-from reward_forcing.world import Prompt, render
 
 import rf_kernels as rf
+from reward_forcing.rewards import OpticalFlowDynamics, scores
+from reward_forcing.world import Prompt, render
 
 cv2 = pytest.importorskip("cv2")
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from reward_forcing.config import ModelConfig, StreamConfig
 from reward_forcing.models import CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from reward_forcing import world
 from reward_forcing.checkpoint import load_causal_model
 from reward_forcing.pipeline import StreamingPipeline

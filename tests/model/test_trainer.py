@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+import rf_kernels as rf
 from reward_forcing.config import ModelConfig, StreamConfig
 from reward_forcing.models import BidirectionalWanModel, CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
@@ -14,8 +16,6 @@ from reward_forcing.trainer.draws import Draws
 from reward_forcing.trainer.loop import Trained
 from reward_forcing.trainer.stages import FlowMatching
 from reward_forcing.trainer.step import Stepper, StoppedOnNonFinite, learning_rate
-
-import rf_kernels as rf
 
 TINY = ModelConfig(
     dim=32, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=3, freq_dim=16
@@ -34,7 +34,7 @@ DISTILL = TrainConfig(
 )
 
 
-# ---- draws ---------------------------------------------------------------------------------------------------
+# ---- draws -------------------------------------------------------------------------------------------------
 def test_a_draw_depends_on_its_name_alone():
     draws = Draws(5)
     whole = draws.normal("noise", 7, range(4), (2, 3))
@@ -48,7 +48,7 @@ def test_a_draw_depends_on_its_name_alone():
     assert sorted(set(draws.integers("n", 0, 4, range(200)))) == [0, 1, 2, 3]
 
 
-# ---- configuration -------------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------------------
 YAML = """
 stage: distill
 model: {dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8}
@@ -169,7 +169,7 @@ model_kwargs: {timestep_shift: 5.0, local_attn_size: 9, sink_size: 3}
 """
 
 
-# ---- the optimizer step --------------------------------------------------------------------------------------
+# ---- the optimizer step ------------------------------------------------------------------------------------
 def _matching(config, seed=0):
     torch.manual_seed(seed)
     model = BidirectionalWanModel(config.model)
@@ -236,7 +236,7 @@ def test_learning_rate_schedule():
     assert learning_rate(OptimizerConfig(lr=2.0), 50, 100) == 2.0
 
 
-# ---- rollouts ------------------------------------------------------------------------------------------------
+# ---- rollouts ----------------------------------------------------------------------------------------------
 def _rollout(policy, dtype=torch.float64, frames=21, stream=STREAM, seed=0):
     torch.manual_seed(seed)
     model = CausalWanModel(TINY).to(dtype)
@@ -318,7 +318,7 @@ def test_memory_for_backward_does_not_grow_with_the_rollout():
     assert peaks[84] == pytest.approx(peaks[9], rel=0.02) and peaks[9] > 0
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 CAUSAL = replace(TEACHER, stage="causal", frames=12)
 ODE = replace(TEACHER, stage="ode", frames=12, batch=2, teacher_steps=3)
 

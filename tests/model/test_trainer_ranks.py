@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
 from reward_forcing.models import BidirectionalWanModel
 from reward_forcing.trainer import TrainConfig
 from reward_forcing.trainer.config import build
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (

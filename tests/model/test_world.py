@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import rf_kernels as rf
 from reward_forcing.world import (
     PROMPTS,
     SIZE,
@@ -15,8 +17,6 @@ from reward_forcing.world import (
     render,
     similarity_to_first,
 )
-
-import rf_kernels as rf
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ class BidirectionalWanModel(WanTransformer):
         Args:
             x: noisy latent ``[B, in_dim, F, H, W]``.
             t: one timestep per sample ``[B]``.
-            text: from ``text_keys``; or text features ``[B, n, text_dim]``, whose keys this forward then makes:
+            text: from ``text_keys``; or text features ``[B, n, text_dim]``, whose keys it then makes:
                 in training their parameters get gradient, and shards are gathered block by block.
             seq_len: pad the token sequence with zeros to this length (one shape for clips of several sizes).
                 Padding is masked as keys and dropped at the end: the result does not depend on it.

@@ -69,7 +69,7 @@ class CausalWanModel(WanTransformer):
         Args:
             x: noisy latent of the chunk ``[B, in_dim, F, H, W]``.
             t: timesteps per frame ``[B, F]``, or ``[B, 1]`` for all frames of the chunk.
-            text: from ``text_keys``; or text features ``[B, n, text_dim]``, whose keys this forward then makes:
+            text: from ``text_keys``; or text features ``[B, n, text_dim]``, whose keys it then makes:
                 in training their parameters get gradient, and shards are gathered block by block.
             chunk: the open chunk of F frames of a cache. The cache is mutated: the chunk's slots and, in the
                 chunk's first forward, the sink.

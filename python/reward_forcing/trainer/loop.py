@@ -186,7 +186,7 @@ def run(config: TrainConfig, out: str | Path) -> Path:
             return train(config, out, on_step=show)
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
 def _micro_steps(config: TrainConfig, loss: Callable[[list[int]], Tensor], backward: bool):
     """The micro-steps of one optimizer step: each takes its own part of the step's global sample indices."""
     expect(

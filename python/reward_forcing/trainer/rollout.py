@@ -129,7 +129,7 @@ class Rollout:
                     self._write(entry.context, context, chunk)
         return torch.cat(outputs, dim=1)
 
-    # ---- the steps of a chunk --------------------------------------------------------------------------------
+    # ---- the steps of a chunk ------------------------------------------------------------------------------
     def _split(self, noise: Tensor, exits: Sequence[int]) -> list[Tensor]:
         config = self.pipeline.config
         lengths = chunk_lengths(
