@@ -4,9 +4,10 @@ TORCH ?= torch==2.13.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 VENV ?= .venv
 PY := $(VENV)/bin/python
+BIN := $(abspath $(VENV))/bin
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: chip audit gpu-suite tuning demo test test-quick ext docs lint format wheel check-install check-reproducible check-versions sanitize sanitize-sample mutants mutants-sample clean help
+.PHONY: help ext test bench demo lint docs wheel audit gpu-suite tuning sanitize check-install clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -24,86 +25,60 @@ $(SETUP):
 	rm -f $(VENV)/.setup-*
 	touch $@
 
-## make ext        build rf_kernels/_C.abi3.so in place (CMake + Ninja: only what changed)
+## make ext           build rf_kernels/_C.abi3.so in place (CMake + Ninja: only what changed)
 ext: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	PATH="$(BIN):$$PATH" $(PY) setup.py -q build_ext --inplace
 
-## make chip       the functional model of a Hopper chip with the kernels on it, for tests (which build it when needed)
-chip: $(SETUP)
-	$(PY) tests/chip/build.py
+## make test          all tests, the heavy ones last (TESTS="tests/ops -k rope" for a part of them)
+TESTS ?= tests
+test: ext
+	$(PY) -m pytest -q -m "not heavy" $(TESTS)
+	$(PY) -m pytest -q -m heavy $(TESTS)
 
-## make audit      what the compiler made of the CUDA kernels, held against what was intended (2: no CUDA kernels to look at)
-audit: ext
-	$(PY) -m rf_kernels.audit || test $$? -eq 2
+## make bench         times every op beside its peers (BENCH="--quick --op ema_evict" for a part; docs of the ops)
+BENCH ?= --json out/bench.json
+bench: ext
+	$(PY) -m benchmarks $(BENCH)
 
-## make demo       stream a video from a checkpoint, compare with the published path, write out/
+## make demo          stream a video from a checkpoint, compare with the published path, write out/
 demo: ext
 	PYTHONPATH=.:python $(PY) -m reward_forcing.cli demo --out out
 
-## make test       all tests, the heavy ones last
-test: ext
-	$(PY) -m pytest -q -m "not heavy"
-	$(PY) -m pytest -q -m heavy
+## make lint          ruff and clang-format, as CI runs them (FIX=1 rewrites the sources)
+lint: $(SETUP)
+	$(VENV)/bin/ruff check $(if $(FIX),--fix) .
+	$(VENV)/bin/ruff format $(if $(FIX),,--check) .
+	$(VENV)/bin/clang-format $(if $(FIX),-i,--dry-run --Werror) $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-## make test-quick the everyday run
-test-quick: ext
-	$(PY) -m pytest -q -m "not heavy"
-
-## make gpu-suite  on a GPU: tests, benchmarks, report and pictures in out/gpu (docs/gpu.md)
-gpu-suite: ext
-	PYTHONPATH=.:python $(PY) -m rf_kernels.gpu_suite --out out/gpu
-
-## make tuning     variants of the Hopper attention kernel, one change each, for the suite's stage of that name (docs/tuning.md)
-tuning: ext
-	$(PY) benchmarks/tuning/build_variants.py
-
-## make docs       the API reference from the docstrings, in build/docs (warnings are errors)
+## make docs          the API reference from the docstrings, in build/docs (warnings are errors)
 docs: ext
 	$(PY) -m sphinx -q -n -W --keep-going -b html -d build/doctrees docs/api build/docs
 
-## make lint       ruff and clang-format, as CI runs them
-lint: $(SETUP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
-
-## make format     rewrite the sources in the project's format
-format: $(SETUP)
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
-
-## make wheel      dist/rf_kernels-*-cp310-abi3-*.whl
+## make wheel         dist/rf_kernels-*-cp310-abi3-*.whl
 wheel: $(SETUP)
 	rm -rf dist build/lib* build/bdist*
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	PATH="$(BIN):$$PATH" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
-## make check-install every way of building and installing, in a fresh environment
-check-install: wheel
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_install.py --torch '$(TORCH)'
+## make audit         what the compiler made of the CUDA kernels, held against what was intended (2: no CUDA kernels to look at)
+audit: ext
+	$(PY) -m benchmarks.audit || test $$? -eq 2
 
-## make check-reproducible a second build of the commit, elsewhere and without a network, gives the wheel's bytes
-check-reproducible: wheel
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/check_reproducible.py --wheel dist/*.whl
+## make gpu-suite     on a GPU: tests, benchmarks, report and pictures in out/gpu (docs/gpu.md)
+gpu-suite: ext
+	$(PY) -m benchmarks.gpu_suite --out out/gpu
 
-## make check-versions the one extension under other Pythons and PyTorches (VERSIONS="python3.12:2.11.0 ...")
-VERSIONS ?= python3.10:2.10.0 python3.12:2.11.0
-check-versions: ext
-	$(PY) tests/check_versions.py $(VERSIONS)
+## make tuning        variants of the Hopper attention kernel, one change each, for the suite's stage of that name (docs/tuning.md)
+tuning: ext
+	$(PY) -m benchmarks.tuning.build_variants
 
-## make sanitize   the CPU backend under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (-sample: few configurations)
+## make sanitize      the CPU backend under the sanitizers of address, undefined behaviour and threads (SAMPLE=1: few configurations)
 sanitize: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py --report tests/reports/sanitize.json
-sanitize-sample: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/sanitize.py --sample --seeds 0:40
+	PATH="$(BIN):$$PATH" $(PY) tests/helpers/sanitize.py $(if $(SAMPLE),--sample --seeds 0:40,--report tests/contracts/reports/sanitize.json)
 
-## make mutants    plant the faults of tests/mutants one by one: a test must notice each (hours; writes tests/mutants/report.md)
-mutants: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/mutants/run.py --report
-
-## make mutants-sample ten of them, as CI does
-mutants-sample: $(SETUP)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tests/mutants/run.py --sample --again
+## make check-install builds and installations, tried for real (CHECK="python3.10:2.10.0 python3.12:2.11.0": under other versions)
+CHECK ?= install reproducible
+check-install: ext wheel
+	PATH="$(BIN):$$PATH" $(PY) tests/packaging/check.py --torch '$(TORCH)' $(CHECK)
 
 clean:
 	rm -rf build dist out *.egg-info rf_kernels/_C.abi3.so

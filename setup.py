@@ -5,10 +5,7 @@ RF_CUTLASS_INCLUDE, RF_BUILD_DIR, CMAKE_ARGS; RF_COMMIT and SOURCE_DATE_EPOCH fo
 torch.utils.cpp_extension is not used: it cannot build CUDA sources against a CPU build of torch.
 """
 
-import hashlib
-import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -17,16 +14,12 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-import setuptools
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # an isolated build does not put this folder there
-import sbom  # noqa: E402
-
 ORIGIN = ".origin"  # of a source archive: the commit and its time
 BUILD = Path(os.environ.get("RF_BUILD_DIR", ROOT / "build" / "cmake"))
 VERSION = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
@@ -123,26 +116,14 @@ class SourceArchive(sdist):
 
 
 class Wheel(bdist_wheel):
-    """A wheel with an SBOM, and with the same modes of its files whatever the umask of the build and of the checkout."""
+    """A wheel whose files have the same modes whatever the umask of the build and of the checkout."""
 
     def write_wheelfile(self, wheelfile_base, *args, **kwargs):  # the last step before everything is packed
         super().write_wheelfile(wheelfile_base, *args, **kwargs)
-        tree, info = Path(self.bdist_dir), Path(wheelfile_base)
-        if info.parent != tree:
-            return  # an editable install: nothing was built yet
-        library = next(tree.glob("rf_kernels/_C*.so"))
-        epoch = os.environ.get("SOURCE_DATE_EPOCH")
-        document = sbom.document(
-            json.loads((BUILD / "generated" / "build.json").read_text()),
-            hashlib.sha256(library.read_bytes()).hexdigest(),
-            platform.python_version(),
-            setuptools.__version__,
-            int(epoch) if epoch else None,
-        )
-        (info / "sboms").mkdir(exist_ok=True)
-        (info / "sboms" / "rf_kernels.cdx.json").write_text(json.dumps(document, indent=2) + "\n")
-        for path in tree.rglob("*"):
-            path.chmod(0o755 if path.is_dir() or path == library else 0o644)
+        tree = Path(self.bdist_dir)
+        if Path(wheelfile_base).parent == tree:  # else an editable install, of which nothing is packed
+            for path in tree.rglob("*"):
+                path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
 
 
 setup(

@@ -1,6 +1,6 @@
 """Fill the marked sections of README.md and docs/ from the reports in benchmarks/results.
 
-    python -m rf_kernels.bench --quick --settle 3 --device cpu --threads 2 --json benchmarks/results/cpu.json
+    python -m benchmarks --quick --settle 3 --device cpu --threads 2 --json benchmarks/results/cpu.json
     python benchmarks/accuracy.py && python benchmarks/ema_study.py
     python benchmarks/fill_readme.py            # writes; --check: exit 1 where a section is not what the reports say
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +35,17 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
+
+
+def shell(command: str) -> list[str]:
+    return ["```sh", command, "```"]
+
+
 def where(report: dict) -> str:
     facts = report["environment"]
-    machine = f"{facts['cpu']}, {facts['threads']} threads"
+    machine = f"a CPU ({facts['cpu']}), {facts['threads']} threads"
     return f"{machine}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}"
 
 
@@ -53,7 +62,8 @@ def ratios(results: list[dict]) -> list[str]:
 
 def speed_of(op: str) -> list[str]:
     report = load("cpu")
-    lines = [f"Times faster than each peer on the CPU ({where(report)}); `python -m rf_kernels.bench --op {op}`:", ""]
+    text = f"The table says how many times faster the op is than each peer. Machine: {where(report)}. Command:"
+    lines = [*wrapped(text), "", *shell(f"python -m benchmarks --op {op}"), ""]
     return lines + ratios([r for r in report["results"] if r["op"] == op])
 
 
@@ -67,18 +77,19 @@ def aims() -> list[str]:
         spread = max((t["p80"] / t["p20"] for t in timings.get(verdict["case"], {}).values()), default=0.0)
         bound = verdict["bound"].replace("<", "\\<").replace(">", "\\>")
         rows.append([verdict["aim"], figure, bound, state, f"{spread:.1f}" if spread else ""])
-    lines = [f"CPU, float32, ratios of medians, candidates interleaved ({where(report)}):", ""]
+    text = "Each ratio is one of medians in float32. The candidates took turns. "
+    lines = [*wrapped(text + f"Machine: {where(report)}."), ""]
     lines += table(["job", "ratio", "aim", "", "spread"], rows)
-    lines += [
-        "",
-        "Spread is the 80th over the 20th percentile of the candidate that was disturbed most: near 1 on a quiet machine. What",
-    ]
-    lines += ["the figures hang on is told in [docs/cache.md](docs/cache.md#measured)."]
+    text = (
+        "Spread is the 80th over the 20th percentile of the candidate that was disturbed most. It is near 1 on a "
+        "quiet machine. [docs/cache.md](docs/cache.md#measured) says what bounds each figure."
+    )
+    lines += ["", *wrapped(text)]
     means = [
         [f"`{op}`", ", ".join(f"{mean:.2f}x {PEERS[peer]}" for peer, mean in peers.items())]
         for op, peers in report["geometric_means"].items()
     ]
-    lines += ["", "Geometric means over the shapes and dtypes of that run, times faster than each peer:", ""]
+    lines += ["", "The geometric means of that run, over its shapes and dtypes:", ""]
     return lines + table(["op", "times faster than"], means)
 
 

@@ -37,8 +37,6 @@ def extension() -> dict:
     if not files:
         return {"ok": False, "error": f"no _C.abi3.so in {folder}: build it with `make ext`, or install the wheel"}
     facts = {"file": str(files[0]), "bytes": files[0].stat().st_size}
-    sboms = sorted(folder.parent.glob("rf_kernels-*.dist-info/sboms/*.json"))  # a wheel has one, a source tree none
-    facts["sbom"] = str(sboms[0]) if sboms else None
     try:
         backend = importlib.import_module("rf_kernels._backend")
     except Exception as error:  # whatever it is: explaining it is this command's purpose

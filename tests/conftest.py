@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers", "chip.harness")
+
 _GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"))
 DEVICES = ["cpu", pytest.param("cuda", marks=_GPU)]
 

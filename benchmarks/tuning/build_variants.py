@@ -1,5 +1,5 @@
 """`make tuning`: every variant of the Hopper attention kernel as a library, build/tuning/<name>.so, for the stage `tuning` of
-rf_kernels.gpu_suite; and what the compiler made of each.
+benchmarks.gpu_suite; and what the compiler made of each.
 
 The command is that of the library's own build (build/cmake/compile_commands.json, from `make ext`), with the variant's edited sources
 first on the include path. A variant that spills is built and measured all the same: its line says so.
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import variants  # noqa: E402
 
-from rf_kernels import audit  # noqa: E402
+from benchmarks import audit  # noqa: E402
 
 BUILD = ROOT / "build" / "tuning"
 SOURCE = ROOT / "benchmarks" / "tuning" / "variant.cu"
@@ -26,7 +26,7 @@ def own_command() -> list[str]:
     """How the library's build compiles the kernel, up to its input and output."""
     database = ROOT / "build" / "cmake" / "compile_commands.json"
     entries = json.loads(database.read_text()) if database.exists() else []
-    commands = [shlex.split(e["command"]) for e in entries if e["file"].endswith("launch_sm90.cu")]
+    commands = [shlex.split(e["command"]) for e in entries if e["file"].endswith("sm90/launch.cu")]
     if not commands:
         sys.exit("tuning: no Hopper kernels in build/cmake; `make ext` with nvcc and CUTLASS first (README.md)")
     command = commands[0]

@@ -1,7 +1,7 @@
 """Other choices for the Hopper attention kernel, as edits of its sources: what to try on a GPU, one change at a time.
 
 The kernel itself carries no switches. `build_variants.py` compiles each variant into a library of its own, the stage `tuning` of
-rf_kernels.gpu_suite times them all in one run, and docs/tuning.md holds what was expected of each. Those marked `on_model` change code
+benchmarks.gpu_suite times them all in one run, and docs/tuning.md holds what was expected of each. Those marked `on_model` change code
 that the functional model runs: `python variants.py ROOT OUT` writes their sources for tests/chip, where each must compute attention.
 """
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 import source_edits
 
-MAINLOOP = "csrc/sink_window_attention/mainloop_fwd_sm90.h"
-KERNEL = "csrc/sink_window_attention/kernel_fwd_sm90.h"
-CONFIG = "csrc/sink_window_attention/config.h"
+MAINLOOP = "csrc/sink_window_attention/sm90/mainloop.h"
+KERNEL = "csrc/sink_window_attention/sm90/kernel.h"
+CONFIG = "csrc/sink_window_attention/sm90/config.h"
 SCHEDULE = "csrc/math/tile_schedule.h"
 SOFTMAX = "csrc/math/online_softmax.h"
 WGMMA = "csrc/arch/wgmma.h"
@@ -36,18 +36,6 @@ def tile_n(keys: int) -> dict:
     return {CONFIG: (config,)} | ({} if keys == 128 else {WGMMA: (atoms, half)})
 
 
-_RAISE_MAX = (
-    "const float max = arch::max2(row.max, largest_score * scale); "
-    "const float factor = arch::exp2_approx(row.max - softmax_reference(max)); row.max = max;"
-)
-# The accumulators stay relative to an old maximum until a new one is 2^8 above it: weights up to 256, sums as before.
-_RAISE_MAX_LAZILY = """const float largest = arch::max2(row.max, largest_score * scale);
-  const bool keep = largest - row.max <= 8.f;  // false for a first tile (inf) and where all is masked (NaN)
-  const float max = keep ? row.max : largest;
-  const float factor = keep ? 1.f : arch::exp2_approx(row.max - softmax_reference(max));
-  row.max = max;"""
-_RESCALE = "for (int i = 0; i < kOutputs; ++i) o[i] *= factor[(i >> 1) & 1];"
-
 VARIANTS = (
     Variant("as_built", {}),
     # ---- main loop
@@ -60,14 +48,8 @@ VARIANTS = (
     ),
     Variant("no_overlap", {MAINLOOP: (("wgmma_wait<1>();", "wgmma_wait<0>();"),)}),
     Variant("no_order", {MAINLOOP: (("order_before(f.row[0].sum + f.row[1].sum);", ""),)}),
-    Variant("rescale_lazily", {SOFTMAX: ((_RAISE_MAX, _RAISE_MAX_LAZILY),)}),
-    Variant(
-        "rescale_lazily_branch",
-        {
-            SOFTMAX: ((_RAISE_MAX, _RAISE_MAX_LAZILY),),
-            MAINLOOP: ((_RESCALE, f"if (factor[0] != 1.f || factor[1] != 1.f) {_RESCALE}"),),
-        },
-    ),
+    Variant("rescale_at_once", {SOFTMAX: (("kSoftmaxSlack = 8.f;", "kSoftmaxSlack = 0.f;"),)}),
+    Variant("rescale_always", {MAINLOOP: (("const bool exceeds =", "const bool exceeds = true ||"),)}),
     Variant("tile_n_128", tile_n(128)),
     Variant("tile_n_160", tile_n(160)),
     Variant("tile_n_192", tile_n(192)),

@@ -4,13 +4,9 @@
 
 #include "csrc/arch/platform.h"
 
-#if defined(__CUDACC__)
 #include <cutlass/arch/barrier.h>
-#endif
 
 namespace rf::arch {
-
-#if defined(__CUDACC__)
 
 RF_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
   cutlass::arch::ClusterTransactionBarrier::init(barrier, arrivals);
@@ -29,25 +25,5 @@ RF_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
 RF_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   cutlass::arch::ClusterTransactionBarrier::wait(barrier, parity);
 }
-
-#else
-
-RF_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
-  chip::mbarrier_init(barrier, arrivals);
-}
-RF_DEVICE void fence_mbarrier_init() {
-  chip::fence_mbarrier_init();
-}
-RF_DEVICE void mbarrier_arrive(uint64_t* barrier) {
-  chip::mbarrier_arrive(barrier, 0);
-}
-RF_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
-  chip::mbarrier_arrive(barrier, bytes);
-}
-RF_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  chip::mbarrier_wait(barrier, parity);
-}
-
-#endif
 
 }  // namespace rf::arch

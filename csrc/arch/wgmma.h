@@ -9,41 +9,14 @@
 #include <type_traits>
 #include <utility>
 
+#include "csrc/arch/operand.h"
 #include "csrc/arch/platform.h"
 
-#if defined(__CUDACC__)
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
-#endif
 
 namespace rf::arch {
-
-// Shared-memory descriptor of a 16-bit operand under SWIZZLE_128B (64 elements = one row of 128 bytes, 8-row
-// groups of 1,024 bytes, tile 1,024-byte aligned). The high word is a constant and shared addresses end below
-// 256 KiB, so a step inside a tile is one addition to the low word, without carry.
-struct OperandDesc {
-  uint32_t lo;
-
-  static constexpr uint32_t kHi =
-      (kSwizzleAtomBytes >> 4) | (1u << 30);  // stride between 8-row groups, SWIZZLE_128B
-
-  RF_DEVICE uint64_t at(uint32_t step_bytes) const {
-    return static_cast<uint64_t>(kHi) << 32 | (lo + (step_bytes >> 4));
-  }
-};
-
-// K-major (Q and K): a step of 16 along k inside the 128-byte row is 32 bytes; the leading offset is unused.
-RF_DEVICE OperandDesc operand_k_major(uint32_t shared_address) {
-  return {(shared_address >> 4) | (1u << 16)};
-}
-// MN-major (V): `block_bytes` is the distance of neighbouring 64-wide column blocks; a step of 16 along k is
-// 2,048 bytes.
-RF_DEVICE OperandDesc operand_mn_major(uint32_t shared_address, uint32_t block_bytes) {
-  return {(shared_address >> 4) | ((block_bytes >> 4) << 16)};
-}
-
-#if defined(__CUDACC__)
 
 namespace detail {
 namespace gmma = cute::SM90::GMMA;
@@ -113,36 +86,5 @@ RF_DEVICE void pin_registers(T (&d)[kCount]) {
       asm volatile("" : "+r"(d[i])::"memory");
   }
 }
-
-#else
-
-namespace detail {
-template <class Element>
-constexpr chip::Format kFormat = std::is_same_v<Element, bf16> ? chip::Format::bf16 : chip::Format::fp16;
-}
-
-template <class Element, int kCount>
-RF_DEVICE void wgmma_ss(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-  chip::wgmma(detail::kFormat<Element>, 2 * kCount, d, nullptr, a, b, /*b_mn_major=*/false, accumulate);
-}
-template <class Element, int kCount>
-RF_DEVICE void wgmma_rs(float (&d)[kCount], const uint32_t* a, uint64_t b) {
-  chip::wgmma(detail::kFormat<Element>, 2 * kCount, d, a, 0, b, /*b_mn_major=*/true, true);
-}
-RF_DEVICE void wgmma_fence() {
-  chip::wgmma_fence();
-}
-RF_DEVICE void wgmma_commit() {
-  chip::wgmma_commit();
-}
-template <int kPending>
-RF_DEVICE void wgmma_wait() {
-  chip::wgmma_wait(kPending);
-}
-// The model keeps in-flight registers in memory that it poisons: calls into it are barriers enough.
-template <class T, int kCount>
-RF_DEVICE void pin_registers(T (&)[kCount]) {}
-
-#endif
 
 }  // namespace rf::arch

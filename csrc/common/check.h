@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "csrc/common/cuda_status.h"
 #include "csrc/common/torch_stable.h"
 
 namespace rf {
@@ -93,6 +94,18 @@ inline std::string device_text(const Tensor& t) {
 
 namespace rf {
 const char* cuda_error_text(int code);
+
+// What a build lacks, in the one wording for it: errors, last_dispatch() and the doctor quote these.
+inline constexpr const char* kNoCudaPart = "this build has no CUDA part (RF_CUDA=OFF, or no nvcc was found)";
+inline constexpr const char* kNoHopperPart =
+    "this build has no Hopper kernels (RF_HOPPER=OFF, or no CUTLASS headers were found)";
+
+inline void check_cuda(const char* op, const CudaStatus& status) {
+  if (!status.ok())
+    throw std::runtime_error(concat("rf_kernels.", op, ": ", status.call, " failed: CUDA error ", status.code,
+                                    ": ", cuda_error_text(status.code)));
+}
+
 // Why this library's CUDA runtime does not run here, nullptr when it does. It is linked statically, hence not
 // torch's: on a driver that is older than the nvcc of the build torch may run and this library not.
 const char* cuda_problem();

@@ -3,8 +3,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "csrc/common/launch.h"
-
 namespace rf {
 namespace {
 
@@ -47,7 +45,7 @@ void record_fallback(const char* op, const char* backend, const char* reason) {
 
 #if !defined(RF_WITH_CUDA)
 const char* cuda_error_text(int) {
-  return "this build has no CUDA part";
+  return kNoCudaPart;
 }
 const char* cuda_problem() {
   return cuda_error_text(0);

@@ -8,10 +8,11 @@
 #pragma GCC optimize("no-tree-loop-distribute-patterns")
 #endif
 
-#include "csrc/common/check.h"
+#include "csrc/common/torch_stable.h"
 #include "csrc/dmd_gradient/kernel.h"
+#include "csrc/dmd_gradient/launch.h"
 
-namespace rf::dmd {
+namespace rf::dmd_gradient {
 namespace {
 
 // Elements per call of the shared body: enough for full vectors, few enough to stay in registers and L1.
@@ -158,28 +159,11 @@ void run_as(const Params& p) {
   *p.dropped = dropped;
 }
 
-template <typename T>
-void run_with(const Params& p, bool same_dtype) {
-  if (same_dtype)
-    run_as<T, T>(p);
-  else
-    run_as<T, float>(p);
-}
-
 }  // namespace
 
-void run_cpu(const Params& p) {
-  const bool same = p.dtype == p.prediction_dtype;
-  switch (p.dtype) {
-    case Dtype::kBFloat16:
-      return run_with<bf16>(p, same);
-    case Dtype::kFloat16:
-      return run_with<f16>(p, same);
-    case Dtype::kFloat32:
-      return run_as<float, float>(p);
-    case Dtype::kFloat64:
-      return run_with<double>(p, same);
-  }
+const char* run_cpu(const Params& p) {
+  with_types(p, [&]<typename T, typename P>() { run_as<T, P>(p); });
+  return "CPU tensors";
 }
 
-}  // namespace rf::dmd
+}  // namespace rf::dmd_gradient

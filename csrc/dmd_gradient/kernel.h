@@ -2,7 +2,7 @@
 // vector and the CPU per chunk. Same source, same order of operations, tails included.
 #pragma once
 
-#include "csrc/dmd_gradient/params.h"
+#include "csrc/dmd_gradient/config.h"
 #include "csrc/math/guidance.h"
 #include "csrc/math/vec.h"
 
@@ -13,7 +13,7 @@
 #define RF_ROLLED
 #endif
 
-namespace rf::dmd {
+namespace rf::dmd_gradient {
 
 // n of V elements; those beyond are 0. `vectorised`: where n = V, aligned 16-byte pieces may be read.
 template <int V, typename S, typename A>
@@ -251,4 +251,4 @@ RF_HD void finish(const Params& p, int64_t b, int64_t i, int n, A divisor, A sca
   store<V, T>(p.gradient, b * p.sample_size + i, n, p.vectorised, gradient);
 }
 
-}  // namespace rf::dmd
+}  // namespace rf::dmd_gradient

@@ -8,19 +8,15 @@
 // The last block to finish (an integer ticket) forms the sums over samples. No float atomics: every sum has a
 // fixed order that depends on the tile alone.
 #include <cooperative_groups.h>
-#include <cuda_runtime.h>
 
+#include "csrc/common/cuda_call.h"
 #include "csrc/dmd_gradient/kernel.h"
+#include "csrc/dmd_gradient/launch.h"
 
-namespace rf::dmd {
+namespace rf::dmd_gradient {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Blocks per SM that the register budget (128 a thread, no spills) leaves room for. A thread has up to five
-// 16-byte loads in flight, so two blocks keep 40 KB per SM under way: more than latency x bandwidth of an
-// H200.
-constexpr int kBlocksPerProcessor = 2;
 constexpr unsigned kFull = 0xFFFFFFFFu;
 
 enum class Mode : int { kResident, kMeasure, kFinish };
@@ -320,90 +316,69 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 struct Device {
   int processors = 0;
   int cooperative = 0;
-  int shared_bytes = 0;
 };
 
-cudaError_t query(Device& device) {
+CudaStatus query(Device& device) {
   int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&device.cooperative, cudaDevAttrCooperativeLaunch, index);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  return error;
+  RF_CUDA_TRY(cudaGetDevice, &index);
+  RF_CUDA_TRY(cudaDeviceGetAttribute, &device.processors, cudaDevAttrMultiProcessorCount, index);
+  RF_CUDA_TRY(cudaDeviceGetAttribute, &device.cooperative, cudaDevAttrCooperativeLaunch, index);
+  return {};
 }
 
 // Grid and shared memory of the resident launch, grid = 0 where the tiles do not fit: fewer, larger blocks
 // are tried until one processor's share of the tiles fits into its shared memory.
 template <typename T, typename P>
-cudaError_t plan_resident(const Device& device, int64_t tiles, int& grid, int& bytes) {
+CudaStatus plan_resident(const Device& device, int64_t tiles, int& grid, int& bytes) {
   grid = 0;
-  if (!device.cooperative || tiles == 0) return cudaSuccess;
+  if (!device.cooperative || tiles == 0) return {};
+  int most_bytes = 0;
+  if (const CudaStatus status = opt_in_shared_memory<dmd_kernel<T, P>>(most_bytes); !status.ok())
+    return status;
   for (int blocks = kBlocksPerProcessor; blocks > 0; blocks /= 2) {
     const int64_t most = static_cast<int64_t>(blocks) * device.processors;
     const int64_t each = (tiles + most - 1) / most;
     const int64_t needed = each * kTile * static_cast<int64_t>(sizeof(acc_t<T>));
-    if (needed + static_cast<int64_t>(sizeof(Shared<acc_t<T>>)) > device.shared_bytes) continue;
-    cudaError_t error = cudaFuncSetAttribute(dmd_kernel<T, P>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(needed));
+    if (needed > most_bytes) continue;
     int fit = 0;
-    if (error == cudaSuccess)
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, dmd_kernel<T, P>, kThreads,
-                                                            static_cast<size_t>(needed));
-    if (error != cudaSuccess) return error;
+    RF_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &fit, dmd_kernel<T, P>, kThreads,
+                static_cast<size_t>(needed));
     const int64_t wanted = (tiles + each - 1) / each;
     if (wanted > static_cast<int64_t>(fit) * device.processors) continue;
     grid = static_cast<int>(wanted);
     bytes = static_cast<int>(needed);
-    return cudaSuccess;
+    return {};
   }
-  return cudaSuccess;
+  return {};
 }
 
 template <typename T, typename P>
-cudaError_t launch(Params p, cudaStream_t stream) {
+CudaStatus launch(Params p, void* stream) {
   const int64_t tiles = p.batch * p.tiles;
   Device device;
   int grid = 0, bytes = 0;
-  cudaError_t error = query(device);
-  if (error == cudaSuccess) error = plan_resident<T, P>(device, tiles, grid, bytes);
-  if (error != cudaSuccess) return error;
+  if (const CudaStatus status = query(device); !status.ok()) return status;
+  if (const CudaStatus status = plan_resident<T, P>(device, tiles, grid, bytes); !status.ok()) return status;
   if (grid > 0) {
     Mode mode = Mode::kResident;
     void* arguments[] = {&p, &mode, &grid};
-    return cudaLaunchCooperativeKernel(dmd_kernel<T, P>, dim3(grid), dim3(kThreads), arguments,
-                                       static_cast<size_t>(bytes), stream);
+    RF_CUDA_TRY(cudaLaunchCooperativeKernel, reinterpret_cast<const void*>(&dmd_kernel<T, P>), dim3(grid),
+                dim3(kThreads), arguments, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+    return {};
   }
   const int64_t most = static_cast<int64_t>(device.processors) * kBlocksPerProcessor;
   grid = static_cast<int>(tiles < most ? (tiles > 0 ? tiles : 1) : most);
-  dmd_kernel<T, P><<<grid, kThreads, 0, stream>>>(p, Mode::kMeasure, grid);
-  if ((error = cudaGetLastError()) != cudaSuccess) return error;
-  dmd_kernel<T, P><<<grid, kThreads, 0, stream>>>(p, Mode::kFinish, grid);
-  return cudaGetLastError();
-}
-
-template <typename T>
-cudaError_t launch_with(const Params& p, cudaStream_t stream) {
-  return p.dtype == p.prediction_dtype ? launch<T, T>(p, stream) : launch<T, float>(p, stream);
+  const CudaStatus measured = launch_kernel("launch of dmd_kernel (measure)", dmd_kernel<T, P>, grid,
+                                            kThreads, 0, stream, p, Mode::kMeasure, grid);
+  if (!measured.ok()) return measured;
+  return launch_kernel("launch of dmd_kernel (finish)", dmd_kernel<T, P>, grid, kThreads, 0, stream, p,
+                       Mode::kFinish, grid);
 }
 
 }  // namespace
-}  // namespace rf::dmd
 
-extern "C" int rf_dmd_gradient(const rf::dmd::Params* p, void* stream) {
-  using namespace rf::dmd;
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (p->dtype) {
-    case Dtype::kBFloat16:
-      return launch_with<rf::bf16>(*p, s);
-    case Dtype::kFloat16:
-      return launch_with<rf::f16>(*p, s);
-    case Dtype::kFloat32:
-      return launch<float, float>(*p, s);
-    case Dtype::kFloat64:
-      return launch_with<double>(*p, s);
-  }
-  return cudaErrorInvalidValue;
+CudaStatus run_cuda(const Params& p, void* stream) {
+  return with_types(p, [&]<typename T, typename P>() { return launch<T, P>(p, stream); });
 }
+
+}  // namespace rf::dmd_gradient

@@ -1,44 +1,18 @@
 // dmd_gradient: checks, outputs, params, dispatch. Inputs that are not contiguous are copied once.
-#include <torch/csrc/stable/accelerator.h>
-
 #include <cmath>
 #include <optional>
 #include <tuple>
 
 #include "csrc/common/dispatch.h"
-#include "csrc/common/launch.h"
-#include "csrc/dmd_gradient/params.h"
+#include "csrc/dmd_gradient/config.h"
+#include "csrc/dmd_gradient/launch.h"
 
-extern "C" int rf_dmd_gradient(const rf::dmd::Params* p, void* stream);
-
-namespace rf::dmd {
-
-void run_cpu(const Params& p);
+namespace rf::dmd_gradient {
 
 namespace {
 
 constexpr const char* kOp = "dmd_gradient";
 using OptionalTensor = std::optional<Tensor>;
-
-Dtype dtype_of(const char* arg, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    default:
-      throw_argument_error(kOp, arg, "dtype float64, float32, bfloat16 or float16",
-                           dtype_text(t.scalar_type()));
-  }
-}
-
-int bytes_of(Dtype d) {
-  return d == Dtype::kFloat64 ? 8 : d == Dtype::kFloat32 ? 4 : 2;
-}
 
 bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
@@ -120,17 +94,17 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
                      bool normalize, double eps, std::string nan, std::string reduction,
                      bool scale_gradient) {
   Params p;
-  p.dtype = dtype_of("x", x_in);
+  p.dtype = checked_dtype(kOp, "x", x_in);
   RF_CHECK_ARG(x_in.is_cpu() || x_in.is_cuda(), kOp, "x", "a tensor on cpu or cuda", device_text(x_in));
   RF_CHECK_ARG(x_in.dim() >= 1 && x_in.dim() <= kMaxDims + 1, kOp, "x",
                concat("1 to ", kMaxDims + 1, " dimensions [B, ...]"), shape_text(x_in));
-  p.prediction_dtype = dtype_of("fake", fake_in);
+  p.prediction_dtype = checked_dtype(kOp, "fake", fake_in);
   RF_CHECK_ARG(p.prediction_dtype == p.dtype || p.prediction_dtype == Dtype::kFloat32, kOp, "fake",
                concat("the dtype of `x`, ", dtype_text(x_in.scalar_type()), ", or float32"),
                dtype_text(fake_in.scalar_type()));
   const ScalarType prediction = fake_in.scalar_type();
   const ScalarType acc = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  const int width = vector_width(bytes_of(p.dtype), bytes_of(p.prediction_dtype));
+  const int width = vector_width(dtype_bytes(p.dtype), dtype_bytes(p.prediction_dtype));
 
   const Tensor fake = checked_prediction("fake", fake_in, x_in, prediction);
   const Tensor real = checked_prediction("real", real_in, x_in, prediction);
@@ -202,18 +176,12 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
        {p.x, p.fake, p.real, p.fake_uncond, p.real_uncond, p.x_t, static_cast<const void*>(p.gradient)})
     p.vectorised = p.vectorised && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 
-  if (x.is_cpu()) {
-    record_dispatch(kOp, "cpu", "CPU tensors");
-    run_cpu(p);
-  } else {
-#if defined(RF_WITH_CUDA)
-    record_dispatch(kOp, "cuda", "CUDA tensors");
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    RF_CHECK_CUDA(kOp, rf_dmd_gradient(&p, current_stream(x.get_device_index())));
-#else
-    throw std::runtime_error("rf_kernels.dmd_gradient: this build has no CUDA part (built without nvcc)");
-#endif
-  }
+  run_where_tensors_are(
+      kOp, x, [&] { return run_cpu(p); },
+      [&](void* stream) {
+        check_cuda(kOp, run_cuda(p, stream));
+        return "CUDA tensors";
+      });
   if (nan == "raise") {  // the only mode that waits for the device
     const Tensor host = x.is_cpu()
                             ? dropped
@@ -227,11 +195,11 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
 }
 
 }  // namespace
-}  // namespace rf::dmd
+}  // namespace rf::dmd_gradient
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
-  m.impl("dmd_gradient", TORCH_BOX(&rf::dmd::dmd_gradient));
+  m.impl("dmd_gradient", TORCH_BOX(&rf::dmd_gradient::dmd_gradient));
 }
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
-  m.impl("dmd_gradient", TORCH_BOX(&rf::dmd::dmd_gradient));
+  m.impl("dmd_gradient", TORCH_BOX(&rf::dmd_gradient::dmd_gradient));
 }

@@ -3,15 +3,12 @@
 
 #include <cstdint>
 
-namespace rf::dmd {
+#include "csrc/math/dtype.h"
 
-// Elements of a sample that are reduced together. Fixed, so that neither threads nor neighbours change a bit:
-// inside a tile a tree of depth 11, over the tiles of a sample a running sum in double. 11 roundings of 2^-24
-// bound the error of a float32 sum of positive terms by 6.6e-7.
-constexpr int kTile = 2048;
+namespace rf::dmd_gradient {
+
 constexpr int kMaxDims = 8;
 
-enum class Dtype : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
 enum class NanRule : int32_t { kPublished, kSample };
 
 // A tensor broadcast to one sample [M], merged to as few dimensions as its strides allow; the last one varies
@@ -67,9 +64,14 @@ struct Params {
   Dtype prediction_dtype = Dtype::kFloat32;  // P
 };
 
-// Elements in one 16-byte access of the narrower of the two storage types.
-inline constexpr int vector_width(int bytes, int prediction_bytes) {
-  return 16 / (bytes < prediction_bytes ? bytes : prediction_bytes);
+// f.operator()<T, P>() for the types of a call: predictions in the dtype of x or in float32.
+template <typename F>
+auto with_types(const Params& p, F&& f) {
+  return with_dtype(p.dtype, [&]<typename T>() {
+    if constexpr (sizeof(T) != 4)
+      if (p.prediction_dtype == Dtype::kFloat32) return f.template operator()<T, float>();
+    return f.template operator()<T, T>();
+  });
 }
 
-}  // namespace rf::dmd
+}  // namespace rf::dmd_gradient

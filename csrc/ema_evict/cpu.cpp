@@ -1,12 +1,11 @@
 // CPU backend: the rows of kernel.h, one lane each, spread over the threads. A row is computed by one thread
 // from start to end, so the bits do not depend on how many there are.
-#include "csrc/ema_evict/cpu.h"
-
 #include <algorithm>
 #include <atomic>
 
-#include "csrc/common/dispatch.h"
+#include "csrc/common/torch_stable.h"
 #include "csrc/ema_evict/kernel.h"
+#include "csrc/ema_evict/launch.h"
 
 namespace rf::ema_evict {
 namespace {
@@ -20,7 +19,7 @@ struct OneLane {
 };
 
 template <typename T, EmaState kState, int N>
-void rows(const EmaEvictParams& p) {
+void rows(const Params& p) {
   const int64_t elements = int64_t{p.heads} * p.head_dim;
   const int64_t grain = std::max<int64_t>(1, 16384 / elements);
   torch::stable::parallel_for(0, p.batch * p.sink_frames * p.frame_tokens, grain,
@@ -32,7 +31,7 @@ void rows(const EmaEvictParams& p) {
 }
 
 template <typename T, EmaState kState>
-const char* run(const EmaEvictParams& p) {
+const char* run(const Params& p) {
   // As long as the layout allows: a unit's fixed cost (branches, the loop over sources) is then shared by
   // more elements. bf16 compensated, one thread, time relative to 64: 3.4 at 8, 1.4 at 32, 1.05 at 128.
   if (layout_fits<64>(p)) {
@@ -53,21 +52,8 @@ const char* run(const EmaEvictParams& p) {
 
 }  // namespace
 
-const char* evict_cpu(const EmaEvictParams& p, ScalarType dtype, EmaState state) {
-  const char* how = nullptr;
-  RF_DISPATCH_FLOATING(dtype, T, "ema_evict", "k_cache", {
-    if constexpr (sizeof(T) == 2) {
-      if (state == EmaState::kCompensated)
-        how = run<T, EmaState::kCompensated>(p);
-      else if (state == EmaState::kFloat32)
-        how = run<T, EmaState::kFloat32>(p);
-      else
-        how = run<T, EmaState::kPublished>(p);
-    } else {
-      how = run<T, EmaState::kPublished>(p);
-    }
-  });
-  return how;
+const char* run_cpu(const Params& p) {
+  return with_state(p, [&]<typename T, EmaState kState>() { return run<T, kState>(p); });
 }
 
 }  // namespace rf::ema_evict

@@ -3,45 +3,20 @@
 // is, of how many, and how the lanes agree on whether a token is finite.
 #pragma once
 
-#include "csrc/ema_evict/params.h"
+#include "csrc/ema_evict/config.h"
 #include "csrc/math/dtype.h"
 #include "csrc/math/ema.h"
 #include "csrc/math/vec.h"
 
 namespace rf::ema_evict {
 
-// ---- Units: how a head's D dims are cut into work for one lane
-// ---------------------------------------------- A rotated pair never leaves its unit, so the lanes exchange
-// nothing.
+// ---- Units: how a head's D dims are cut into work for one lane. A rotated pair never leaves its unit, so
+// the lanes exchange nothing.
 enum class Unit {
   kPlain,   // one vector without temporal pairs
   kInside,  // one vector, pairs (2i, 2i + 1) inside it
   kAcross,  // two vectors, pairs (x + i, y + i)
 };
-
-// Whether vectors of N elements can serve this layout: every unit starts at a multiple of N, and the vectors
-// that hold the x and the y of the temporal pairs (the last ones perhaps in part) are disjoint. N = 1 always
-// can.
-template <int N>
-RF_HD bool layout_fits(const EmaEvictParams& p) {
-  if (p.head_dim % N != 0) return false;
-  if (N == 1 || p.temporal_pairs == 0) return true;
-  if (p.step == 2) return p.x0 % N == 0;
-  const int span = (p.temporal_pairs + N - 1) / N * N;
-  return p.x0 % N == 0 && p.y0 % N == 0 && p.x0 + span <= p.y0 && p.y0 + span <= p.head_dim;
-}
-
-// Whether 16-byte accesses serve: the layout of a head, every base address, every stride.
-inline bool vectors_fit(const EmaEvictParams& p, int64_t item) {
-  const int64_t n = 16 / item;
-  const bool layout = n == 8 ? layout_fits<8>(p) : n == 4 ? layout_fits<4>(p) : layout_fits<2>(p);
-  if (!layout) return false;
-  for (const void* address : {p.k_cache, p.v_cache, p.k_state, p.k_state_lo, p.v_state})
-    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
-  for (int64_t stride : {p.k_stride_b, p.k_stride_t, p.k_stride_h, p.v_stride_b, p.v_stride_t, p.v_stride_h})
-    if (stride % n != 0) return false;
-  return true;
-}
 
 // The units of a head's keys: first those with temporal pairs, then the plain ones, which fill the gaps.
 template <int N>
@@ -50,7 +25,7 @@ struct KeyUnits {
   int paired, count;  // units with pairs; all units
   int span0, span1, vectors_a_span;  // where the paired units lie, in vectors
 
-  RF_HD explicit KeyUnits(const EmaEvictParams& p) {
+  RF_HD explicit KeyUnits(const Params& p) {
     two_spans = p.step == 1;
     vectors_a_span = ((two_spans ? 1 : 2) * p.temporal_pairs + N - 1) / N;
     paired = N == 1 ? p.temporal_pairs : vectors_a_span;
@@ -87,8 +62,8 @@ struct Cursor {
 };
 
 // ---- Rows
-// --------------------------------------------------------------------------------------------------- Keys or
-// values of one row.
+
+// Keys or values of one row.
 template <typename T>
 struct Stream {
   T* frame0;                   // this token in frame slot 0
@@ -102,8 +77,6 @@ struct Stream {
 
 // Up to kGroup sources of a row: one bit each says whether the token is fused. More go group after group; the
 // state between two groups is what the state's storage holds anyway, so the split changes no bit.
-constexpr int kGroup = 32;
-
 template <typename T>
 struct Group {
   EmaWeights<acc_t<T>> weights;
@@ -116,7 +89,7 @@ struct Group {
 
 // Whether this lane's share of a source token (all heads of K and V) is finite.
 template <typename T, int N, typename Lanes>
-RF_HD bool finite_share(const EmaEvictParams& p, const Stream<T>& k, const Stream<T>& v, int64_t source,
+RF_HD bool finite_share(const Params& p, const Stream<T>& k, const Stream<T>& v, int64_t source,
                         const Lanes& lanes) {
   const T* k_token = k.frame0 + source * k.stride_f;
   const T* v_token = v.frame0 + source * v.stride_f;
@@ -192,7 +165,7 @@ RF_HD void store_state(const Stream<T>& stream, int64_t at, const acc_t<T> (&s)[
 
 // One unit of one stream: state and slot are each read and written once, whatever the number of sources.
 template <typename T, EmaState kState, int N, Unit kUnit>
-RF_HD void fuse_unit(const EmaEvictParams& p, const Stream<T>& stream, const Group<T>& group, int head,
+RF_HD void fuse_unit(const Params& p, const Stream<T>& stream, const Group<T>& group, int head,
                      const int (&dim)[2], int first_pair) {
   using A = acc_t<T>;
   // Nothing comes into a slot that is the state: it is not even read.
@@ -241,7 +214,7 @@ RF_HD void fuse_unit(const EmaEvictParams& p, const Stream<T>& stream, const Gro
 }
 
 template <typename T, EmaState kState, int N, typename Lanes>
-RF_HD void fuse_keys(const EmaEvictParams& p, const Stream<T>& k, const Group<T>& group, const Lanes& lanes) {
+RF_HD void fuse_keys(const Params& p, const Stream<T>& k, const Group<T>& group, const Lanes& lanes) {
   const KeyUnits<N> units(p);
   RF_NO_UNROLL
   for (Cursor at(lanes.lane, lanes.lanes, units.count); at.head < p.heads; at.next()) {
@@ -261,8 +234,7 @@ RF_HD void fuse_keys(const EmaEvictParams& p, const Stream<T>& k, const Group<T>
 }
 
 template <typename T, EmaState kState, int N, typename Lanes>
-RF_HD void fuse_values(const EmaEvictParams& p, const Stream<T>& v, const Group<T>& group,
-                       const Lanes& lanes) {
+RF_HD void fuse_values(const Params& p, const Stream<T>& v, const Group<T>& group, const Lanes& lanes) {
   RF_NO_UNROLL
   for (Cursor at(lanes.lane, lanes.lanes, p.head_dim / N); at.head < p.heads; at.next()) {
     const int dim[2] = {at.unit * N, 0};
@@ -274,7 +246,7 @@ RF_HD void fuse_values(const EmaEvictParams& p, const Stream<T>& v, const Group<
 // is left out: on the GPU, where nobody has looked at the schedule, it would be a read out of bounds or of a
 // slot that another row writes.
 template <typename T, EmaState kState, int N, typename Lanes>
-RF_HD void evict_row(const EmaEvictParams& p, int64_t row, int first, const Lanes& lanes) {
+RF_HD void evict_row(const Params& p, int64_t row, int first, const Lanes& lanes) {
   const int64_t t = row % p.frame_tokens;
   const int64_t j = row / p.frame_tokens % p.sink_frames;
   const int64_t b = row / p.frame_tokens / p.sink_frames;

@@ -1,19 +1,17 @@
 // CUDA backend: one launch, one thread block a row of kernel.h. Schedule, turns and alpha are read from
 // device memory, so a captured graph can be replayed with another plan in the same place.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
+#include "csrc/common/cuda_call.h"
 #include "csrc/ema_evict/kernel.h"
 #include "csrc/ema_evict/launch.h"
 
 namespace rf::ema_evict {
 namespace {
 
-// 192 threads are one 16-byte vector each of a 12 x 128 row in half precision. Three blocks an SM leave up to
-// 112 registers a thread; of the limits tried (64, 80, 112), the first under which the half-precision kernels
-// spill on no architecture. float32 and float64 need two blocks for that (sm_120).
-constexpr int kMaxThreads = 192;
+// Three blocks an SM leave up to 112 registers a thread; of the limits tried (64, 80, 112), the first under
+// which the half-precision kernels spill on no architecture. float32 and float64 need two blocks for that
+// (sm_120).
 template <typename T>
 constexpr int kMinBlocks = sizeof(T) == 2 ? 3 : 2;
 
@@ -37,7 +35,7 @@ struct BlockLanes {
 
 template <typename T, EmaState kState, int N>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
-    evict_kernel(const __grid_constant__ EmaEvictParams p, int first) {
+    evict_kernel(const __grid_constant__ Params p, int first) {
   const int64_t row = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   if (row >= p.batch * p.sink_frames * p.frame_tokens) return;
   evict_row<T, kState, N>(p, row, first,
@@ -45,47 +43,28 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
 }
 
 template <typename T, EmaState kState, int N>
-int launch(const EmaEvictParams& p, void* stream) {
+CudaStatus launch(const Params& p, const Config& config, void* stream) {
   const int64_t rows = p.batch * p.sink_frames * p.frame_tokens;
-  const int64_t units = int64_t{p.heads} * (p.head_dim / N);
-  const int64_t steps = (units + kMaxThreads - 1) / kMaxThreads;
-  const int threads = static_cast<int>(((units + steps - 1) / steps + 31) / 32 * 32);
   // x is as wide as a grid may be; only a cache of more than 2^31 sink tokens needs a second row of blocks.
   const int64_t x = std::min<int64_t>(rows, INT32_MAX);
   const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>((rows + x - 1) / x));
   // One launch: a second only where more than kGroup frames may go into one sink frame.
-  for (int first = 0; first == 0 || first < p.sources; first += kGroup)
-    evict_kernel<T, kState, N><<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(p, first);
-  return cudaGetLastError();
-}
-
-template <typename T, EmaState kState>
-int launch(const EmaEvictParams& p, bool vectors, void* stream) {
-  return vectors ? launch<T, kState, 16 / sizeof(T)>(p, stream) : launch<T, kState, 1>(p, stream);
-}
-
-template <typename T>
-int launch_half(const EmaEvictParams& p, EmaState state, bool vectors, void* stream) {
-  if (state == EmaState::kCompensated) return launch<T, EmaState::kCompensated>(p, vectors, stream);
-  if (state == EmaState::kFloat32) return launch<T, EmaState::kFloat32>(p, vectors, stream);
-  return launch<T, EmaState::kPublished>(p, vectors, stream);
+  for (int first = 0; first == 0 || first < p.sources; first += kGroup) {
+    const CudaStatus status = launch_kernel("launch of evict_kernel", evict_kernel<T, kState, N>, grid,
+                                            config.threads, 0, stream, p, first);
+    if (!status.ok()) return status;
+  }
+  return {};
 }
 
 }  // namespace
+
+CudaStatus run_cuda(const Params& p, const Config& config, void* stream) {
+  return with_state(p, [&]<typename T, EmaState kState>() {
+    constexpr int kVector = 16 / sizeof(T);
+    return config.vector == kVector ? launch<T, kState, kVector>(p, config, stream)
+                                    : launch<T, kState, 1>(p, config, stream);
+  });
+}
+
 }  // namespace rf::ema_evict
-
-using rf::EmaEvictParams;
-using rf::EmaState;
-
-extern "C" int rf_ema_evict_bf16(const EmaEvictParams* p, EmaState state, bool vectors, void* stream) {
-  return rf::ema_evict::launch_half<rf::bf16>(*p, state, vectors, stream);
-}
-extern "C" int rf_ema_evict_f16(const EmaEvictParams* p, EmaState state, bool vectors, void* stream) {
-  return rf::ema_evict::launch_half<rf::f16>(*p, state, vectors, stream);
-}
-extern "C" int rf_ema_evict_f32(const EmaEvictParams* p, bool vectors, void* stream) {
-  return rf::ema_evict::launch<float, EmaState::kPublished>(*p, vectors, stream);
-}
-extern "C" int rf_ema_evict_f64(const EmaEvictParams* p, bool vectors, void* stream) {
-  return rf::ema_evict::launch<double, EmaState::kPublished>(*p, vectors, stream);
-}

@@ -1,11 +1,16 @@
-// Launchers of the CUDA backend (launch.cu, no torch header there). Each returns a cudaError_t as int.
+// The backends that op.cpp chooses from.
 #pragma once
 
+#include "csrc/common/cuda_status.h"
+#include "csrc/ema_evict/config.h"
 #include "csrc/ema_evict/params.h"
-#include "csrc/math/ema.h"
 
-// `vectors`: 16-byte accesses, for layouts and addresses that allow them (vectors_fit in op.cpp).
-extern "C" int rf_ema_evict_bf16(const rf::EmaEvictParams*, rf::EmaState, bool vectors, void* stream);
-extern "C" int rf_ema_evict_f16(const rf::EmaEvictParams*, rf::EmaState, bool vectors, void* stream);
-extern "C" int rf_ema_evict_f32(const rf::EmaEvictParams*, bool vectors, void* stream);
-extern "C" int rf_ema_evict_f64(const rf::EmaEvictParams*, bool vectors, void* stream);
+namespace rf::ema_evict {
+
+// Returns which path served, a literal. The bits do not depend on the number of threads.
+const char* run_cpu(const Params& p);
+
+// One launch on `stream` for up to kGroup sources a sink frame.
+CudaStatus run_cuda(const Params& p, const Config& config, void* stream);
+
+}  // namespace rf::ema_evict

@@ -1,15 +1,9 @@
 // ema_evict for PyTorch: every argument check (before the first write), parameters, choice of backend.
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "csrc/common/dispatch.h"
-#include "csrc/common/launch.h"
-#include "csrc/ema_evict/cpu.h"
-#include "csrc/ema_evict/kernel.h"
 #include "csrc/ema_evict/launch.h"
-#include "csrc/ema_evict/params.h"
 
 namespace rf::ema_evict {
 namespace {
@@ -23,11 +17,8 @@ void check_caches(const Tensor& k_cache, const Tensor& v_cache, int64_t frame_to
   check_dim(kOp, "v_cache", v_cache, 4, layout);
   for (int64_t d = 0; d < 4; ++d)
     check_size(kOp, "v_cache", v_cache, d, k_cache.size(d), "k_cache's [B, T, H, D]");
-  const ScalarType t = k_cache.scalar_type();
-  RF_CHECK_ARG(
-      t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half,
-      kOp, "k_cache", "dtype float64, float32, bfloat16 or float16", dtype_text(t));
-  check_dtype(kOp, "v_cache", v_cache, t);
+  checked_dtype(kOp, "k_cache", k_cache);
+  check_dtype(kOp, "v_cache", v_cache, k_cache.scalar_type());
   check_same_device(kOp, "v_cache", v_cache, k_cache);
   check_last_dim_contiguous(kOp, "k_cache", k_cache);
   check_last_dim_contiguous(kOp, "v_cache", v_cache);
@@ -145,7 +136,7 @@ void check_apart(const std::vector<std::pair<const char*, const Tensor*>>& writt
 
 // The CPU can look at the values: a source read by two sink frames, or a sink slot as a source, would make
 // the result depend on the order of the threads.
-void check_values(const EmaEvictParams& p, const Tensor& schedule, const Tensor& alpha) {
+void check_values(const Params& p, const Tensor& schedule, const Tensor& alpha) {
   const int64_t plans = schedule.dim() == 3 ? p.batch : 1;
   std::vector<char> taken(static_cast<size_t>(p.frames));
   for (int64_t b = 0; b < plans; ++b) {
@@ -174,34 +165,6 @@ void check_values(const EmaEvictParams& p, const Tensor& schedule, const Tensor&
       const double a = p.alpha[j * p.alpha_stride_frame + t * p.alpha_stride_token];
       RF_CHECK_ARG(a >= 0 && a <= 1, kOp, "alpha", "values in [0, 1]", a);
     }
-}
-
-const char* evict_cuda(const EmaEvictParams& p, const Tensor& k_cache, EmaState state) {
-#if defined(RF_WITH_CUDA)
-  const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
-  void* stream = current_stream(k_cache.get_device_index());
-  const bool vectors = vectors_fit(p, static_cast<int64_t>(k_cache.element_size()));
-  int error = 0;
-  switch (k_cache.scalar_type()) {
-    case ScalarType::BFloat16:
-      error = rf_ema_evict_bf16(&p, state, vectors, stream);
-      break;
-    case ScalarType::Half:
-      error = rf_ema_evict_f16(&p, state, vectors, stream);
-      break;
-    case ScalarType::Float:
-      error = rf_ema_evict_f32(&p, vectors, stream);
-      break;
-    default:
-      error = rf_ema_evict_f64(&p, vectors, stream);
-  }
-  RF_CHECK_CUDA(kOp, error);
-  return vectors ? "16-byte vectors"
-                 : "scalar: an address, a stride or the head's layout is no multiple of 16 bytes";
-#else
-  throw std::runtime_error(
-      "rf_kernels.ema_evict: CUDA tensors, but this build has no CUDA part (RF_CUDA=OFF or no nvcc)");
-#endif
 }
 
 }  // namespace
@@ -233,7 +196,9 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
   }
   check_apart(written, {{"schedule", &schedule}, {"turns", &turns}, {"alpha", &alpha}});
 
-  EmaEvictParams p{};
+  Params p{};
+  p.dtype = checked_dtype(kOp, "k_cache", k_cache);
+  p.state = state;
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
   p.k_state = k_state ? k_state->mutable_data_ptr() : nullptr;
@@ -272,10 +237,13 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
     record_dispatch(kOp, k_cache.is_cpu() ? "cpu" : "cuda", "nothing to do");
     return;
   }
-  if (k_cache.is_cpu())
-    record_dispatch(kOp, "cpu", evict_cpu(p, k_cache.scalar_type(), state));
-  else
-    record_dispatch(kOp, "cuda", evict_cuda(p, k_cache, state));
+  run_where_tensors_are(
+      kOp, k_cache, [&] { return run_cpu(p); },
+      [&](void* stream) {
+        const Config config = choose_config(p);
+        check_cuda(kOp, run_cuda(p, config, stream));
+        return config.reason;
+      });
 }
 
 }  // namespace rf::ema_evict

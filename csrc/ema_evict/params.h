@@ -3,9 +3,14 @@
 
 #include <cstdint>
 
-namespace rf {
+#include "csrc/math/dtype.h"
+#include "csrc/math/ema.h"
 
-struct EmaEvictParams {
+namespace rf::ema_evict {
+
+struct Params {
+  Dtype dtype;
+  EmaState state;           // kPublished where the cache is float32 or float64
   void* k_cache;            // [B, T, H, D], T = frames * frame_tokens; last stride 1
   void* v_cache;            // [B, T, H, D]
   void* k_state;            // [B, S*n, H, D] cache dtype (hi) or float32; null: the slot is the state
@@ -26,4 +31,16 @@ struct EmaEvictParams {
   bool skip_nonfinite;
 };
 
-}  // namespace rf
+// f.operator()<T, kState>() for the types of a call.
+template <typename F>
+auto with_state(const Params& p, F&& f) {
+  return with_dtype(p.dtype, [&]<typename T>() {
+    if constexpr (sizeof(T) == 2) {
+      if (p.state == EmaState::kCompensated) return f.template operator()<T, EmaState::kCompensated>();
+      if (p.state == EmaState::kFloat32) return f.template operator()<T, EmaState::kFloat32>();
+    }
+    return f.template operator()<T, EmaState::kPublished>();
+  });
+}
+
+}  // namespace rf::ema_evict

@@ -1,4 +1,5 @@
-// Storage types of half precision, and the accumulator each storage type computes in.
+// The storage types of all ops: their names at run time, half precision, and the accumulator each computes
+// in.
 //
 // Rounding is to nearest even on both machines: `from_acc` is the only place where a value is rounded to its
 // storage type, so a kernel's rounding points can be read off its calls. On the host, fp16 uses F16C where
@@ -25,6 +26,28 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+enum class Dtype : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+RF_HD constexpr int dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// From a name at run time to code: f.operator()<T>(), f being a lambda []<typename T>() { ... }.
+template <typename F>
+auto with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return f.template operator()<bf16>();
+    case Dtype::kFloat16:
+      return f.template operator()<f16>();
+    case Dtype::kFloat32:
+      return f.template operator()<float>();
+    case Dtype::kFloat64:
+      break;
+  }
+  return f.template operator()<double>();
+}
 
 RF_HD uint32_t float_to_bits(float v) {
   uint32_t u;

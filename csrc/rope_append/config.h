@@ -4,28 +4,24 @@
 
 #include "csrc/rope_append/params.h"
 
-namespace rf {
+namespace rf::rope_append {
 
-struct RopeAppendConfig {
+struct Config {
   int32_t vector;        // elements of one access: 16 bytes' worth, or 1
   int32_t threads;       // of a CTA; a CTA serves one token
   int64_t shared_bytes;  // angles of the token, sums of squares
   const char* reason;    // why this `vector`
 };
 
-RF_HD int32_t element_bytes(RopeDtype dtype) {
-  return dtype == RopeDtype::kFloat64 ? 8 : dtype == RopeDtype::kFloat32 ? 4 : 2;
-}
-
 // A unit is 2 * vector dims of a head: `vector` pairs, or as many unrotated dims (the last unit may hold
 // half).
-RF_HD int32_t units_per_head(const RopeAppendParams& p, int32_t vector) {
+RF_HD int32_t units_per_head(const Params& p, int32_t vector) {
   const int32_t tail = p.head_dim - 2 * p.axes.pairs;
   return p.axes.pairs / vector + (tail + 2 * vector - 1) / (2 * vector);
 }
 
 // Why rows of this shape cannot be read in packs of `vector` elements; null if they can.
-inline const char* vector_obstacle(const RopeAppendParams& p, int32_t vector) {
+inline const char* vector_obstacle(const Params& p, int32_t vector) {
   if (p.head_dim % vector != 0) return "scalar accesses: the head dim is no multiple of 16 bytes";
   if (p.axes.pairs % vector != 0)
     return "scalar accesses: the number of pairs is no multiple of a 16-byte access";
@@ -44,7 +40,7 @@ template <typename Rows>
 bool aligned_rows(const Rows& r, int32_t vector) {
   return r.data == nullptr || aligned_rows(r.data, r.batch_stride, r.token_stride, r.head_stride, vector);
 }
-inline bool aligned(const RopeAppendParams& p, int32_t vector) {
+inline bool aligned(const Params& p, int32_t vector) {
   const bool weights =
       reinterpret_cast<uintptr_t>(p.q.weight) % 16 == 0 && reinterpret_cast<uintptr_t>(p.k.weight) % 16 == 0;
   return weights && aligned_rows(p.q.in, vector) && aligned_rows(p.q.out, vector) &&
@@ -52,9 +48,9 @@ inline bool aligned(const RopeAppendParams& p, int32_t vector) {
          aligned_rows(p.v_cache, vector);
 }
 
-inline RopeAppendConfig choose_config(const RopeAppendParams& p) {
-  RopeAppendConfig config{};
-  config.vector = 16 / element_bytes(p.dtype);
+inline Config choose_config(const Params& p) {
+  Config config{};
+  config.vector = 16 / dtype_bytes(p.dtype);
   config.reason = vector_obstacle(p, config.vector);
   if (config.reason == nullptr && !aligned(p, config.vector))
     config.reason = "scalar accesses: an address or a stride is no multiple of 16 bytes";
@@ -70,7 +66,7 @@ inline RopeAppendConfig choose_config(const RopeAppendParams& p) {
   const int64_t lanes = units < 512 ? units : 512;
   config.threads = static_cast<int32_t>((lanes + 31) / 32 * 32);
 
-  const int64_t accumulator = p.dtype == RopeDtype::kFloat64 ? 8 : 4;
+  const int64_t accumulator = p.dtype == Dtype::kFloat64 ? 8 : 4;
   const int64_t row_heads = static_cast<int64_t>(p.q.heads) + p.k.heads;
   const int64_t sums =
       p.q.weight != nullptr || p.k.weight != nullptr ? row_heads * (units_per_head(p, config.vector) + 1) : 0;
@@ -78,4 +74,4 @@ inline RopeAppendConfig choose_config(const RopeAppendParams& p) {
   return config;
 }
 
-}  // namespace rf
+}  // namespace rf::rope_append

@@ -7,14 +7,14 @@
 
 #include "csrc/common/torch_stable.h"
 #include "csrc/math/convert.h"
-#include "csrc/rope_append/backends.h"
+#include "csrc/rope_append/launch.h"
 
-namespace rf {
+namespace rf::rope_append {
 namespace {
 
 // The angles of one token, cosines and sines apart so that the rotation reads them with full vectors.
 template <typename A>
-void gather_angles(const RopeAppendParams& p, int64_t batch, int32_t token, A* cosines, A* sines) {
+void gather_angles(const Params& p, int64_t batch, int32_t token, A* cosines, A* sines) {
   const A* table = static_cast<const A*>(p.angles) + batch * p.angles_batch_stride;
   for (int32_t begin = 0, a = 0; a < p.axes.count; begin += p.axes.axis[a++].pairs) {
     if (p.axes.axis[a].pairs == 0) continue;
@@ -83,7 +83,7 @@ void rotate(A* head, const RopeAxes& axes, const A* cosines, const A* sines) {
 
 // The norm's weight in accumulators, converted once a call: [heads * D] or [D]; empty without a norm.
 template <typename T>
-std::vector<acc_t<T>> weight_row(const RopeAppendParams& p, const RopeRows& rows) {
+std::vector<acc_t<T>> weight_row(const Params& p, const RopeRows& rows) {
   if (rows.weight == nullptr) return {};
   std::vector<acc_t<T>> out(static_cast<size_t>(p.norm == NormScope::kModel ? rows.heads : 1) * p.head_dim);
   if (rows.float_weight) {
@@ -98,7 +98,7 @@ std::vector<acc_t<T>> weight_row(const RopeAppendParams& p, const RopeRows& rows
 template <typename T>
 struct TokenScratch {
   std::vector<acc_t<T>> row, cosines, sines;
-  explicit TokenScratch(const RopeAppendParams& p)
+  explicit TokenScratch(const Params& p)
       : row(static_cast<size_t>(std::max(p.q.heads, p.k.heads)) * p.head_dim),
         cosines(p.axes.pairs),
         sines(p.axes.pairs) {}
@@ -106,7 +106,7 @@ struct TokenScratch {
 
 // One token of q or k: read, normalise, rotate, round once, write.
 template <typename T>
-void transform_token(const RopeAppendParams& p, const RopeRows& rows, const std::vector<acc_t<T>>& weight,
+void transform_token(const Params& p, const RopeRows& rows, const std::vector<acc_t<T>>& weight,
                      int64_t batch, int32_t token, int64_t out_token, TokenScratch<T>& scratch) {
   using A = acc_t<T>;
   const int64_t dim = p.head_dim, width = rows.heads * dim;
@@ -128,7 +128,7 @@ void transform_token(const RopeAppendParams& p, const RopeRows& rows, const std:
 }
 
 template <typename T>
-void copy_value(const RopeAppendParams& p, int64_t batch, int32_t token, int64_t out_token) {
+void copy_value(const Params& p, int64_t batch, int32_t token, int64_t out_token) {
   const T* in = static_cast<const T*>(p.v.data) + batch * p.v.batch_stride + token * p.v.token_stride;
   T* out =
       static_cast<T*>(p.v_cache.data) + batch * p.v_cache.batch_stride + out_token * p.v_cache.token_stride;
@@ -137,7 +137,7 @@ void copy_value(const RopeAppendParams& p, int64_t batch, int32_t token, int64_t
 }
 
 template <typename T>
-void run(const RopeAppendParams& p) {
+void run(const Params& p) {
   const auto q_weight = weight_row<T>(p, p.q);
   const auto k_weight = weight_row<T>(p, p.k);
   // About 16K elements are worth a thread (the start of a parallel region costs some microseconds).
@@ -160,17 +160,9 @@ void run(const RopeAppendParams& p) {
 
 }  // namespace
 
-void rope_append_cpu(const RopeAppendParams& p) {
-  switch (p.dtype) {
-    case RopeDtype::kBFloat16:
-      return run<bf16>(p);
-    case RopeDtype::kFloat16:
-      return run<f16>(p);
-    case RopeDtype::kFloat32:
-      return run<float>(p);
-    case RopeDtype::kFloat64:
-      return run<double>(p);
-  }
+const char* run_cpu(const Params& p) {
+  with_dtype(p.dtype, [&]<typename T>() { run<T>(p); });
+  return "C++ backend";
 }
 
-}  // namespace rf
+}  // namespace rf::rope_append

@@ -11,11 +11,11 @@
 #include "csrc/math/vec.h"
 #include "csrc/rope_append/config.h"
 
-namespace rf {
+namespace rf::rope_append {
 
 // `T`: storage, `V`: elements of an access.
 template <typename T, int V>
-class RopeAppendToken {
+class Token {
  public:
   using A = acc_t<T>;
   struct Unit {
@@ -27,7 +27,7 @@ class RopeAppendToken {
   };
 
   // `shared`: config.shared_bytes, uninitialised, the same for all lanes of the CTA.
-  RF_HD RopeAppendToken(const RopeAppendParams& p, void* shared, int64_t row, int32_t lane, int32_t lanes)
+  RF_HD Token(const Params& p, void* shared, int64_t row, int32_t lane, int32_t lanes)
       : p_(p),
         lane_(lane),
         lanes_(lanes),
@@ -200,7 +200,7 @@ class RopeAppendToken {
     RF_UNROLL for (int j = 0; j < V; ++j) turn(at.pair + j, first[j], second[j]);
   }
 
-  const RopeAppendParams& p_;
+  const Params& p_;
   const int32_t lane_, lanes_, units_;
   const int64_t batch_;
   const int32_t token_;
@@ -210,4 +210,4 @@ class RopeAppendToken {
   A* const unit_sums_;        // [Hq + Hkv, units]
 };
 
-}  // namespace rf
+}  // namespace rf::rope_append

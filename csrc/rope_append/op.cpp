@@ -4,34 +4,13 @@
 #include <vector>
 
 #include "csrc/common/dispatch.h"
-#include "csrc/common/launch.h"
-#include "csrc/rope_append/backends.h"
+#include "csrc/rope_append/launch.h"
 
-#if defined(RF_WITH_CUDA)
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
-namespace rf {
+namespace rf::rope_append {
 namespace {
 
 constexpr const char* kRopeAppend = "rope_append";
 constexpr const char* kRope = "rope";
-
-RopeDtype rope_dtype(const char* op, const char* arg, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return RopeDtype::kBFloat16;
-    case ScalarType::Half:
-      return RopeDtype::kFloat16;
-    case ScalarType::Float:
-      return RopeDtype::kFloat32;
-    case ScalarType::Double:
-      return RopeDtype::kFloat64;
-    default:
-      throw_argument_error(op, arg, "dtype float64, float32, bfloat16 or float16",
-                           dtype_text(t.scalar_type()));
-  }
-}
 
 HeadRows rows_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
@@ -40,8 +19,7 @@ MutableHeadRows mutable_rows_of(const Tensor& t) {
   return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// ---- checks: nothing below writes to an argument
-// -----------------------------------------------------------------------------
+// ---- checks: nothing below writes to an argument ----
 
 void check_data(const char* op, const char* arg, const Tensor& t, const char* layout) {
   check_dim(op, arg, t, 4, layout);
@@ -85,7 +63,7 @@ void set_weight(const char* op, const char* arg, const std::optional<Tensor>& we
 }
 
 void set_angles(const char* op, const std::optional<Tensor>& angles, const std::vector<int64_t>& axes,
-                int64_t layout, const Tensor& data, RopeAppendParams& p) {
+                int64_t layout, const Tensor& data, Params& p) {
   RF_CHECK_ARG(layout >= 0 && layout <= 2, op, "layout", "0 (adjacent), 1 (half) or 2 (axis_half)", layout);
   p.axes = {static_cast<RopeLayout>(layout), 0, 0, {}};
   p.angles = nullptr;
@@ -143,7 +121,7 @@ void check_cache(const char* arg, const Tensor& cache, const Tensor& k) {
 
 // The slots' values: on the CPU they are checked, two equal slots of a sample would race. On a GPU reading
 // them would stall the stream: there the kernel leaves out what has no place in the cache.
-void check_slot_values(const Tensor& slots, const RopeAppendParams& p, int64_t frames) {
+void check_slot_values(const Tensor& slots, const Params& p, int64_t frames) {
   const int64_t capacity = p.frame_tokens > 0 ? p.cache_tokens / p.frame_tokens : INT32_MAX;
   const int64_t samples = slots.dim() == 2 ? slots.size(0) : 1;
   for (int64_t b = 0; b < samples; ++b) {
@@ -160,7 +138,7 @@ void check_slot_values(const Tensor& slots, const RopeAppendParams& p, int64_t f
   }
 }
 
-void set_slots(const Tensor& slots, const Tensor& q, RopeAppendParams& p) {
+void set_slots(const Tensor& slots, const Tensor& q, Params& p) {
   const char* layout = "[F] or [B, F]";
   RF_CHECK_ARG(slots.dim() == 1 || slots.dim() == 2, kRopeAppend, "slots", concat("shape ", layout),
                shape_text(slots));
@@ -187,41 +165,27 @@ const Tensor* address(const std::optional<Tensor>& t) {
   return t.has_value() ? &*t : nullptr;
 }
 
-// ---- the two ops, and where they run
-// ------------------------------------------------------------------------------------------
+// ---- the two ops, and where they run ----
 
-struct Cpu {
-  static void run(const char* op, const Tensor&, const RopeAppendParams& p) {
-    record_dispatch(op, "cpu", "C++ backend");
-    rope_append_cpu(p);
-  }
-};
-
-struct Cuda {
-  static void run([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& q,
-                  [[maybe_unused]] const RopeAppendParams& p) {
-#if defined(RF_WITH_CUDA)
-    const RopeAppendConfig config = choose_config(p);
-    torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-    RF_CHECK_CUDA(op, rf_rope_append_launch(&p, &config, current_stream(q.get_device_index())));
-    record_dispatch(op, "cuda", config.reason);
-#else
-    throw std::runtime_error(
-        concat("rf_kernels.", op, ": this build has no CUDA part (RF_CUDA=OFF, or no nvcc was found)"));
-#endif
-  }
-};
+void run(const char* op, const Tensor& data, const Params& p) {
+  run_where_tensors_are(
+      op, data, [&] { return run_cpu(p); },
+      [&](void* stream) {
+        const Config config = choose_config(p);
+        check_cuda(op, run_cuda(p, config, stream));
+        return config.reason;
+      });
+}
 
 bool empty(const Tensor& t) {
   return t.numel() == 0;
 }
 
-template <typename Backend>
 Tensor rope(const Tensor& x, const std::optional<Tensor>& angles, std::vector<int64_t> axes, int64_t layout,
             const std::optional<Tensor>& weight, int64_t norm, double eps) {
-  RopeAppendParams p{};
+  Params p{};
   check_data(kRope, "x", x, "[B, N, H, D]");
-  p.dtype = rope_dtype(kRope, "x", x);
+  p.dtype = checked_dtype(kRope, "x", x);
   p.norm = check_norm(kRope, norm, eps);
   p.eps = eps;
   set_angles(kRope, angles, axes, layout, x, p);
@@ -234,21 +198,21 @@ Tensor rope(const Tensor& x, const std::optional<Tensor>& angles, std::vector<in
   p.q.in = rows_of(x);
   p.q.out = mutable_rows_of(out);
   p.q.heads = static_cast<int32_t>(x.size(2));
-  if (!empty(x)) Backend::run(kRope, x, p);
+  if (!empty(x)) run(kRope, x, p);
   return out;
 }
 
 // Every check of rope_append, and what they found out. As an op of its own (rope_append_check) it serves
 // callers that write something else first: the cache fuses the leaving frames before it appends, and must
 // know that the append will not be refused.
-RopeAppendParams checked_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                                     const Tensor& v_cache, const Tensor& slots,
-                                     const std::optional<Tensor>& angles, const std::vector<int64_t>& axes,
-                                     int64_t layout, const std::optional<Tensor>& q_weight,
-                                     const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
-  RopeAppendParams p{};
+Params checked_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                           const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
+                           const std::vector<int64_t>& axes, int64_t layout,
+                           const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                           int64_t norm, double eps) {
+  Params p{};
   check_data(kRopeAppend, "q", q, "[B, N, Hq, D]");
-  p.dtype = rope_dtype(kRopeAppend, "q", q);
+  p.dtype = checked_dtype(kRopeAppend, "q", q);
   check_like(kRopeAppend, "k", k, q, "[B, N, Hkv, D]");
   check_size(kRopeAppend, "k", k, 1, q.size(1), "[B, N, Hkv, D]");
   check_like(kRopeAppend, "v", v, q, "[B, N, Hkv, D]");
@@ -302,31 +266,30 @@ void rope_append_check(const Tensor& q, const Tensor& k, const Tensor& v, const 
   checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps);
 }
 
-template <typename Backend>
 Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                    const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
                    std::vector<int64_t> axes, int64_t layout, const std::optional<Tensor>& q_weight,
                    const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
-  RopeAppendParams p = checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight,
-                                           k_weight, norm, eps);
+  Params p = checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight,
+                                 norm, eps);
   Tensor q_out = torch::stable::new_empty(q, q.sizes());
   p.q.out = mutable_rows_of(q_out);
-  if (!empty(q) || !empty(k)) Backend::run(kRopeAppend, q, p);
+  if (!empty(q) || !empty(k)) run(kRopeAppend, q, p);
   return q_out;
 }
 
 }  // namespace
-}  // namespace rf
+}  // namespace rf::rope_append
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
-  m.impl("rope", TORCH_BOX(&rf::rope<rf::Cpu>));
-  m.impl("rope_append", TORCH_BOX(&rf::rope_append<rf::Cpu>));
-  m.impl("rope_append_check", TORCH_BOX(&rf::rope_append_check));
+  m.impl("rope", TORCH_BOX(&rf::rope_append::rope));
+  m.impl("rope_append", TORCH_BOX(&rf::rope_append::rope_append));
+  m.impl("rope_append_check", TORCH_BOX(&rf::rope_append::rope_append_check));
 }
 
 // Registered in every build: without a CUDA part the call says so.
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
-  m.impl("rope", TORCH_BOX(&rf::rope<rf::Cuda>));
-  m.impl("rope_append", TORCH_BOX(&rf::rope_append<rf::Cuda>));
-  m.impl("rope_append_check", TORCH_BOX(&rf::rope_append_check));
+  m.impl("rope", TORCH_BOX(&rf::rope_append::rope));
+  m.impl("rope_append", TORCH_BOX(&rf::rope_append::rope_append));
+  m.impl("rope_append_check", TORCH_BOX(&rf::rope_append::rope_append_check));
 }

@@ -3,9 +3,7 @@
 
 #include "csrc/math/rope.h"
 
-namespace rf {
-
-enum class RopeDtype : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+namespace rf::rope_append {
 
 // [B, N or T, heads, D], last dimension contiguous.
 struct HeadRows {
@@ -26,8 +24,8 @@ struct RopeRows {
   bool float_weight;  // weight is float32 although the data is not
 };
 
-struct RopeAppendParams {
-  RopeDtype dtype;
+struct Params {
+  Dtype dtype;
   NormScope norm;
   double eps;
   int32_t head_dim;         // D
@@ -49,11 +47,11 @@ struct RopeAppendParams {
 
 // First cache token of the row's frame plus its place in the frame; -1 where the slot is outside of the
 // cache.
-RF_HD int64_t cache_token(const RopeAppendParams& p, int64_t batch, int32_t token) {
+RF_HD int64_t cache_token(const Params& p, int64_t batch, int32_t token) {
   const int32_t frame = token / p.frame_tokens;
   const int64_t slot = p.slots[batch * p.slots_batch_stride + frame * p.slots_stride];
   if (slot < 0 || (slot + 1) * p.frame_tokens > p.cache_tokens) return -1;
   return slot * p.frame_tokens + (token - frame * p.frame_tokens);
 }
 
-}  // namespace rf
+}  // namespace rf::rope_append

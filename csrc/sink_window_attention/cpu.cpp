@@ -4,7 +4,7 @@
 #include "csrc/math/lse_merge.h"
 #include "csrc/sink_window_attention/portable.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 using torch::stable::copy_;
@@ -169,7 +169,8 @@ void merge_typed(const Attended& first, const Attended& second, const Attended& 
 }
 
 void merge(const Attended& first, const Attended& second, const Attended& rows) {
-  RF_DISPATCH_FLOATING(rows.out.scalar_type(), T, kOp, "q", merge_typed<T>(first, second, rows));
+  with_dtype(checked_dtype(kOp, "q", rows.out),
+             [&]<typename T>() { merge_typed<T>(first, second, rows); });
 }
 
 template <typename S, typename T>
@@ -189,13 +190,13 @@ void accumulate_typed(const Tensor& sum, const Tensor& term) {
 
 void accumulate(const Tensor& sum, const Tensor& term) {
   const bool same = sum.scalar_type() == term.scalar_type();
-  RF_DISPATCH_FLOATING(term.scalar_type(), T, kOp, "q",
-                       same ? accumulate_typed<T, T>(sum, term)
-                            : accumulate_typed<float, T>(sum, term));  // half precision into float
+  with_dtype(checked_dtype(kOp, "q", term), [&]<typename T>() {
+    same ? accumulate_typed<T, T>(sum, term) : accumulate_typed<float, T>(sum, term);  // half into float
+  });
 }
 
 }  // namespace
 
 const Backend cpu_backend{&forward, &backward, &merge, &accumulate};
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

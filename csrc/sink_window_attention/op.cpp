@@ -4,10 +4,10 @@
 #include <tuple>
 
 #include "csrc/common/dispatch.h"
-#include "csrc/sink_window_attention/op_sm90.h"
 #include "csrc/sink_window_attention/portable.h"
+#include "csrc/sink_window_attention/sm90/op.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 constexpr const char* kQueryLayout = "[B, Nq, Hq, D]";
@@ -23,7 +23,7 @@ void check_rows(const char* arg, const Tensor& t) {
 
 void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dim(kOp, "q", q, 4, kQueryLayout);
-  RF_DISPATCH_FLOATING(q.scalar_type(), T, kOp, "q", (void)sizeof(T));
+  checked_dtype(kOp, "q", q);
   const int64_t batch = q.size(0), heads = q.size(2), dim = q.size(3);
   RF_CHECK_ARG(dim >= 1 && dim <= kMaxHeadDim, kOp, "q", concat("a head dim D of 1 to ", kMaxHeadDim),
                shape_text(q));
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optio
                                         bool deterministic) {
   const Problem problem =
       check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
-  const char* reason = "this build has no Hopper kernels (RF_HOPPER)";
+  const char* reason = kNoHopperPart;
 #if defined(RF_WITH_HOPPER)
   const Sm90Options options{num_sink_tokens, num_window_tokens, chunk_ends.has_value(), deterministic};
   reason = refused_by_sm90(problem, options);
@@ -176,15 +176,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
 }
 
 }  // namespace
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
-  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward_cpu));
-  m.impl("sink_window_attention_backward", TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cpu>));
+  m.impl("sink_window_attention", TORCH_BOX(&rf::sink_window_attention::forward_cpu));
+  m.impl("sink_window_attention_backward",
+         TORCH_BOX(&rf::sink_window_attention::backward<&rf::sink_window_attention::choose_cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
-  m.impl("sink_window_attention", TORCH_BOX(&rf::attention::forward_cuda));
+  m.impl("sink_window_attention", TORCH_BOX(&rf::sink_window_attention::forward_cuda));
   m.impl("sink_window_attention_backward",
-         TORCH_BOX(&rf::attention::backward<&rf::attention::choose_cuda_backward>));
+         TORCH_BOX(&rf::sink_window_attention::backward<&rf::sink_window_attention::choose_cuda_backward>));
 }

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 enum class AttentionDtype : int { bf16, fp16 };
 
@@ -42,4 +42,4 @@ struct SinkWindowAttentionParams {
   int num_sms;
 };
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

@@ -2,7 +2,7 @@
 
 #include <limits>
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 using torch::stable::contiguous;
@@ -100,4 +100,4 @@ Gradients attend_backward(const Tensor& grad_out, const Problem& p, const Attend
   return grad;
 }
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

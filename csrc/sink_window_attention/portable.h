@@ -7,7 +7,7 @@
 #include "csrc/common/torch_stable.h"
 #include "csrc/math/key_intervals.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 
 inline constexpr const char* kOp = "sink_window_attention";
 
@@ -60,4 +60,4 @@ inline ScalarType lse_dtype(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

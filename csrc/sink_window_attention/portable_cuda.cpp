@@ -2,7 +2,7 @@
 #include "csrc/common/aten.h"
 #include "csrc/sink_window_attention/portable.h"
 
-namespace rf::attention {
+namespace rf::sink_window_attention {
 namespace {
 
 using torch::headeronly::HeaderOnlyArrayRef;
@@ -133,4 +133,4 @@ void accumulate(const Tensor& sum, const Tensor& term) {
 const Backend cuda_flash_backend{&forward_flash, &backward_flash, &merge, &accumulate};
 const Backend cuda_efficient_backend{&forward_efficient, &backward_efficient, &merge, &accumulate};
 
-}  // namespace rf::attention
+}  // namespace rf::sink_window_attention

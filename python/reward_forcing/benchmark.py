@@ -8,7 +8,7 @@ Candidates:
 - published, same attention: the published path with ``rf_kernels.sink_window_attention`` as its attention kernel.
 - published: as it is, on PyTorch's attention.
 All have the same weights and have streamed the same chunks until the cache was full; their flows are compared before they are timed.
-It is a stage of ``python -m rf_kernels.gpu_suite``, which starts it in a process of its own.
+It is a stage of ``python -m benchmarks.gpu_suite``, which starts it in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 import torch
 
 import rf_kernels as rf
-from rf_kernels.gpu_suite.jobs import Job, Options, measured_roof, run_jobs
-from rf_kernels.reference import published
+from benchmarks import published
+from benchmarks.gpu_suite.jobs import Job, Options, measured_roof, run_jobs
 from rf_kernels.testing import relative_l2
 
 from .config import ModelConfig, StreamConfig

@@ -3,12 +3,13 @@
 // that its symbols are its own.
 #include <cstddef>
 
-#include "csrc/sink_window_attention/kernel_fwd_sm90.h"
+#include "csrc/arch/tensor_map.h"
+#include "csrc/sink_window_attention/sm90/kernel.h"
 #include "tests/chip/variants.h"
 
 namespace {
 
-namespace op = rf::attention;
+namespace op = rf::sink_window_attention;
 
 constexpr const op::FwdConfig& kConfig = op::CHIP_CONFIG;
 using Traits = op::FwdTraitsSm90<rf::CHIP_ELEMENT, kConfig>;

@@ -6,10 +6,10 @@
 #include <cstring>
 #include <map>
 
-#include "csrc/arch/model/launch.h"
-#include "csrc/arch/model/layouts.h"
 #include "csrc/math/key_intervals.h"
-#include "csrc/sink_window_attention/config.h"
+#include "csrc/sink_window_attention/sm90/config.h"
+#include "tests/chip/model/launch.h"
+#include "tests/chip/model/layouts.h"
 #include "tests/chip/probes.h"
 #include "tests/chip/variants.h"
 
@@ -28,7 +28,7 @@ Registration::Registration(const Variant& variant) {
 using Array16 = py::array_t<uint16_t>;
 
 // [B, T, H, D] of 16-bit elements, any strides but the last.
-static rf::attention::TokenStrides strides_of(const Array16& x) {
+static rf::sink_window_attention::TokenStrides strides_of(const Array16& x) {
   if (x.ndim() != 4 || x.strides(3) != 2)
     throw py::value_error("expected [B, T, H, D] with a contiguous last dimension");
   return {x.strides(0) / 2, x.strides(1) / 2, x.strides(2) / 2};
@@ -63,7 +63,7 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   const auto found = variants().find(name);
   if (found == variants().end()) throw py::value_error("no variant named " + name);
   const Variant& variant = found->second;
-  rf::attention::SinkWindowAttentionParams p{};
+  rf::sink_window_attention::SinkWindowAttentionParams p{};
   p.q = q.data();
   p.k = k.data();
   p.v = v.data();
@@ -79,7 +79,8 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   p.kv_heads = static_cast<int>(k.shape(2));
   p.head_dim = static_cast<int>(q.shape(3));
   p.kv_tokens = kv_tokens;
-  p.dtype = variant.fp16 ? rf::attention::AttentionDtype::fp16 : rf::attention::AttentionDtype::bf16;
+  p.dtype = variant.fp16 ? rf::sink_window_attention::AttentionDtype::fp16
+                         : rf::sink_window_attention::AttentionDtype::bf16;
   p.softmax_scale = softmax_scale;
   p.num_chunks = static_cast<int>(chunk_ends.size());
   p.chunk_ends = chunk_ends.data();
@@ -89,7 +90,7 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   p.num_sms = num_sms;
   p.zero_workspace = false;
   p.workspace = workspace.mutable_data();
-  if (static_cast<size_t>(workspace.size()) < rf::attention::workspace_bytes_sm90(num_sms))
+  if (static_cast<size_t>(workspace.size()) < rf::sink_window_attention::workspace_bytes_sm90(num_sms))
     throw py::value_error("workspace too small");
   if (p.head_dim != variant.head_dim) throw py::value_error("variant of another head_dim");
 
@@ -127,7 +128,7 @@ static rf::TileMap tile_map(int batch_heads, int q_tokens, int kv_tokens, const 
 static py::dict schedule(int head_dim, int batch_heads, int q_tokens, int kv_tokens,
                          const std::vector<int>& chunk_ends, int num_sink_tokens, int num_window_tokens,
                          int ctas, bool deterministic) {
-  const rf::attention::FwdConfig* config = rf::attention::fwd_config_sm90(head_dim);
+  const rf::sink_window_attention::FwdConfig* config = rf::sink_window_attention::fwd_config_sm90(head_dim);
   if (config == nullptr) throw py::value_error("head_dim");
   const rf::TileMap map =
       tile_map(batch_heads, q_tokens, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens);
@@ -199,7 +200,7 @@ PYBIND11_MODULE(_chip, m) {
         py::kw_only(), py::arg("kv_tokens"), py::arg("softmax_scale"), py::arg("chunk_ends"),
         py::arg("num_sink_tokens"), py::arg("num_window_tokens"), py::arg("deterministic"),
         py::arg("num_sms"), py::arg("policy"), py::arg("seed"), py::arg("resident"));
-  m.def("workspace_bytes", &rf::attention::workspace_bytes_sm90);
+  m.def("workspace_bytes", &rf::sink_window_attention::workspace_bytes_sm90);
   m.def("schedule", &schedule, py::kw_only(), py::arg("head_dim"), py::arg("batch_heads"),
         py::arg("q_tokens"), py::arg("kv_tokens"), py::arg("chunk_ends") = std::vector<int>{},
         py::arg("num_sink_tokens") = 0, py::arg("num_window_tokens") = 0, py::arg("ctas"),

@@ -1,6 +1,6 @@
 """Builds and loads `_chip`, the test-only module that runs kernels on the functional model of the chip.
 
-`python tests/chip/build.py` (or `make chip`) builds it into a folder of build/chip, one for each Python; `load()` does so when a test
+`python tests/chip/build.py` builds it into a folder of build/chip, one for each Python; `load()` does so when a test
 asks for it. Ninja rebuilds only what changed.
 """
 

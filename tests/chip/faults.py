@@ -11,16 +11,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "tuning"))
 import source_edits
 
-MAINLOOP = "csrc/sink_window_attention/mainloop_fwd_sm90.h"
-EPILOGUE = "csrc/sink_window_attention/epilogue_fwd_sm90.h"
-KERNEL = "csrc/sink_window_attention/kernel_fwd_sm90.h"
-TRAITS = "csrc/sink_window_attention/traits_sm90.h"
-CONFIG = "csrc/sink_window_attention/config.h"
+MAINLOOP = "csrc/sink_window_attention/sm90/mainloop.h"
+EPILOGUE = "csrc/sink_window_attention/sm90/epilogue.h"
+KERNEL = "csrc/sink_window_attention/sm90/kernel.h"
+TRAITS = "csrc/sink_window_attention/sm90/traits.h"
+CONFIG = "csrc/sink_window_attention/sm90/config.h"
 RANGE = "csrc/math/tile_range.h"
 SCHEDULE = "csrc/math/tile_schedule.h"
 SOFTMAX = "csrc/math/online_softmax.h"
-WGMMA = "csrc/arch/wgmma.h"
-VEC = "csrc/arch/vec.h"
+OPERAND = "csrc/arch/operand.h"
+MODEL_VEC = "tests/chip/model/csrc/arch/vec.h"
 
 
 class Fault(NamedTuple):
@@ -40,7 +40,7 @@ FAULTS = (
     fault("no_wait_v", MAINLOOP, "[&](int i) { mbarrier_wait(&smem.v_full[stage(i)], phase(i)); }", "[&](int) {}"),
     fault("no_wait_q", MAINLOOP, "mbarrier_wait(&smem.q_full[w], q_phase);", ""),
     fault("no_wait_kv_empty", MAINLOOP, "mbarrier_wait(empty, phase(it) ^ 1);", ""),
-    fault("no_wait_q_empty", MAINLOOP, "mbarrier_wait(&smem.q_empty[w], q_phase);", "", "queue"),
+    fault("no_wait_q_empty", MAINLOOP, "mbarrier_wait(&smem.q_empty[w], phase);", "", "queue"),
     fault("scores_read_in_flight", MAINLOOP, "wgmma_wait<1>();", "wgmma_wait<2>();"),
     fault("probs_written_in_flight", MAINLOOP, "order_before(f.row[0].sum + f.row[1].sum);", "to_operand(s, probs);"),
     fault("outputs_read_in_flight", MAINLOOP,
@@ -67,7 +67,7 @@ FAULTS = (
         "early_release_q",
         MAINLOOP,
         (
-            ("if (next.count == 0) release(&smem.q_empty[w]);", ""),
+            ("if (n == last) release(&smem.q_empty[w]);", ""),
             ("KeyRun next = ", "release(&smem.q_empty[w]); KeyRun next = "),
         ),
         "queue",
@@ -77,7 +77,7 @@ FAULTS = (
     # ---- barriers, stages, bytes
     fault("wrong_phase", MAINLOOP, "return (it >> 1) & 1;", "return ((it + 1) >> 1) & 1;"),
     fault("wrong_stage", MAINLOOP, "int stage(int it) { return it & 1; }", "int stage(int it) { return it % 3 & 1; }"),
-    fault("q_phase_kept", MAINLOOP, "q_phase ^= 1; // K of a tile", "// K of a tile", "queue"),
+    fault("q_phase_kept", MAINLOOP, "q_phase ^= 1;", "", "queue"),
     fault("too_few_bytes", MAINLOOP, "mbarrier_arrive_expect(full, Traits::kKvBytes);",
           "mbarrier_arrive_expect(full, Traits::kKvBytes - 128);"),
     fault("too_many_bytes", MAINLOOP, "mbarrier_arrive_expect(&smem.q_full[w], Traits::kQBytes);",
@@ -90,15 +90,21 @@ FAULTS = (
     fault("wrong_k_step", MAINLOOP, "Traits::kTileN * 128 + i % 4 * 32", "Traits::kTileN * 128 + i % 4 * 16"),
     fault("wrong_v_step", MAINLOOP, "desc_v.at(i * 16 * 128)", "desc_v.at(i * 8 * 128)"),
     fault("wrong_block_stride", MAINLOOP, "operand_mn_major(v, Traits::kTileN * 128)", "operand_mn_major(v, 64 * 128)"),
-    fault("wrong_swizzle", WGMMA, "(kSwizzleAtomBytes >> 4) | (1u << 30);", "(kSwizzleAtomBytes >> 4) | (2u << 30);"),
+    fault("wrong_swizzle", OPERAND, "(kSwizzleAtomBytes >> 4) | (1u << 30);", "(kSwizzleAtomBytes >> 4) | (2u << 30);"),
     fault("wrong_q_rows", MAINLOOP, "work.row + 64 * w", "work.row + 32 * w"),
     fault("wrong_kv_head", TRAITS, "w.head / p.heads_per_kv_head", "w.head % p.heads_per_kv_head", "grouped"),
     # ---- softmax
     fault("no_mask", MAINLOOP, "if (run.valid < Traits::kTileN) mask_columns(s, run.valid, t);", ""),
     fault("mask_off_by_one", MAINLOOP, "valid - (t % 4) * 2;", "valid + 1 - (t % 4) * 2;"),
-    fault("no_rescale", MAINLOOP, "rescale(f.o, factor);\n      }\n", "}\n"),
+    fault("no_rescale", MAINLOOP, "if (exceeds) rescale(f.o, softmax);\n      }\n", "}\n", "rising"),
+    fault("no_vote", MAINLOOP, "any_in_warp(softmax_exceeds", "(softmax_exceeds", "rising"),
+    fault("maximum_of_half_a_row", MAINLOOP, "largest[r] = max2(largest[r], shuffle_xor(largest[r], 2));", "", "rising"),
+    fault("base_not_raised", MAINLOOP, "softmax.base[r] = softmax_base(row[r].reference);",
+          "if (softmax.factor[r] == 0.f) softmax.base[r] = softmax_base(row[r].reference);", "rising"),
+    fault("reference_never_raised", SOFTMAX, "!(score * scale - row.reference <= kSoftmaxSlack)",
+          "!(score * scale - row.reference <= 1e30f)", "rising"),
     fault("sum_of_half_a_row", MAINLOOP, "f.row[r].sum += shuffle_xor(f.row[r].sum, 2);", ""),
-    fault("sum_not_rescaled", SOFTMAX, "row.sum *= factor;", ""),
+    fault("sum_not_rescaled", SOFTMAX, "row.sum *= factor;", "", "rising"),
     # ---- ranges
     fault("row_off_by_one", RANGE, "(units - 1 - from) * tile_n;", "(units - 1 - from) * tile_n + 1;"),
     fault("tile_off_by_one", RANGE, "keys.begin + (units - 1 - from)", "keys.begin + (units - from)"),
@@ -111,13 +117,13 @@ FAULTS = (
     fault("last_contributor_forgotten", SCHEDULE, "return range < s.ranges && s.cut[range].tile == tile;",
           "return range + 1 < s.ranges && s.cut[range].tile == tile;", "many"),
     # ---- merge
-    fault("signal_without_release", VEC, "chip::flag_store(flag, 1, /*release=*/true)", "chip::flag_store(flag, 1, false)"),
-    fault("wait_without_acquire", VEC, "chip::flag_wait(flag, /*acquire=*/true)", "chip::flag_wait(flag, false)"),
+    fault("signal_without_release", MODEL_VEC, "chip::flag_store(flag, 1, /*release=*/true)", "chip::flag_store(flag, 1, false)"),
+    fault("wait_without_acquire", MODEL_VEC, "chip::flag_wait(flag, /*acquire=*/true)", "chip::flag_wait(flag, false)"),
     fault("no_warp_barrier", EPILOGUE, "sync_warp();  // puts", "// puts"),
     fault("flag_not_cleared", EPILOGUE, "if (elect_one()) flag_clear(flag_of(p, range, warp));", ""),
     fault("merged_once", KERNEL, "if (has_work(p.schedule, x)) Epilogue::merge(p, x, warp, lane, fragment);",
           "{ Epilogue::merge(p, x, warp, lane, fragment); break; }", "many"),
-    fault("merged_unscaled", EPILOGUE, "o = o * factor[e >> 1].own +", "o = o +"),
+    fault("merged_unscaled", EPILOGUE, "o = o * factor[e >> 1].own +", "o = o +", "many"),
     fault("ranges_in_starting_order", KERNEL, "p.schedule.ranges - 1 - warp_uniform(", "warp_uniform(", "one_resident"),
 )  # fmt: skip
 

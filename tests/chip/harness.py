@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from chip.build import load
+from torch.nn.functional import scaled_dot_product_attention
+
+from rf_kernels.testing import assert_within_eager
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 POLICIES = {"random": 0, "tma_late": 1, "wgmma_late": 2}
@@ -38,6 +41,7 @@ class Case:
     deterministic: bool = False
     variant: str = "bf16_128"
     q_scale: float = 1.5
+    k_ramp: float = 1.0  # scale of the first key: tiles are visited in descending order, so scores rise
 
     @property
     def head_dim(self):
@@ -72,6 +76,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     q = (case.q_scale * torch.randn(shape_q, generator=generator)).to(case.dtype)
     k = torch.randn(shape_k, generator=generator).to(case.dtype)
     v = torch.randn(shape_k, generator=generator).to(case.dtype)
+    if case.k_ramp != 1:
+        k *= torch.linspace(case.k_ramp, 1, capacity)[:, None, None].to(case.dtype)
     k[:, case.kv_tokens :] = float("nan")
     v[:, case.kv_tokens :] = float("nan")
     return Inputs(case, q, k, v, case.head_dim**-0.5)
@@ -122,3 +128,30 @@ def run(inputs: Inputs, *, seed: int = 0, policy: str = "random", variant: str |
     )
     assert not inputs.workspace[: 128 + 4 * 160 * 16].any(), "flags or ticket not left at zero"
     return floats(out, case.dtype), torch.from_numpy(lse), stats
+
+
+def eager(inputs: Inputs) -> torch.Tensor:
+    """PyTorch's own attention in the dtype of the inputs."""
+    case = inputs.case
+    q, k, v = (t.transpose(1, 2) for t in (inputs.q, inputs.k[:, : case.kv_tokens], inputs.v[:, : case.kv_tokens]))
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    ends = [0, *case.chunk_ends] if case.chunk_ends else [0, case.q_tokens]
+    parts = []
+    for begin, end in zip(ends, ends[1:], strict=False):
+        keys = torch.arange(case.kv_tokens)
+        if case.chunk_ends:
+            window = max(case.num_sink_tokens, end - case.num_window_tokens)
+            keys = keys[(keys < min(case.num_sink_tokens, end)) | ((keys >= window) & (keys < end))]
+        parts.append(
+            scaled_dot_product_attention(q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale=inputs.softmax_scale)
+        )
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def check(inputs: Inputs, **options):
+    out, lse, _ = run(inputs, **options)
+    expected, expected_lse = oracle(inputs)
+    assert_within_eager(out, expected, eager(inputs))
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    return out, lse

@@ -4,12 +4,12 @@
 #include <map>
 
 #include "csrc/arch/mbarrier.h"
-#include "csrc/arch/model/layouts.h"
 #include "csrc/arch/sync.h"
 #include "csrc/arch/tensor_map.h"
 #include "csrc/arch/tma.h"
 #include "csrc/arch/vec.h"
 #include "csrc/arch/wgmma.h"
+#include "tests/chip/model/layouts.h"
 
 namespace chip_tests {
 

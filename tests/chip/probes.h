@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "csrc/arch/model/launch.h"
+#include "tests/chip/model/launch.h"
 
 namespace chip_tests {
 

@@ -2,13 +2,13 @@
 
 import torch
 
+import benchmarks as bench
 import rf_kernels as rf
-from rf_kernels import bench
-from rf_kernels.reference import published
+from benchmarks import published
 
 
 class PublishedTwin:
-    """The published path (rf_kernels.reference.published) with the same weights, fed the same noise, one chunk at a time."""
+    """The published path (benchmarks.published) with the same weights, fed the same noise, one chunk at a time."""
 
     def __init__(self, config, stream, state_dict, batch: int, grid, dtype: torch.dtype, device: torch.device):
         frame_tokens = grid[0] * grid[1]

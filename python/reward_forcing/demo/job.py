@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rf_kernels import bench
+import benchmarks as bench
 
 from ..checkpoint import infer_config, load_causal_model, read_checkpoint, read_safetensors
 from ..config import StreamConfig

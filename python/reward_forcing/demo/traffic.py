@@ -3,17 +3,15 @@ attention itself are left out. All three figures are counts, not measurements.
 
 - published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
   calls (views are free); its attention is replaced by a function that touches nothing.
-- ours: what the kernels read and write (``rf_kernels.bench.traffic``): rows, norm weights, and the chunk's plan.
-- floor: the least that the job can move (``rope_append.cost``, ``ema_evict.cost``).
+- ours: what the kernels read and write (``benchmarks.traffic``): rows, norm weights, and the chunk's plan.
+- floor: the least that the job can move (``benchmarks.floors``).
 """
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import rf_kernels as rf
-from rf_kernels.bench import traffic
-from rf_kernels.reference import published
+from benchmarks import floors, published, traffic
 
 
 class ByteCounter(TorchDispatchMode):
@@ -73,7 +71,7 @@ def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -
     ours = forwards * sum(
         traffic.rope_append(frames=frames, kv_heads=config.num_heads, angles=angles, **append).values()
     )
-    floor = forwards * rf.rope_append.cost(**append)["bytes"]
+    floor = forwards * floors.rope_append(**append)["bytes"]
     if stream.sink_frames and stream.sink_policy != "none":
         ema = stream.sink_policy == "ema"
         # Consecutive frames leave, so sink frame j absorbs every S-th of them. A static sink keeps its keys in the cache's dtype.
@@ -85,7 +83,7 @@ def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -
             **heads,
         }
         ours += sum(traffic.ema_evict(counts=counts, temporal_pairs=rope.temporal_pairs, **evict).values())
-        floor += rf.ema_evict.cost(sink_frames=stream.sink_frames, sources=sum(counts), **evict)["bytes"]
+        floor += floors.ema_evict(sink_frames=stream.sink_frames, sources=sum(counts), **evict)["bytes"]
     layers = config.num_layers
     result = {
         "published": layers * published_bytes(config, stream, grid, batch, dtype, forwards),

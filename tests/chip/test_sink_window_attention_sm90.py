@@ -1,0 +1,301 @@
+"""The Hopper forward kernel on the functional model of the chip, against float64."""
+
+import dataclasses
+
+import pytest
+import torch
+from chip import build
+from chip.harness import POLICIES, Case, Inputs, check, eager, make_inputs, oracle, run
+
+from rf_kernels.testing import assert_equal_bits, assert_within_eager
+
+DENSE = {
+    "one key, one query": Case(1, 1),
+    "one key": Case(70, 1),
+    "one query": Case(1, 400),
+    "tile edges": Case(128, 352, num_sms=2),
+    "tile edges + 1": Case(129, 353, num_sms=2),
+    "tile edges - 1": Case(127, 351, num_sms=2),
+    "every CTA splits": Case(200, 611, heads=2),
+    "a tile over many CTAs": Case(70, 1409, num_sms=5),
+    "waves and a split rest": Case(130, 530, batch=2, heads=2, num_sms=3),
+    "more CTAs than work": Case(65, 200, num_sms=16),
+    "one of four resident": Case(200, 611, heads=2, num_sms=4, resident=1),
+    "grouped heads": Case(100, 300, batch=2, heads=6, kv_heads=2),
+    "one key head": Case(100, 300, heads=3, kv_heads=1),
+    "a prefix of a long cache": Case(100, 177, capacity=2000),
+    "a full cache": Case(100, 360, capacity=360),
+    "scores rise from tile to tile": Case(200, 1409, num_sms=2, q_scale=4.0, k_ramp=6.0),
+    "scores rise over a split tile": Case(130, 900, num_sms=3, q_scale=4.0, k_ramp=6.0),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_prefix(name, policy):
+    """Slots beyond the prefix hold NaN in every case."""
+    check(make_inputs(DENSE[name]), policy=policy)
+
+
+@pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
+@pytest.mark.parametrize("sizes", [(200, 611), (193, 129), (64, 513)], ids=str)
+def test_dtypes_and_head_dims(variant, sizes):
+    check(make_inputs(Case(*sizes, heads=2, variant=variant)), policy="tma_late", seed=2)
+
+
+# Chunks of three frames of 50 tokens, sink of two frames, window of four; then chunks of unequal length, a window that reaches
+# the sink, no sink, no window, chunks shorter than the sink.
+WHOLE = {
+    "sink and window": Case(
+        900, 900, chunk_ends=(150, 300, 450, 600, 750, 900), num_sink_tokens=100, num_window_tokens=200
+    ),
+    "unequal chunks": Case(
+        700, 700, chunk_ends=(1, 130, 131, 390, 700), num_sink_tokens=65, num_window_tokens=257, heads=2
+    ),
+    "window reaches the sink": Case(
+        400, 400, chunk_ends=(100, 200, 300, 400), num_sink_tokens=100, num_window_tokens=300
+    ),
+    "no sink": Case(600, 600, chunk_ends=(200, 400, 600), num_window_tokens=177),
+    "no window": Case(600, 600, chunk_ends=(200, 400, 600), num_sink_tokens=177),
+    "chunks shorter than the sink": Case(
+        300, 300, chunk_ends=(20, 40, 60, 300), num_sink_tokens=50, num_window_tokens=90
+    ),
+    "grouped heads, head_dim 64": Case(
+        500,
+        500,
+        chunk_ends=(250, 500),
+        num_sink_tokens=70,
+        num_window_tokens=120,
+        heads=4,
+        kv_heads=2,
+        variant="fp16_64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_sequence(name):
+    check(make_inputs(dataclasses.replace(WHOLE[name], num_sms=5)), policy="random", seed=3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_whole_sequence_under_every_policy(policy):
+    check(make_inputs(WHOLE["sink and window"]), policy=policy, seed=4)
+
+
+def test_whole_sequence_of_one_chunk_is_dense():
+    """The same bits: one chunk whose window is all keys."""
+    dense = make_inputs(Case(300, 300, capacity=300))
+    whole = dataclasses.replace(dense, case=dataclasses.replace(dense.case, chunk_ends=(300,), num_window_tokens=300))
+    for a, b in zip(run(dense)[:2], run(whole)[:2], strict=True):
+        assert_equal_bits(a, b)
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("-inf"), 3e38, float("nan")])
+def test_slots_that_are_not_valid_change_no_bit(poison):
+    clean = make_inputs(Case(100, 200, capacity=400))
+    other = dataclasses.replace(clean, k=clean.k.clone(), v=clean.v.clone())
+    for inputs, value in ((clean, 0.0), (other, poison)):
+        inputs.k[:, 200:] = value
+        inputs.v[:, 200:] = value
+    for a, b in zip(run(clean)[:2], run(other)[:2], strict=True):
+        assert_equal_bits(a, b)
+
+
+@pytest.mark.parametrize("q_scale", [1e-3, 30.0, 300.0])
+def test_logits_of_any_size(q_scale):
+    """Softmax from uniform to one-hot: logits up to several thousand."""
+    check(make_inputs(Case(100, 400, q_scale=q_scale)))
+
+
+@pytest.mark.parametrize("variant", ["bf16_128", "fp16_64"])
+@pytest.mark.parametrize("rise", [7.9, 8.1, 16.0, 100.0])
+def test_a_maximum_that_rises_by(rise, variant):
+    """Each tile's largest score is `rise` (base 2) above the last one's: below 8 a row keeps its reference, and weights
+    reach 2^8; a second such rise moves it."""
+    inputs = make_inputs(Case(64, 704, num_sms=1, variant=variant))
+    dim = inputs.case.head_dim
+    inputs.q[:], inputs.k[:, :704] = 0.0, 0.0
+    inputs.q[..., 0] = 1.0
+    step = rise / (inputs.softmax_scale * 1.4426950408889634)
+    for tile, row in enumerate(range(650, -1, -100)):
+        inputs.k[:, row, :, 0] = tile * step
+    inputs.k[:, :704, :, 1 : dim // 2] = torch.randn(
+        1, 704, 1, dim // 2 - 1, generator=torch.Generator().manual_seed(1)
+    )
+    inputs.q[:, ::2, :, 1] = 0.25
+    check(inputs)
+
+
+def test_the_bits_of_a_row_do_not_depend_on_its_neighbours():
+    """The warp votes on rescaling, each row decides for itself: rows 3, 20, 40 amid rows that rescale, and amid rows that do
+    not."""
+    calm = make_inputs(Case(64, 900, num_sms=1))
+    wild = dataclasses.replace(calm, q=calm.q * 40)
+    rows = [3, 20, 40]
+    wild.q[:, rows] = calm.q[:, rows]
+    for a, b in zip(run(calm)[:2], run(wild)[:2], strict=True):
+        if a.dim() == 3:
+            a, b = a.transpose(1, 2), b.transpose(1, 2)
+        assert_equal_bits(a[:, rows], b[:, rows])
+        assert not torch.equal(a, b)
+
+
+def test_large_values_and_identical_keys():
+    inputs = make_inputs(Case(100, 400))
+    inputs.k[:, :400] = inputs.k[:, :1]  # uniform weights: the mean of V
+    inputs.v[:, 0] = 1e30
+    inputs.v[:, 1] = -1e30
+    out, lse, _ = run(inputs)
+    expected, expected_lse = oracle(inputs)
+    scale = 1e30 / 400
+    assert float((out.double() - expected).abs().max()) <= scale * 2**-7
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_minus_infinity():
+    """A key tile whose scores are all -inf has no weight, whether it comes first or not; a row of them is NaN."""
+    inputs = make_inputs(Case(10, 400, num_sms=1))
+    inputs.q[:] = inputs.q.abs() + 0.5
+    for rows in (slice(0, 176), slice(176, 352), slice(352, 400)):
+        k = inputs.k.clone()
+        k[:, rows] = float("-inf")
+        check(dataclasses.replace(inputs, k=k))
+    inputs.k[:, :400] = float("-inf")
+    out, lse, _ = run(inputs)
+    assert out.isnan().all() and (lse == float("-inf")).all()
+
+
+def test_strides_as_they_come():
+    """Views of one packed projection; heads in another order than memory."""
+    packed = torch.randn(2, 300, 3, 4, 128, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    q, k, v = packed.unbind(2)
+    case = Case(300, 300, batch=2, heads=4, capacity=300, num_sms=5)
+    check(Inputs(case, q, k, v, 128**-0.5))
+    by_head = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    check(Inputs(case, *by_head, 128**-0.5))
+
+
+@pytest.mark.parametrize(
+    "case", [DENSE["every CTA splits"], DENSE["a tile over many CTAs"], WHOLE["unequal chunks"]], ids=str
+)
+def test_launches_are_bitwise_equal(case):
+    """Whatever lands when, and in one workspace: the schedule fixes the order of every sum."""
+    inputs = make_inputs(case)
+    first = run(inputs, policy="random", seed=0)
+    for seed, policy in enumerate(POLICIES, 1):
+        again = run(
+            dataclasses.replace(inputs, case=dataclasses.replace(case, resident=seed)), policy=policy, seed=seed
+        )
+        assert_equal_bits(first[0], again[0])
+        assert_equal_bits(first[1], again[1])
+
+
+def test_one_workspace_serves_every_configuration():
+    """A launch leaves tickets and flags ready for the next, of another head dimension and another grid."""
+    inputs = [
+        make_inputs(Case(130, 611, num_sms=n, variant=v)) for n, v in ((5, "bf16_128"), (3, "fp16_64"), (4, "bf16_64"))
+    ]
+    shared = max((i.workspace for i in inputs), key=len)
+    for _ in range(2):
+        for i in inputs:
+            i.workspace = shared
+            check(i)
+
+
+def test_deterministic_mode_depends_on_the_keys_alone():
+    """A sample gives the same bits on 1, 3 and 16 CTAs, alone and in a batch, as the only head and among others."""
+    case = Case(130, 611, batch=2, heads=2, capacity=648, deterministic=True, num_sms=3)
+    inputs = make_inputs(case)
+    expected = run(inputs)
+    for sms in (1, 16):
+        out = run(Inputs(dataclasses.replace(case, num_sms=sms), inputs.q, inputs.k, inputs.v, inputs.softmax_scale))
+        assert_equal_bits(expected[0], out[0])
+        assert_equal_bits(expected[1], out[1])
+    one = dataclasses.replace(case, batch=1, heads=1)
+    for b in range(2):
+        for h in range(2):
+            pick = (slice(b, b + 1), slice(None), slice(h, h + 1))
+            out = run(Inputs(one, inputs.q[pick], inputs.k[pick], inputs.v[pick], inputs.softmax_scale))
+            assert_equal_bits(expected[0][pick], out[0])
+
+
+def test_every_element_is_written_once():
+    """The model reports two unordered writers; the count shows that nothing else was written."""
+    case = Case(300, 500, batch=2, heads=2, deterministic=True)
+    *_, stats = run(make_inputs(case))
+    assert stats["global_written"] == 2 * 300 * 2 * (128 * 2 + 4)
+
+
+REFUSED = {
+    "scale": (dict(softmax_scale=0.0), "softmax_scale"),
+    "negative scale": (dict(softmax_scale=-1.0), "softmax_scale"),
+    "stride": (dict(k=torch.zeros(1, 400, 1, 132, dtype=torch.bfloat16)[..., :128]), "multiples of 8 elements"),
+    "alignment": (dict(q=torch.zeros(1, 100, 1, 136, dtype=torch.bfloat16)[..., 4:132]), "16-byte aligned"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernel_does_not_take_is_refused_with_a_reason(name):
+    change, reason = REFUSED[name]
+    inputs = dataclasses.replace(make_inputs(Case(100, 400)), **change)
+    with pytest.raises(ValueError, match=reason):
+        run(inputs)
+
+
+def test_a_real_cache_at_one_head():
+    """The keys of nine frames of 1,560 tokens, a few queries of the last."""
+    check(make_inputs(Case(130, 14040, capacity=14040, num_sms=7)), policy="tma_late")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("case", [
+    Case(1560, 14040, capacity=14040, num_sms=17),
+    Case(300, 6240, capacity=14040, num_sms=7),
+    Case(1560, 704, heads=12, num_sms=132),
+    Case(1560, 1409, heads=3, num_sms=132, resident=40),
+    Case(1560, 1409, heads=3, num_sms=132, variant="bf16_64"),
+    Case(2340, 2340, chunk_ends=tuple(range(390, 2341, 390)), num_sink_tokens=390, num_window_tokens=780, heads=2, num_sms=132),
+], ids=str)  # fmt: skip
+def test_real_sizes(case):
+    """A real frame of queries, a ring that is half full, and the grid of an H100."""
+    check(make_inputs(case), policy="random")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
+@pytest.mark.parametrize("name", [*DENSE, *WHOLE])
+def test_on_the_chip(name, variant):
+    """The same cases through the public op on a Hopper GPU: the model's claims, checked."""
+    import rf_kernels as rf
+
+    inputs = make_inputs(dataclasses.replace((DENSE | WHOLE)[name], variant=variant))
+    case = inputs.case
+    window = dict(
+        chunk_ends=list(case.chunk_ends), num_sink_tokens=case.num_sink_tokens, num_window_tokens=case.num_window_tokens
+    )
+    options = window if case.chunk_ends else dict(kv_tokens=case.kv_tokens)
+    tokens = case.kv_tokens if case.chunk_ends else None  # in whole-sequence mode there is a key per query
+    tensors = (inputs.q, inputs.k[:, :tokens], inputs.v[:, :tokens])
+    for deterministic in (False, True):
+        results = [
+            rf.sink_window_attention(
+                *(t.cuda() for t in tensors), **options, return_lse=True, deterministic=deterministic
+            )
+            for _ in range(3)
+        ]
+        assert rf.last_dispatch().backend == "hopper"
+        out, lse = (t.cpu() for t in results[0])
+        expected, expected_lse = oracle(inputs)
+        assert_within_eager(out, expected, eager(inputs))
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+        for again in results[1:]:
+            assert_equal_bits(out, again[0].cpu())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    build.load()

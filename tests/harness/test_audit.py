@@ -1,0 +1,124 @@
+"""The audit of the machine code: the built library passes, and a kernel that is not as intended does not."""
+
+import dataclasses
+import re
+
+import pytest
+
+from benchmarks import audit
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    """The kernels of the built library for sm_90a."""
+    try:
+        found = audit.kernels(arch="sm_90a")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if not found:
+        pytest.skip("this build has no CUDA kernels for sm_90a")
+    return found
+
+
+@pytest.fixture(scope="module")
+def attention(hopper):
+    found = [k for k in hopper if "sink_window_attention_fwd_sm90" in k.name]
+    if not found:
+        pytest.skip("this build has no Hopper kernels (RF_HOPPER)")
+    return found
+
+
+def test_the_library_is_as_intended(hopper):
+    assert {k.title: audit.check(k) for k in hopper if audit.check(k)} == {}
+    assert audit.check_memory_bound(hopper) == []
+
+
+def test_every_variant_of_attention_is_there(attention):
+    assert sorted(map(audit.short_title, attention)) == [
+        f"sink_window_attention_fwd_sm90<{dtype}, D {d}>" for dtype in ("bf16", "f16") for d in (128, 64)
+    ]
+
+
+def changed(kernel, edit):
+    """A copy whose instructions went through `edit`, a function of the list of (address, text)."""
+    return dataclasses.replace(kernel, instructions=edit(list(kernel.instructions)))
+
+
+def hoist_second_wait(instructions):
+    """What ptxas does when nothing stops it: the wait for O directly behind the wait for S."""
+    waits = [i for i, (_, text) in enumerate(instructions) if text.startswith("WARPGROUP.DEPBAR")]
+    first = next(i for i in waits if instructions[i][1].endswith("0x1"))
+    second = next(i for i in waits if i > first)
+    second_address, second_text = instructions[second]
+    instructions.insert(first + 1, (instructions[first][0], second_text))
+    instructions[second + 1] = (second_address, "NOP")
+    return instructions
+
+
+def in_loop(text, where):
+    """Puts an instruction into the main loop, right behind the first one that starts with `where`."""
+
+    def edit(instructions):
+        address = next(a for a, t in audit.main_loop(audit.Kernel("", "", instructions)) if t.startswith(where))
+        at = next(i for i, (a, _) in enumerate(instructions) if a == address)
+        return [*instructions[: at + 1], *([(address, text)] * (1 if text != "NOP" else 200)), *instructions[at + 1 :]]
+
+    return edit
+
+
+def late_release(instructions):
+    """Without the arrival for K: the next one, for V, stands behind the exponentials."""
+    loop = audit.main_loop(audit.Kernel("", "", instructions))
+    wait = next(i for i, (_, t) in enumerate(loop) if t.startswith("WARPGROUP.DEPBAR"))
+    arrival = next(a for a, t in loop[wait:] if t.startswith("SYNCS.ARRIVE"))
+    return [(a, "NOP" if a == arrival else t) for a, t in instructions]
+
+
+FINDINGS = {
+    "softmax outside the overlap": (hoist_second_wait, "exponentials between the two waits"),
+    "a spill": (lambda x: [*x, (0xFFFF0, "STL [R1], R4")], "1 local-memory accesses"),
+    "another shape": (lambda x: [(a, re.sub("64x(176|64)x16", "64x128x16", t)) for a, t in x], "matrix products"),
+    "no bulk loads": (lambda x: [(a, t.replace("UTMALDG", "LDGSTS")) for a, t in x], "0 bulk tensor loads"),
+    "no register hand-over": (lambda x: [(a, t.replace("USETMAXREG", "NOP")) for a, t in x], "0 register hand-overs"),
+    "an address in vector registers": (in_loop("R2UR UR4, R4", "HGMMA"), "1 R2UR in the main loop"),
+    "a divergent branch": (in_loop("BSSY B0, 0x10", "HGMMA"), "1 BSSY in the main loop"),
+    "a longer loop": (in_loop("NOP", "FMNMX"), "instructions executed per key tile"),
+    "a product that starts late": (in_loop("NOP", "F2FP"), "from the wait for O to the next product"),
+    "a late release": (late_release, "K handed back"),
+    "no loop": (lambda x: [(a, t.replace("BRA", "NOP")) for a, t in x], "no main loop"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_is_not_intended_is_found(attention, name):
+    edit, finding = FINDINGS[name]
+    for kernel in attention:
+        assert any(finding in text for text in audit.check(changed(kernel, edit))), audit.short_title(kernel)
+
+
+def test_what_forward_branches_skip_is_not_executed():
+    """A loop of 11 instructions with a branch over 2 and one out of the loop; the wait for O stands 2 before its end, the product 1
+    behind its begin."""
+    texts = ["IADD3", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4]", "BRA 0x1000", "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+             "SYNCS.ARRIVE", "BRA 0x80", "FMUL", "FMUL", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "F2FP", "BRA 0x0"]  # fmt: skip
+    found = audit.loop_figures([(16 * i, text) for i, text in enumerate(texts)])
+    assert (found.instructions, found.executed, found.after_wait, found.before_release) == (11, 9, 3, 0)
+    assert found["FMUL"] == 2 and found["R2UR"] == 0
+
+
+def test_registers_and_stack_are_held(attention):
+    kernel = attention[0]
+    assert audit.check(dataclasses.replace(kernel, registers=kernel.registers + 8))
+    assert audit.check(dataclasses.replace(kernel, stack=16))
+
+
+def test_narrow_accesses_are_found(hopper):
+    narrow = [changed(k, lambda x: [(a, t.replace(".128", ".64")) for a, t in x]) for k in hopper]
+    assert len(audit.check_memory_bound(narrow)) == len(audit._MEMORY_BOUND)
+
+
+def test_a_library_without_kernels_is_no_success(tmp_path, capsys):
+    empty = tmp_path / "none.so"
+    empty.write_bytes(b"")
+    assert audit.main([str(empty)]) == 2
+    assert "benchmarks.audit" in capsys.readouterr().err

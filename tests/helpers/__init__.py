@@ -1,0 +1,1 @@
+"""What tests share: inputs, comparisons, and the programs that tests start."""

@@ -1,0 +1,115 @@
+// The body of ema_evict's CUDA kernel as host code: each row by a chosen number of lanes in a chosen order.
+// Built and called by tests/ops/test_ema_evict_kernel.py.
+#include <algorithm>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "csrc/ema_evict/kernel.h"
+
+namespace rf::ema_evict {
+namespace {
+
+// The vote of a block by replay: a lane that asks for a vote not yet counted leaves its own and stops; when
+// all lanes have stopped there, it is counted and all begin again. A lane that wrote before a vote would
+// write twice, and the average would show it.
+struct Ballot {
+  std::vector<bool> counted;
+  bool all = true;
+  int voters = 0;
+};
+struct Stopped {};
+
+struct HostLanes {
+  int lane, lanes;
+  Ballot& ballot;
+  size_t& votes;  // of this lane in this replay
+
+  bool all(bool mine) const {
+    if (votes < ballot.counted.size()) return ballot.counted[votes++];
+    ballot.all &= mine;
+    ++ballot.voters;
+    throw Stopped{};
+  }
+  void count(int64_t* counter, int n) const {
+    if (lane == 0) *counter += n;
+  }
+};
+
+// False if some lanes came to a vote and others did not: on the GPU, a deadlock.
+template <typename T, EmaState kState, int N>
+bool run_row(const Params& p, int64_t row, int first, const std::vector<int>& order) {
+  const int lanes = static_cast<int>(order.size());
+  Ballot ballot;
+  for (;;) {
+    ballot.all = true;
+    ballot.voters = 0;
+    for (const int lane : order) {
+      size_t votes = 0;
+      try {
+        evict_row<T, kState, N>(p, row, first, HostLanes{lane, lanes, ballot, votes});
+      } catch (const Stopped&) {
+      }
+    }
+    if (ballot.voters == 0) return true;
+    if (ballot.voters != lanes) return false;
+    ballot.counted.push_back(ballot.all);
+  }
+}
+
+template <typename T, EmaState kState, int N>
+bool run(const Params& p, const std::vector<int>& order) {
+  bool together = true;
+  for (int first = 0; first == 0 || first < p.sources; first += kGroup)
+    for (int64_t row = 0; row < p.batch * p.sink_frames * p.frame_tokens; ++row)
+      together &= run_row<T, kState, N>(p, row, first, order);
+  return together;
+}
+
+int run(const Params& p, const std::vector<int>& order) {
+  return with_state(p, [&]<typename T, EmaState kState>() {
+    constexpr int kVector = 16 / sizeof(T);
+    const int vector = choose_config(p).vector;
+    const bool together = vector == kVector ? run<T, kState, kVector>(p, order) : run<T, kState, 1>(p, order);
+    return together ? vector : -1;
+  });
+}
+
+}  // namespace
+}  // namespace rf::ema_evict
+
+// data: k_cache, v_cache, k_state, k_state_lo, v_state, schedule, turns, alpha, skipped.
+// sizes: dtype, state, then the integers of Params in their order.
+// Returns the elements of one access, or -1 if the lanes of a row did not vote together.
+extern "C" int ema_evict_lanes(const int64_t* sizes, void* const* data, int lanes, int reversed) {
+  using namespace rf;
+  ema_evict::Params p{};
+  p.k_cache = data[0];
+  p.v_cache = data[1];
+  p.k_state = data[2];
+  p.k_state_lo = data[3];
+  p.v_state = data[4];
+  p.schedule = static_cast<const int32_t*>(data[5]);
+  p.turns = data[6];
+  p.alpha = static_cast<const double*>(data[7]);
+  p.skipped = static_cast<int64_t*>(data[8]);
+  p.dtype = static_cast<Dtype>(*sizes++);
+  p.state = static_cast<EmaState>(*sizes++);
+  for (int64_t* n : {&p.batch, &p.frames, &p.sink_frames, &p.frame_tokens}) *n = *sizes++;
+  for (int32_t* n : {&p.heads, &p.head_dim, &p.sources, &p.temporal_pairs, &p.x0, &p.y0, &p.step})
+    *n = static_cast<int32_t>(*sizes++);
+  for (int64_t* n : {&p.k_stride_b, &p.k_stride_t, &p.k_stride_h, &p.v_stride_b, &p.v_stride_t, &p.v_stride_h,
+                     &p.schedule_stride_b, &p.turns_stride_b, &p.alpha_stride_frame, &p.alpha_stride_token})
+    *n = *sizes++;
+  p.skip_nonfinite = *sizes != 0;
+
+  std::vector<int> order(static_cast<size_t>(lanes));
+  std::iota(order.begin(), order.end(), 0);
+  if (reversed) std::reverse(order.begin(), order.end());
+  return ema_evict::run(p, order);
+}
+
+// Bytes that vector accesses have moved since the last question.
+extern "C" int64_t ema_evict_moved_bytes() {
+  return std::exchange(rf::moved_bytes, 0);
+}
