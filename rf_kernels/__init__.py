@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+    from ._backend import ArgumentError, Dispatch, backend, build_info, last_dispatch
     from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
     from .ops.dmd_gradient import DMDAux, dmd_gradient, dmd_loss, reward_weight
     from .ops.ema_evict import ema_evict
@@ -32,6 +32,7 @@ __all__ = [
     "RoPE3D",
     "SinkWindowCache",
     "StaticSink",
+    "backend",
     "build_info",
     "dmd_gradient",
     "dmd_loss",

@@ -2,7 +2,8 @@
 
     d = (fake - real) / (mean|x - real| + eps),     gradient = w m d / N,     loss = sum(w m d^2) / (2 N)
 
-A tile is 2048 elements of one sample: summed as a tree in float32, the tiles of a sample in float64. So nothing depends on the number
+A tile is 2048 elements of one sample: summed as a tree in float32 (the distances, which can exceed it, in float64), the tiles of a sample
+in float64. So nothing depends on the number
 of multiprocessors, and a sample's numbers (apart from N) not on the other samples.
 """
 
@@ -80,7 +81,7 @@ def _measure(
     tl.store(peaks + tl.program_id(0), peak)
     if NORMALIZE:
         distance = tl.abs(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - estimate)
-        tl.store(distances + tl.program_id(0), tl.sum(tl.where(mask, distance, 0.0)))
+        tl.store(distances + tl.program_id(0), tl.sum(tl.where(mask, distance, 0.0).to(tl.float64)))
     if chosen is not None:
         c = _broadcast(chosen[0], chosen[1], chosen[2], chosen[3], b, i, mask)
         tl.store(counts + tl.program_id(0), tl.sum(tl.where(c != 0, 1, 0)))
@@ -218,25 +219,22 @@ def _broadcast_of(t, x):
 
 def dmd_gradient(
     x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma, weight, mask, normalize, eps, nan, reduction,
-    scale_gradient,
+    scale_gradient, gradient, loss, sample_loss, gradient_norm, normalizer, dropped, scale,
 ):  # fmt: skip
-    """As the registered op; ``nan="raise"`` is for the caller to look at, in ``dropped``."""
-    x, fake, real = x.contiguous(), fake.contiguous(), real.contiguous()
-    fake_uncond = None if fake_uncond is None or fake_guidance == 0 else fake_uncond.contiguous()
-    real_uncond = None if real_uncond is None or real_guidance == 0 else real_uncond.contiguous()
-    x_t = None if x_t is None else x_t.contiguous()
+    """x and the predictions come contiguous; what is done about dropped samples is for the caller to say."""
+    fake_uncond = None if fake_guidance == 0 else fake_uncond
+    real_uncond = None if real_guidance == 0 else real_uncond
     batch = x.shape[0]
     elements = x[0].numel() if batch else 0
     tiles = triton.cdiv(elements, _TILE)
 
-    def new(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=x.device)
+    def new(count, dtype):
+        return torch.empty(count, dtype=dtype, device=x.device)
 
-    gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    distances, peaks, losses, norms = new(batch * tiles), new(batch * tiles, dtype=torch.int32), *new(2, batch * tiles)
-    counts = None if mask is None else new(batch * tiles, dtype=torch.int32)
-    normalizer, silent, drop, scale = new(batch), new(batch, dtype=torch.int32), new(batch, dtype=torch.int32), new()
-    loss, sample_loss, gradient_norm, dropped = new(), new(batch), new(batch), new(dtype=torch.int64)
+    distances, peaks = new(batch * tiles, torch.float64), new(batch * tiles, torch.int32)
+    losses, norms = (new(batch * tiles, torch.float32) for _ in range(2))
+    counts = None if mask is None else new(batch * tiles, torch.int32)
+    silent, drop = (new(batch, torch.int32) for _ in range(2))
 
     broadcasts = [_broadcast_of(t, x) for t in (sigma, weight, mask)]
     inputs = (fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, *broadcasts)
@@ -272,4 +270,3 @@ def dmd_gradient(
         x.numel(),
         **sums,
     )
-    return gradient, loss, sample_loss, gradient_norm, normalizer, dropped, scale

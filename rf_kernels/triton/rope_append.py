@@ -6,7 +6,6 @@ Arithmetic is float32, rounded once, at the write. A rotation takes three roundi
 multiply-add). The angles of a token are read once for all of its heads.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -181,17 +180,15 @@ def _strides(x):
     return x, *x.stride()[:3]
 
 
-def rope(x, angles, axes, layout, weight, norm, eps):
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+def rope(x, angles, axes, layout, weight, norm, eps, out):
+    if x.numel() == 0:
+        return
     tables, rotation = _rotation(x, angles, axes, layout)
     constants = _shape(x, norm) | rotation
     launch(_rope, (x.shape[1], x.shape[0]), x, *_strides(x), *_strides(out), weight, *tables, eps, **constants)
-    return out
 
 
-def rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps):
+def rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps, q_out):
     if k.numel() > 0:
         tables, rotation = _rotation(k, angles, axes, layout)
         frames = slots.shape[-1]
@@ -202,4 +199,4 @@ def rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight
             slots, *slot_strides, frame_tokens, k_cache.shape[1] // frame_tokens, k_weight, *tables, eps,
             **_shape(k, norm), **rotation,
         )  # fmt: skip
-    return rope(q, angles, axes, layout, q_weight, norm, eps)
+    rope(q, angles, axes, layout, q_weight, norm, eps, q_out)

@@ -266,71 +266,46 @@ def _constants(q, k, backward):
     return tile, constants
 
 
-def sink_window_attention(
-    q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, deterministic
-):
+def sink_window_attention(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, out, lse):
     batch, queries, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out, lse
+        return
     tile, constants = _constants(q, k, False)
     for chunk in chunks_of(queries, kv_tokens, k.shape[1], chunk_ends, num_sink_tokens, num_window_tokens):
         grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
         launch(
-            _forward,
-            grid,
-            q,
-            *_view(q),
-            *_view(k),
-            *_view(v),
-            *_view(out),
-            lse,
-            queries,
-            *chunk,
-            softmax_scale,
-            **constants,
-        )
-    return out, lse
+            _forward, grid, q, *_view(q), *_view(k), *_view(v), *_view(out), lse, queries, *chunk, softmax_scale, **constants
+        )  # fmt: skip
 
 
 def sink_window_attention_backward(
-    grad_out, q, k, v, out, lse, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens
-):
+    grad_out, q, k, v, out, lse, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, grad_q, grad_k, grad_v,
+):  # fmt: skip
+    """The gradients come zeroed: a key that nobody sees, and a query that sees none, have none."""
     batch, queries, heads, _ = q.shape
+    if q.numel() == 0 or k.numel() == 0:
+        return
     chunks = chunks_of(queries, kv_tokens, k.shape[1], chunk_ends, num_sink_tokens, num_window_tokens)
-    # Parts of several chunks are summed in float32; a single chunk writes what it has.
+    # A single chunk writes what it has. Parts of several are summed in float32.
     several = len(chunks) > 1
-    sums = torch.float32 if several else k.dtype
-    grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    grad_k, grad_v = (torch.zeros(k.shape, dtype=sums, device=k.device) for _ in range(2))
-    if q.numel() > 0 and k.numel() > 0:
-        delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-        if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
-        out, lse = out.contiguous(), lse.contiguous()
-        tile, constants = _constants(q, k, True)
-        for chunk in chunks:
-            key_tiles = triton.cdiv(chunk.sink_end, tile.keys) + triton.cdiv(
-                chunk.window_end - chunk.window_begin, tile.keys
-            )
-            if key_tiles == 0:
-                continue
-            span = (lse, delta, queries, *chunk, softmax_scale)
-            grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
-            inputs = (*_view(q), *_view(k), *_view(v))
-            launch(_backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants)
-            grid = (key_tiles, batch * k.shape[2])
-            launch(
-                _backward_kv,
-                grid,
-                q,
-                *inputs,
-                *_view(grad_out),
-                grad_k,
-                *_view(grad_v),
-                *span,
-                **constants,
-                ADD=several,
-            )
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    sum_k, sum_v = grad_k, grad_v
+    if several and k.dtype != torch.float32:
+        sum_k, sum_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    tile, constants = _constants(q, k, True)
+    inputs = (*_view(q), *_view(k), *_view(v))
+    for chunk in chunks:
+        key_tiles = triton.cdiv(chunk.sink_end, tile.keys) + triton.cdiv(
+            chunk.window_end - chunk.window_begin, tile.keys
+        )
+        if key_tiles == 0:
+            continue
+        span = (lse, delta, queries, *chunk, softmax_scale)
+        grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
+        launch(_backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants)
+        grid = (key_tiles, batch * k.shape[2])
+        launch(_backward_kv, grid, q, *inputs, *_view(grad_out), sum_k, *_view(sum_v), *span, **constants, ADD=several)
+    if sum_k is not grad_k:
+        grad_k.copy_(sum_k)
+        grad_v.copy_(sum_v)
