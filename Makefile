@@ -42,7 +42,7 @@ bench: ext
 
 ## make demo          stream a video from a checkpoint, compare with the published path, write out/
 demo: ext
-	PYTHONPATH=.:python $(PY) -m reward_forcing.cli demo --out out
+	PYTHONPATH=.:python $(PY) -m benchmarks.demo --out out
 
 ## make lint          ruff and clang-format, as CI runs them (FIX=1 rewrites the sources)
 lint: $(SETUP)

@@ -21,6 +21,20 @@ def matrix_device(request):
     return request.param
 
 
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``; the number is what it was when the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """For tests on tiny tensors: starting threads would cost more than it saves, and no bit depends on it."""
+    threads(1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item):
     """A kernel that wrote out of bounds takes the CUDA context with it: every later test would fail for its sake."""

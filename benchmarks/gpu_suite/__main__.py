@@ -41,7 +41,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         Stage("tests", checks, 130, ("tests", tests)),
         Stage("attention", "benchmarks.gpu_suite.attention", 100),
         Stage("memory", "benchmarks.gpu_suite.memory", 80),
-        Stage("model", "reward_forcing.benchmark", 100),
+        Stage("model", "benchmarks.gpu_suite.model", 100),
     ]
     if options.tuning:
         found.append(Stage("tuning", "benchmarks.gpu_suite.tuning", 60, (str(VARIANTS),)))

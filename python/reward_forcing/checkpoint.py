@@ -191,9 +191,8 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, *
         published = [preset() for preset in _PRESETS]
         heads = [c.num_heads for c in published if (c.dim, c.num_layers) == (dim, sizes["num_layers"])]
         if not heads:
-            raise CheckpointError(
-                f"cannot infer num_heads of a model of width {dim} with {len(layers)} blocks: pass it"
-            )
+            sizes = f"a width of {dim} and {len(layers)} blocks"
+            raise CheckpointError(f"cannot infer num_heads: no published model has {sizes}; pass it")
         num_heads = heads[0]
     return ModelConfig(**{**sizes, "num_heads": num_heads, **overrides})
 
@@ -220,9 +219,14 @@ def _load(cls, path: str | Path, config: ModelConfig | None, entry: str | None, 
         config = infer_config(state, **sizes)
     elif sizes:
         raise TypeError(f"sizes {sorted(sizes)} beside a config: put them into the config")
+    return build_model(cls, state, config, source=str(path), dtype=dtype, device=device)
+
+
+def build_model(cls, state: Mapping[str, Tensor], config: ModelConfig, *, source: str, dtype, device):
+    """A model of class ``cls`` around the parameters that ``read_checkpoint`` returned; ``source`` names them in errors."""
     with torch.device("meta"):  # no memory, and no random numbers, for what the checkpoint replaces
         model = cls(config)
-    check_state(state, model, str(path))
+    check_state(state, model, source)
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -5,18 +5,41 @@ model's sizes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import rf_kernels as rf
 
 from ._check import expect
 
+#: What a field of each annotated type may hold.
+_KINDS = {
+    "int": ("an integer", lambda v: isinstance(v, Integral) and not isinstance(v, bool)),
+    "float": ("a finite number", lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)),
+    "bool": ("True or False", lambda v: isinstance(v, bool)),
+    "str": ("a string", lambda v: isinstance(v, str)),
+    "tuple": ("a tuple of integers", lambda v: isinstance(v, tuple) and all(map(_KINDS["int"][1], v))),
+}
 
-def _known_fields(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
+
+def _check_kinds(config) -> None:
+    """Every field holds what its annotation says: values also come from JSON files and command lines."""
+    for field in dataclasses.fields(config):
+        expected, fits = _KINDS[field.type.split("[")[0]]
+        value = getattr(config, field.name)
+        expect(fits(value), type(config).__name__, field.name, expected, repr(value))
+
+
+def _from_dict(cls, values: Mapping[str, Any]):
+    who = f"{cls.__name__}.from_dict"
+    expect(isinstance(values, Mapping), who, "values", "a mapping of names to values", type(values).__name__)
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
+    for name, needed in known.items():
+        expect(name in values or not needed, who, name, "a value", f"none among the keys {sorted(map(str, values))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class ModelConfig:
 
     def __post_init__(self):
         who = "ModelConfig"
+        _check_kinds(self)
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
         for name in sizes:
             expect(getattr(self, name) >= 1, who, name, "at least 1", getattr(self, name))
@@ -64,6 +88,7 @@ class ModelConfig:
         even_heads = self.dim % (2 * self.num_heads) == 0
         expect(even_heads, who, "num_heads", f"heads of an even width (dim = {self.dim})", self.num_heads)
         expect(self.freq_dim % 2 == 0, who, "freq_dim", "an even number", self.freq_dim)
+        expect(self.eps > 0, who, "eps", "a positive number", self.eps)
 
     @property
     def head_dim(self) -> int:
@@ -86,7 +111,7 @@ class ModelConfig:
         """From a mapping with the published names (a config.json, a golden case's hyper-parameters); other keys are
         not ours.
         """
-        return cls(**_known_fields(cls, values))
+        return _from_dict(cls, values)
 
     @classmethod
     def wan_1_3b(cls, **overrides) -> ModelConfig:
@@ -131,15 +156,26 @@ class StreamConfig:
 
     def __post_init__(self):
         who = "StreamConfig"
+        _check_kinds(self)
         expect(self.chunk_frames >= 1, who, "chunk_frames", "at least 1", self.chunk_frames)
         expect(self.sink_frames >= 0, who, "sink_frames", "at least 0", self.sink_frames)
-        enough = self.local_attn_size >= max(self.sink_frames, 1)
-        expect(enough, who, "local_attn_size", f"at least the {self.sink_frames} sink frames", self.local_attn_size)
-        policies = ("ema", "static", "none")
-        expect(self.sink_policy in policies, who, "sink_policy", f"one of {policies}", repr(self.sink_policy))
+        for name, allowed in (
+            ("sink_policy", ("ema", "static", "none")),
+            ("sink_state", ("compensated", "float32", "published")),
+        ):
+            value = getattr(self, name)
+            expect(value in allowed, who, name, f"one of {allowed}", repr(value))
         no_frames = self.sink_policy != "none" or self.sink_frames == 0
         expect(no_frames, who, "sink_frames", "0 with sink_policy 'none'", self.sink_frames)
+        least = self.sink_frames + 1 if self.sink_policy == "ema" else max(self.sink_frames, 1)
+        enough = f"at least {least}, with {self.sink_frames} sink frames and sink_policy '{self.sink_policy}'"
+        expect(self.local_attn_size >= least, who, "local_attn_size", enough, self.local_attn_size)
+        expect(0 <= self.alpha <= 1, who, "alpha", "a number in 0..1", self.alpha)
         expect(len(self.denoising_step_list) >= 1, who, "denoising_step_list", "at least one step", "none")
+        lowest = min(self.denoising_step_list)
+        expect(lowest >= 0, who, "denoising_step_list", "steps of at least 0", lowest)
+        expect(self.shift > 0, who, "shift", "a positive number", self.shift)
+        expect(self.context_noise >= 0, who, "context_noise", "at least 0", self.context_noise)
 
     @property
     def window_frames(self) -> int:
@@ -156,4 +192,4 @@ class StreamConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamConfig:
         """From a mapping with the published names; other keys are not ours."""
-        return cls(**_known_fields(cls, values))
+        return _from_dict(cls, values)

@@ -11,6 +11,7 @@ sigma is small but not 0. Tables are float32, whatever the data: a published flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,7 @@ class FlowMatchScheduler:
         sigma_max: float = 1.0,
         extra_one_step: bool = True,
     ):
-        expect(shift > 0, "FlowMatchScheduler", "shift", "a positive number", shift)
+        expect(0 < shift < math.inf, "FlowMatchScheduler", "shift", "a positive finite number", shift)
         expect(num_steps >= 2, "FlowMatchScheduler", "num_steps", "at least 2", num_steps)
         self.shift, self.num_train_timesteps, self.num_steps = shift, num_train_timesteps, num_steps
         # In float32 from the start, as published: another rounding of sigma would show in float64 runs, which use

@@ -9,13 +9,6 @@ import rf_kernels as rf
 THREADS = (1, 2, 3, 4)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def tables(dtype, frames, grid, head_dim, batch):
     """Positions of their own for every sample."""
     positions = [[[7 * b + f for f in range(frames)] for b in range(batch)], range(grid[0]), range(grid[1])]

@@ -1,13 +1,13 @@
 """The documents and what they are made from say the same: the API reference names all that is public, figures are those of the
 committed reports, and the reports are those of the code."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import torch
 
 import rf_kernels
+from benchmarks import accuracy, ema_study, fill_readme
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,20 +18,12 @@ def test_every_public_name_is_in_the_api_reference():
     assert not set(rf_kernels.__all__) - named
 
 
-def module(name):
-    """A script of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 def test_documents_say_what_the_reports_say():
-    assert not module("fill_readme").stale()
+    assert not fill_readme.stale()
 
 
 def test_a_changed_report_makes_the_readme_stale(monkeypatch):
-    fill = module("fill_readme")
+    fill = fill_readme
     real = fill.load
 
     def changed(name):
@@ -47,7 +39,7 @@ def test_a_changed_report_makes_the_readme_stale(monkeypatch):
 def test_the_cpu_report_names_its_machine_and_judges_its_own_timings():
     from benchmarks import aims
 
-    report = module("fill_readme").load("cpu")
+    report = fill_readme.load("cpu")
     assert all(report["environment"][fact] for fact in ("date", "commit", "torch", "python", "cpu", "cores", "threads"))
     results = {result["case"]: result for result in report["results"]}
     assert report["aims"] == [aim.judge(results) for aim in aims.aims()]
@@ -55,9 +47,8 @@ def test_the_cpu_report_names_its_machine_and_judges_its_own_timings():
 
 def test_errors_are_still_those_of_the_report():
     """One op recomputed: within a factor of two of the committed figures (the last bits differ between machines)."""
-    accuracy = module("accuracy")
     found = accuracy.table((accuracy.dmd_gradient, accuracy.rope_append))
-    committed = {(r["op"], r["quantity"], r["dtype"]): r for r in module("fill_readme").load("accuracy")}
+    committed = {(r["op"], r["quantity"], r["dtype"]): r for r in fill_readme.load("accuracy")}
     assert len(found) >= 20
     for row in found:
         before = committed[row["op"], row["quantity"], row["dtype"]]
@@ -75,9 +66,9 @@ def test_at_0999_every_bf16_number_decays_to_itself():
 
 def test_the_study_of_the_sink_repeats():
     """Ten evictions: the published state has lost most of its way, the default state has not."""
-    study = module("ema_study")
+    study = ema_study
     rows = study.follow(0.999, 10)
-    committed = module("fill_readme").load("ema_study")["alpha"]["0.999"]
+    committed = fill_readme.load("ema_study")["alpha"]["0.999"]
     for row, before in zip(rows, committed, strict=False):
         assert row["evictions"] == before["evictions"]
         assert abs(row["state"]["published"] / before["state"]["published"] - 1) < 0.05

@@ -6,6 +6,8 @@ from helpers import fuzz
 
 import rf_kernels as rf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Seeds of the heavy run: what an op's cost allows within a minute on two cores.
 HEAVY = {
     "rope_append": 6000,
@@ -15,15 +17,6 @@ HEAVY = {
     "sink_window_attention": 1500,
     "stream": 1200,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("op", fuzz.FUZZERS)

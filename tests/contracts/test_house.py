@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OPS = ("rope_append", "ema_evict", "sink_window_attention", "dmd_gradient")
 
 
-def tracked(*patterns):
+TESTS = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def tracked(*patterns, under=""):
     """Files of the repository (as git knows them, or as they lie there when this is no checkout)."""
     listing = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True
@@ -21,7 +24,8 @@ def tracked(*patterns):
         files = [ROOT / line for line in listing.stdout.splitlines()]
     else:
         files = [p for p in ROOT.rglob("*") if not {".venv", "build", "out"} & set(p.relative_to(ROOT).parts)]
-    return sorted(p for p in files if p.is_file() and (not patterns or any(p.match(x) for x in patterns)))
+    files = [p for p in files if p.is_file() and p.is_relative_to(ROOT / under)]
+    return sorted(p for p in files if not patterns or any(p.match(x) for x in patterns))
 
 
 def imported_modules(path):
@@ -41,28 +45,52 @@ def inside(name, *packages):
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
-def test_python_import_rules():
+#: Folder -> what nothing in it may import. benchmarks/ and tests/ use the library; it knows nothing of them.
+FORBIDDEN = {
+    "rf_kernels": ("reward_forcing", "benchmarks", "helpers", "chip"),
+    "rf_kernels/reference": (
+        *(f"rf_kernels.{name}" for name in ("_backend", "ops", "cache", "positions", "testing", "profiling", "doctor")),
+        *("numpy", "triton"),
+    ),
+    "rf_kernels/ops": ("rf_kernels.cache", "rf_kernels.reference", "rf_kernels.testing"),
+    "rf_kernels/cache": ("rf_kernels.reference", "rf_kernels.testing", "rf_kernels.doctor"),
+    "python": ("benchmarks", "helpers", "chip", "rf_kernels.reference", "rf_kernels.testing", "rf_kernels._backend"),
+    "benchmarks": ("helpers", "rf_kernels._selftest"),
+}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_who_imports_whom(folder):
+    """By an import, or by the name of a module in a string that something else imports or runs."""
+    wrong, modules = [], [f.split(".")[0] for f in FORBIDDEN[folder] if f in ("reward_forcing", "benchmarks")]
+    for path in tracked("*.py", under=folder):
+        where = path.relative_to(ROOT)
+        wrong += [f"{where}: {name}" for name in imported_modules(path) if inside(name, *FORBIDDEN[folder])]
+        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        names = [x for x in strings if isinstance(x, str) and re.fullmatch(r"\w+(\.\w+)*", x)]
+        wrong += [
+            f"{where}: the string {name!r}" for name in names if inside(name, *modules) and name != "reward_forcing"
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_gpu_suite_names_no_module_of_the_model_layer():
+    text = "".join(path.read_text() for path in tracked("*.py", under="benchmarks/gpu_suite"))
+    assert not re.findall(r"""["']reward_forcing\.\w""", text)
+
+
+def test_no_test_imports_another():
     wrong = []
-    for path in tracked("rf_kernels/**/*.py", "rf_kernels/*.py"):
-        parts = path.relative_to(ROOT).parts
-        for name in imported_modules(path):
-            if inside(name, "reward_forcing"):
-                wrong.append(f"{path.name}: rf_kernels imports the model layer ({name})")
-            if parts[1] == "reference" and inside(name, "rf_kernels") and not inside(name, "rf_kernels.reference"):
-                wrong.append(f"{path}: a reference imports {name}; it may import torch and other references only")
-            if parts[1] == "reference" and inside(name, "numpy", "triton"):
-                wrong.append(f"{path}: a reference imports {name}; plain PyTorch only")
-            if parts[1] == "ops" and inside(name, "rf_kernels.cache", "rf_kernels.plan", "rf_kernels.reference"):
-                wrong.append(f"{path}: an op imports {name}")
+    for path in tracked("*.py", under="tests"):
+        names = [part for name in imported_modules(path) for part in name.split(".")]
+        wrong += [f"{path.relative_to(ROOT)}: {n}" for n in names if n in TESTS]
     assert not wrong, "\n".join(wrong)
 
 
 def test_cpp_include_rules():
     wrong = []
-    for path in tracked("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "csrc/*.cpp"):
+    for path in tracked("*.h", "*.cpp", "*.cu", under="csrc"):
         relative = path.relative_to(ROOT)
-        if relative.parts[0] != "csrc":  # the model's own csrc/arch
-            continue
         folder = relative.parts[1]
         for include in re.findall(r'#include ["<]([^">]+)[">]', path.read_text()):
             target = include.split("/")
@@ -99,7 +127,7 @@ def test_one_op_one_name_the_same_homes(op):
     if op != "sink_window_attention":  # its kernel of our own has a folder for the one architecture that it runs on
         homes += [f"csrc/{op}/{name}" for name in skeleton]
     assert not [home for home in homes if not (ROOT / home).is_file()]
-    sources = [path for path in tracked(f"csrc/{op}/*") if path.suffix in (".h", ".cpp", ".cu")]
+    sources = [path for path in tracked("*.h", "*.cpp", "*.cu", under=f"csrc/{op}")]
     assert not [path.name for path in sources if f"namespace rf::{op}" not in path.read_text()]
     assert "m.def(" in (ROOT / "csrc/ops.cpp").read_text() and f"{op}(" in (ROOT / "csrc/ops.cpp").read_text()
 
@@ -144,7 +172,7 @@ def test_the_repository_speaks_of_the_product_alone():
 def test_sink_alone_is_no_name():
     """`sink` alone means a softmax logit elsewhere (attn_sink); ours are num_sink_tokens, sink_frames, sink_k."""
     wrong = []
-    for path in tracked("rf_kernels/**/*.py", "rf_kernels/*.py", "python/**/*.py"):
+    for path in [*tracked("*.py", under="rf_kernels"), *tracked("*.py", under="python")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.arg] if isinstance(node, ast.arg) else [node.id] if isinstance(node, ast.Name) else []
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if name in ("sink", "sinks")]
@@ -153,7 +181,7 @@ def test_sink_alone_is_no_name():
 
 def test_one_reader_of_pickles_and_it_reads_weights_only():
     """What ruff's S3 rules, which `make lint` holds the packages to, do not know: PyTorch's own loader."""
-    packages = tracked("rf_kernels/**/*.py", "rf_kernels/*.py", "python/**/*.py")
+    packages = [*tracked("*.py", under="rf_kernels"), *tracked("*.py", under="python")]
     loads = [
         (path.name, [ast.unparse(k) for k in node.keywords])
         for path in packages

@@ -11,14 +11,7 @@ from helpers.promise_tools import POLICIES, make_cache, seen_of, tensors_of
 import rf_kernels as rf
 from rf_kernels.testing import fingerprint
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ModelFailed(Exception):

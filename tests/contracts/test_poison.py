@@ -20,6 +20,8 @@ from helpers.promise_tools import (
 import rf_kernels as rf
 from rf_kernels.reference.sink_window_attention import visible_keys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEAD_DIMS = (1, 13, 64, 128, 256)
 PAIRS = (
     (float("nan"), float("inf")),
@@ -27,15 +29,6 @@ PAIRS = (
     (-float("inf"), 3e38),
 )  # what keys and values are filled with
 heavy = pytest.mark.heavy
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny calls: starting threads would cost more than it saves (bits do not depend on it)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def attend(inputs, grad_out, **options):

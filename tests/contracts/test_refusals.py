@@ -36,6 +36,36 @@ def test_wrong_calls_of_ops(entry):
     assert fingerprint(*tensors) == before
 
 
+#: Where naming the argument is not enough: what the text has to say of a call of the catalogue.
+TEXTS = [
+    ("rope_append", "slots", "beyond the cache", "6 for frame 1"),
+    ("rope_append", "slots", "twice the same", "slot 2 for frames 0 and 1"),
+    ("rope_append", "slots", "beyond the cache in the second sample", "9 for frame 1"),
+    ("rope_append", "slots", "a number that does not divide N", "divides"),
+    ("rope_append", "k_cache", "overlaps v_cache", "`v_cache`"),
+    ("rope_append", "axes", "without angles", "no axes"),
+    ("rope_append", "layout", "'interleaved'", "'adjacent'"),
+    ("rope", "norm", "None, with weights", "weight"),
+    ("ema_evict", "schedule", "count beyond E", "count of sink frame 0"),
+]
+
+
+@pytest.mark.parametrize("function, argument, what, text", TEXTS, ids=str)
+def test_what_the_text_says(function, argument, what, text):
+    (edit,) = [e[3] for e in ENTRIES if e[:3] == (function, argument, what)]
+    call = dict(getattr(refusals.World(), function))
+    edit(call)
+    assert text in refused(lambda: getattr(rf, function)(**call))[0]
+
+
+def test_a_count_above_the_sources_is_refused_wherever_it_would_read():
+    """The entry behind the first sample's sources is the second sample's init, which would pass for a source."""
+    call = refusals.World().ema_evict
+    refusals.plan([[1, 0, 0], [1, 0, 0]], [[0, 2, 2], [1, 0, 0]])(call)
+    call["turns"] = call["turns"][:, :2].contiguous()
+    assert "count of sink frame 0" in refused(lambda: rf.ema_evict(**call), "schedule")[0]
+
+
 def test_the_catalogue_is_large_and_has_no_doubles():
     names = [entry[:3] for entry in ENTRIES]
     assert len(set(names)) == len(names) >= 150

@@ -33,6 +33,8 @@ from torch import Tensor
 
 import rf_kernels as rf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Kinds whose library path is tested here; the training rollout is compared by the published oracle alone.
 KINDS = {
     "ema_self_attention_stream",
@@ -53,15 +55,6 @@ every_state = pytest.mark.parametrize(
     "dtype, state",
     [("float64", "compensated"), ("float32", "compensated"), ("bf16", "compensated"), ("bf16", "published")],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny here: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def need(case: Case, *names: str) -> None:

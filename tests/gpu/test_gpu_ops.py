@@ -36,16 +36,6 @@ REAL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """Without a GPU the tensors are tiny: threads would only wait for one another."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if torch.cuda.is_available() else 1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- sink_window_attention ------------------------------------------------------------------------------------------
 
 

@@ -21,26 +21,17 @@ from helpers.gpu_tools import (
 )
 from helpers.promise_tools import POLICIES, make_cache
 from helpers.rope_append_case import inputs as append_inputs
-from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline, benchmark
+from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
 from reward_forcing.model.blocks import CausalSelfAttention
 
 import rf_kernels as rf
+from benchmarks.gpu_suite import model as model_stage
 from rf_kernels.testing import assert_equal_bits
 
 CONFIG = ModelConfig(
     dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=8, freq_dim=32
 )
 FRAMES, LENGTH, LATENT = 3, 9, (1, 4, 3, 10, 14)  # 35 tokens a frame: no multiple of anything
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """Without a GPU the tensors are tiny: threads would only wait for one another."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if torch.cuda.is_available() else 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(device, dtype=torch.bfloat16):
@@ -151,13 +142,13 @@ def test_graphed_chunks_are_those_of_the_pipeline(device):
     """A whole chunk from captured forwards, as the benchmark times it: the latents of StreamingPipeline, bit for bit."""
     model, stream = make_model(device), StreamConfig(denoising_step_list=(1000, 750, 500))
     latent, context = torch.randn(1, 3, 4, *LATENT[3:]).to(device, model.dtype), torch.zeros(1, 8, 16, device=device)
-    plain, graphed = (benchmark.Ours(model, stream, latent, context.to(model.dtype)) for _ in range(2))
+    plain, graphed = (model_stage.Ours(model, stream, latent, context.to(model.dtype)) for _ in range(2))
     for number in range(5):
         given = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number)).to(device, model.dtype)
         plain.step(given)
         graphed.step(given)
     plain.step(latent)
-    graphs, chunks = benchmark.Graphs(graphed), plain.chunks()  # the graphs take a chunk to make
+    graphs, chunks = model_stage.Graphs(graphed), plain.chunks()  # the graphs take a chunk to make
     for number in range(3):
         torch.manual_seed(number)
         expected = next(chunks).latents

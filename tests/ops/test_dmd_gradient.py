@@ -308,18 +308,15 @@ def test_neighbours_leave_no_bit():
                 assert_equal_bits(getattr(part_aux, field)[i], getattr(aux, field)[b])
 
 
-def test_threads_change_no_bit():
+def test_threads_change_no_bit(threads):
     shape = (3, 7, 4, 33, 35)
     x, kw = made(shape)
     kw |= {"weight": weights(shape)["channels"], "mask": masks(shape)["frame"]}
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5, 8, 2):
-            torch.set_num_threads(threads)
-            gradient, aux = rf.dmd_gradient(x, **kw, return_aux=True)
-            results.append((gradient, *aux))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 5, 8, 2):
+        threads(count)
+        gradient, aux = rf.dmd_gradient(x, **kw, return_aux=True)
+        results.append((gradient, *aux))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert_equal_bits(a, b)

@@ -451,17 +451,13 @@ def test_strided_caches(dtype):
     assert bool((layers[0] == 7).all()) and bool((layers[2] == 7).all())
 
 
-def test_bits_do_not_depend_on_threads():
+def test_bits_do_not_depend_on_threads(threads):
     case = Case(torch.bfloat16, "compensated", n=300, heads=8)
     case.k[0, 1000:1100, 3, 2] = float("nan")
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(case.run())
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(case.run())
     for other in results[1:]:
         equal(results[0], other)
 

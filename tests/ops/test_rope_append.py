@@ -329,16 +329,13 @@ def test_each_tensor_is_normalised_only_with_its_weight():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_threads(dtype):
+def test_bits_do_not_depend_on_threads(dtype, threads):
     args, keywords = inputs(dtype, grid=(3, 16, 16), heads=(3, 3), dim=32)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            mine = clones(args)
-            results.append((rf.rope_append(*mine, **keywords), *mine[3:]))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        mine = clones(args)
+        results.append((rf.rope_append(*mine, **keywords), *mine[3:]))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_equal_bits(a, b)

@@ -216,17 +216,13 @@ def test_poison_outside_sink_and_window_changes_no_later_bit(dtype):
 @pytest.mark.parametrize(
     "name", ["batch_grouped", "tile_edges", "one_head", "one_key_head", "one_query", "streaming", "ragged"]
 )
-def test_bits_do_not_depend_on_threads(name, dtype):
+def test_bits_do_not_depend_on_threads(name, dtype, threads):
     inputs, options = make_case(dtype, {**DENSE, **WHOLE, **SINGLE_UNIT}[name])
     grad_out = torch.randn_like(inputs[0])
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 4, 2):
-            torch.set_num_threads(n)
-            results.append(run_bits(inputs, options, grad_out))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for n in (1, 2, 4, 2):
+        threads(n)
+        results.append(run_bits(inputs, options, grad_out))
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert_equal_bits(a, b)
@@ -285,32 +281,28 @@ def test_a_cache_written_between_forward_and_backward_is_noticed():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_at_random_shapes_threads_and_places(dtype):
+def test_bits_at_random_shapes_threads_and_places(dtype, threads):
     """Odd head dims, few rows and rows that no cache line divides: each sample at each place and thread count as by itself."""
     choose = random.Random(7)
-    threads = torch.get_num_threads()
-    try:
-        for seed in range(12):
-            heads = choose.choice([1, 1, 2, 3, 4])
-            shape = (
-                choose.randint(1, 90),
-                choose.randint(1, 600),
-                heads,
-                choose.choice([1, heads]),
-                choose.randint(1, 80),
-            )
-            crowd, options = make_case(dtype, (3, *shape, choose.randint(1, shape[1])), seed=seed)
-            grad_out = torch.randn_like(crowd[0])
-            torch.set_num_threads(1)
-            alone = [
-                run_bits([t[b : b + 1].clone() for t in crowd], options, grad_out[b : b + 1].clone()) for b in range(3)
-            ]
-            for n in (1, 2, 4):
-                torch.set_num_threads(n)
-                for i, t in enumerate(run_bits(crowd, options, grad_out)):
-                    assert_equal_bits(t, torch.cat([sample[i] for sample in alone]))
-    finally:
-        torch.set_num_threads(threads)
+    for seed in range(12):
+        heads = choose.choice([1, 1, 2, 3, 4])
+        shape = (
+            choose.randint(1, 90),
+            choose.randint(1, 600),
+            heads,
+            choose.choice([1, heads]),
+            choose.randint(1, 80),
+        )
+        crowd, options = make_case(dtype, (3, *shape, choose.randint(1, shape[1])), seed=seed)
+        grad_out = torch.randn_like(crowd[0])
+        threads(1)
+        alone = [
+            run_bits([t[b : b + 1].clone() for t in crowd], options, grad_out[b : b + 1].clone()) for b in range(3)
+        ]
+        for n in (1, 2, 4):
+            threads(n)
+            for i, t in enumerate(run_bits(crowd, options, grad_out)):
+                assert_equal_bits(t, torch.cat([sample[i] for sample in alone]))
 
 
 OPCHECK = [DENSE["odd"], (2, 9, 20, 4, 2, 8, 0), WHOLE["ragged"], WHOLE["nothing_visible"]]

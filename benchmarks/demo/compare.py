@@ -1,6 +1,8 @@
 """Beside the published path: the same stream chunk by chunk, and each op at the stream's own shapes."""
 
 import torch
+from reward_forcing.job import PreparedStream
+from reward_forcing.pipeline import Chunk
 
 import benchmarks as bench
 import rf_kernels as rf
@@ -8,36 +10,39 @@ from benchmarks import published
 
 
 class PublishedTwin:
-    """The published path (benchmarks.published) with the same weights, fed the same noise, one chunk at a time."""
+    """The published path with a stream's weights, text and noise, one chunk at a time."""
 
-    def __init__(self, config, stream, state_dict, batch: int, grid, dtype: torch.dtype, device: torch.device):
+    def __init__(self, prepared: PreparedStream, grid: tuple[int, int]):
+        model, stream = prepared.model, prepared.job.stream
         frame_tokens = grid[0] * grid[1]
-        model = published.CausalWanModel(
-            published.WanConfig(**{name: getattr(config, name) for name in published.WanConfig.__dataclass_fields__}),
+        fields = {name: getattr(model.config, name) for name in published.WanConfig.__dataclass_fields__}
+        twin = published.CausalWanModel(
+            published.WanConfig(**fields),
             sink_frames=stream.sink_frames,
             local_attn_size=stream.local_attn_size,
             max_attention_tokens=stream.local_attn_size * frame_tokens,
             alpha=stream.alpha,
         )
-        model.load_state_dict(state_dict)
-        self.model = model.to(device=device, dtype=dtype).eval()
-        self.scheduler = published.FlowMatchScheduler(shift=stream.shift)
-        self.caches = self.model.new_caches(batch, stream.local_attn_size * frame_tokens)
-        self.steps = published.denoising_steps(self.scheduler, list(stream.denoising_step_list), stream.warp)
-        self.context_noise = stream.context_noise
-        self.frame = 0
+        twin.load_state_dict(model.state_dict())
+        twin.to(device=model.device, dtype=model.dtype).eval()
+        scheduler = published.FlowMatchScheduler(shift=stream.shift)
+        caches = twin.new_caches(1, stream.local_attn_size * frame_tokens)
+        self.generator = published.Generator(twin, scheduler, caches, prepared.context)
+        self.steps = published.denoising_steps(scheduler, list(stream.denoising_step_list), stream.warp)
+        self.prepared = prepared
 
     @torch.no_grad()
-    def chunk(self, noise: torch.Tensor, context: torch.Tensor, draws: list[torch.Tensor]) -> torch.Tensor:
-        """The next chunk, from its noise and the draws between its steps."""
-        saved = iter(draws)
-        generator = published.Generator(self.model, self.scheduler, self.caches, context)
-        latents = published.inference_chunk(
-            generator, noise, self.steps, self.frame, context_noise=self.context_noise,
-            draw=lambda like: next(saved).reshape(like.shape),
-        )  # fmt: skip
-        self.frame += noise.shape[1]
-        return latents
+    def chunk(self, ours: Chunk) -> torch.Tensor:
+        """The latents that the published path makes of a chunk's noise."""
+        noise = self.prepared.noise(ours.first_frame)
+        return published.inference_chunk(
+            self.generator,
+            noise.draw(ours.latents.shape),
+            self.steps,
+            ours.first_frame,
+            context_noise=self.prepared.job.stream.context_noise,
+            draw=lambda like: noise.draw(ours.latents.shape).reshape(like.shape),
+        )
 
 
 def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict]:

@@ -1,6 +1,6 @@
 """A whole denoising forward and a whole streamed chunk of a Wan model with random weights, beside the published path.
 
-    python -m reward_forcing.benchmark --device cuda --rows FILE
+    python -m benchmarks.gpu_suite.model --device cuda --rows FILE
 
 Candidates:
 - rf_kernels: ``CausalWanModel`` and ``StreamingPipeline``, launched from Python.
@@ -17,15 +17,14 @@ import itertools
 import time
 
 import torch
+from reward_forcing.config import ModelConfig, StreamConfig
+from reward_forcing.model import CausalWanModel
+from reward_forcing.pipeline import StreamingPipeline
 
 import rf_kernels as rf
 from benchmarks import published
 from benchmarks.gpu_suite.jobs import Job, Options, measured_roof, run_jobs
 from rf_kernels.testing import relative_l2
-
-from .config import ModelConfig, StreamConfig
-from .model import CausalWanModel
-from .pipeline import StreamingPipeline
 
 #: Rounding of thirty layers in half precision, at different places: a gross error is what must stop the benchmark.
 AGREEMENT = 0.1
