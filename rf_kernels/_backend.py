@@ -68,6 +68,7 @@ _TRITON = {
 }
 _triton = torch.library.Library("rf_kernels", "FRAGMENT")
 _raised = threading.local()
+triton_registered = False
 
 
 def triton_problem() -> str | None:
@@ -76,6 +77,8 @@ def triton_problem() -> str | None:
 
 
 def _register_triton(interpreted: bool) -> None:
+    global triton_registered
+    triton_registered = True
     for name, module in _TRITON.items():
         _triton.impl(f"triton_{name}", _launcher(name, module), "CompositeExplicitAutograd", allow_override=True)
     ops.set_triton(interpreted, torch.version.hip is not None)

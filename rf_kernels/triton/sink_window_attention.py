@@ -17,9 +17,6 @@ import triton.language as tl
 
 from .common import INTERPRET, lanes, launch, next_power, round_to, target
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-
 
 class Config(NamedTuple):
     """Tile sizes of a kernel."""
@@ -33,11 +30,16 @@ class Config(NamedTuple):
 def config(head_dim: int, dtype: torch.dtype, backward: bool) -> Config:
     """Fixed by what a tile takes of registers and shared memory, not by trial: the same bits on every machine.
 
-    Half precision, D <= 128: 128 x 64 tiles are 64 accumulators for each of 8 warps' threads, and two stages of K and V take 64 KiB,
-    which the 99 KiB of sm_120 and the 64 KiB of gfx942 (one stage there) hold. Wider heads, and float32 (whose products run on the
-    plain arithmetic units), take half of each. The backward holds two accumulators and four operands: half again.
+    Half precision, D <= 128: 128 x 64 tiles are 64 accumulators for each thread of 8 warps, and two stages of keys and values take
+    64 KiB, which the 99 KiB of sm_120 and the 64 KiB of gfx942 hold. The backward has two accumulators and four operands: half of
+    it. Wider heads take a quarter; float32 needs three operands where half precision has one, and takes less again. No kernel
+    spills in half precision up to D = 128 (tests/ops/test_triton_compiled.py).
     """
-    wide = head_dim > 128 or dtype == torch.float32
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        if backward:
+            return Config(16, 16, 8, 1) if wide else Config(32, 16, 8, 1)
+        return Config(16, 16, 4, 1) if wide else Config(32, 32, 8, 1)
     if backward:
         return Config(32, 32, 8, 1) if wide else Config(64, 64, 8, 1)
     return Config(64, 32, 8, 1) if wide else Config(128, 64, 8, 2)
@@ -99,7 +101,7 @@ def _attend(
     DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [begin, end) to the softmax of a query tile. Exponents are to base 2, ``scale`` has log2(e) in it."""
+    """Adds the keys [begin, end) to the softmax of a query tile."""
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
         logits = (
@@ -109,8 +111,8 @@ def _attend(
         logits = tl.where((at < end)[None, :], logits, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(logits - safe[:, None])
-        decay = tl.exp2(largest - safe)
+        p = tl.exp(logits - safe[:, None])
+        decay = tl.exp(largest - safe)
         total = total * decay + tl.sum(p, 1)
         acc = _dot(round_to(p, v.dtype.element_ty), _rows(v, at, v_t, end, DIM, DIMS), acc * decay[:, None], PRECISION)
         largest = new
@@ -131,18 +133,17 @@ def _forward(
     acc = tl.zeros((QUERIES, DIMS), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
-    scale2 = scale * _LOG2E
     acc, total, largest = _attend(
-        tile, acc, total, largest, k_at, k_t, v_at, v_t, 0, sink_end, scale2, DIM, DIMS, KEYS, PRECISION
+        tile, acc, total, largest, k_at, k_t, v_at, v_t, 0, sink_end, scale, DIM, DIMS, KEYS, PRECISION
     )
     acc, total, largest = _attend(
-        tile, acc, total, largest, k_at, k_t, v_at, v_t, window_begin, window_end, scale2, DIM, DIMS, KEYS, PRECISION
+        tile, acc, total, largest, k_at, k_t, v_at, v_t, window_begin, window_end, scale, DIM, DIMS, KEYS, PRECISION
     )
     none = total == 0.0  # no key at all: out is 0, lse is -inf
     total = tl.where(none, 1.0, total)
     acc = acc / total[:, None]
     _store_rows(out + b * out_b + h * out_h, row, out_t, end, acc, DIM, DIMS)
-    value = tl.where(none, float("-inf"), (largest + tl.log2(total)) * _LN2)
+    value = tl.where(none, float("-inf"), largest + tl.log(total))
     tl.store(lse + (b * HEADS + h) * queries + row, value, mask=row < end)
 
 
@@ -157,7 +158,7 @@ def _grad_q_of(
         keys = _rows(k, at, k_t, end, DIM, DIMS)
         values = _rows(v, at, v_t, end, DIM, DIMS)
         zero = tl.zeros((q.shape[0], KEYS), tl.float32)
-        p = tl.exp2(_dot(q, tl.trans(keys), zero, PRECISION) * (scale * _LOG2E) - row_lse[:, None])
+        p = tl.exp(_dot(q, tl.trans(keys), zero, PRECISION) * scale - row_lse[:, None])
         ds = tl.where((at < end)[None, :], p * (_dot(do, tl.trans(values), zero, PRECISION) - delta[:, None]), 0.0)
         grad = _dot(round_to(ds, k.dtype.element_ty), keys, grad, PRECISION)
     return grad
@@ -179,7 +180,7 @@ def _backward_q(
     delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     at = (b * HEADS + h) * queries + row
     tl.store(deltas + at, delta, mask=row < end)
-    row_lse = tl.load(lse + at, mask=row < end, other=0.0) * _LOG2E
+    row_lse = tl.load(lse + at, mask=row < end, other=0.0)
     sums = tl.zeros((QUERIES, DIMS), tl.float32)
     sums = _grad_q_of(
         tile, do_tile, row_lse, delta, sums, k_at, k_t, v_at, v_t, 0, sink_end, scale, DIM, DIMS, KEYS, PRECISION
@@ -229,11 +230,11 @@ def _backward_kv(
             mask = row < end
             queries_tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
             do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
-            row_lse = tl.load(lse + (b * HEADS + h) * queries + row, mask=mask, other=0.0) * _LOG2E
+            row_lse = tl.load(lse + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             delta = tl.load(deltas + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             zero = tl.zeros((KEYS, QUERIES), tl.float32)
             # Transposed, [keys, queries]. Rows beyond the chunk are zero in q and do: p = 1 there, and adds nothing.
-            p = tl.exp2(_dot(keys, tl.trans(queries_tile), zero, PRECISION) * (scale * _LOG2E) - row_lse[None, :])
+            p = tl.exp(_dot(keys, tl.trans(queries_tile), zero, PRECISION) * scale - row_lse[None, :])
             sum_v = _dot(round_to(p, do.dtype.element_ty), do_tile, sum_v, PRECISION)
             ds = p * (_dot(values, tl.trans(do_tile), zero, PRECISION) - delta[None, :])
             sum_k = _dot(round_to(ds, q.dtype.element_ty), queries_tile, sum_k, PRECISION)
