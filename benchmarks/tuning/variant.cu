@@ -2,12 +2,16 @@
 // benchmarks/gpu_suite/tuning.py, which loads it). The edited headers come first on the include path.
 #include "csrc/sink_window_attention/sm90/launch.cu"
 
+#include <algorithm>
+
 extern "C" int64_t rf_variant_workspace_bytes(int num_sms) {
-  return static_cast<int64_t>(rf::sink_window_attention::workspace_bytes_sm90(num_sms));
+  using namespace rf::sink_window_attention;
+  return static_cast<int64_t>(std::max(workspace_sm90(kFwdConfigHeadDim128, num_sms).bytes,
+                                       workspace_sm90(kFwdConfigHeadDim64, num_sms).bytes));
 }
 
 // strides: {batch, token, head} of q, k, v and out, in elements. sizes: batch, q_tokens, q_heads, kv_heads,
-// head_dim, kv_tokens, 1 for float16, number of SMs. The workspace is zeroed when it is allocated.
+// head_dim, kv_tokens, 1 for float16, number of SMs. Returns a cudaError_t or a CUresult.
 extern "C" int rf_variant_forward(const void* q, const void* k, const void* v, void* out, float* lse,
                                   const int64_t* strides, const int32_t* sizes, float softmax_scale,
                                   void* workspace, void* stream) {
@@ -30,9 +34,15 @@ extern "C" int rf_variant_forward(const void* q, const void* k, const void* v, v
   p.kv_heads = sizes[3];
   p.head_dim = sizes[4];
   p.kv_tokens = sizes[5];
-  p.dtype = sizes[6] ? rf::sink_window_attention::AttentionDtype::fp16 : rf::sink_window_attention::AttentionDtype::bf16;
+  p.dtype = sizes[6] ? rf::sink_window_attention::AttentionDtype::fp16
+                     : rf::sink_window_attention::AttentionDtype::bf16;
   p.num_sms = sizes[7];
   p.softmax_scale = softmax_scale;
-  p.workspace = workspace;
-  return rf_sink_window_attention_fwd_sm90(&p, stream);
+  if (rf::sink_window_attention::unsupported_sm90(p) != nullptr) return cudaErrorNotSupported;
+  const auto& config = *rf::sink_window_attention::fwd_config_sm90(p.head_dim);
+  const rf::TileSchedule schedule = rf::sink_window_attention::plan_sm90(p, config);
+  p.schedule = &schedule;
+  p.workspace = schedule.cuts_tiles() ? workspace : nullptr;
+  const rf::CudaStatus status = rf::sink_window_attention::run_sm90(p, stream);
+  return status.code != 0 ? status.code : status.driver;
 }

@@ -12,6 +12,9 @@ namespace rf::arch {
 RF_DEVICE int thread_index() {
   return threadIdx.x;
 }
+RF_DEVICE uint32_t block_index() {
+  return blockIdx.x;
+}
 // A read of %tid that is never merged with an earlier one: nothing computed from it can be hoisted above it.
 RF_DEVICE int thread_index_again() {
   int t;

@@ -6,15 +6,25 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace rf::arch {
 
-// A CUDA error code, 0 when the map is ready. The encoder is looked up in the driver at run time: nothing
-// links libcuda, so the extension loads where there is no driver.
-inline int encode_tensor_map(TensorMap* map, const TileSource& source) {
+// What became of an encoding: at most one of the codes is not 0, and `call` is where it came from.
+struct Encoded {
+  int runtime;  // cudaError_t
+  int driver;   // CUresult
+  const char* call;
+};
+
+// The encoder is looked up in the driver at run time: nothing links libcuda, so the extension loads where
+// there is no driver.
+inline Encoded encode_tensor_map(TensorMap* map, const TileSource& source) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static Encode encode = nullptr;
+  static std::atomic<Encode> known = nullptr;
+  Encode encode = known.load();
   if (encode == nullptr) {
     void* symbol = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -25,9 +35,11 @@ inline int encode_tensor_map(TensorMap* map, const TileSource& source) {
     const cudaError_t error =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &symbol, cudaEnableDefault, &found);
 #endif
-    if (error != cudaSuccess) return error;
-    if (found != cudaDriverEntryPointSuccess || symbol == nullptr) return cudaErrorSymbolNotFound;
-    encode = reinterpret_cast<Encode>(symbol);
+    constexpr const char* kLookUp = "looking up cuTensorMapEncodeTiled in the driver";
+    if (error != cudaSuccess) return {error, 0, kLookUp};
+    if (found != cudaDriverEntryPointSuccess || symbol == nullptr)
+      return {cudaErrorSymbolNotFound, 0, kLookUp};
+    known = encode = reinterpret_cast<Encode>(symbol);
   }
   const detail::Rank5 r = detail::rank5(source);
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
@@ -36,7 +48,7 @@ inline int encode_tensor_map(TensorMap* map, const TileSource& source) {
              const_cast<void*>(source.data), r.size, r.stride_bytes + 1, r.box, element_strides,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return {0, result, "cuTensorMapEncodeTiled"};
 }
 
 }  // namespace rf::arch

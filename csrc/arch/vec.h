@@ -55,12 +55,9 @@ RF_DEVICE void flag_wait(uint32_t* flag) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
   } while (any_in_warp(x == 0));
 }
-RF_DEVICE void flag_clear(uint32_t* flag) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(flag) : "memory");
-}
-// 0, 1, ... count - 1 in the order of asking, then 0 again: ready for the next launch without a memset.
-RF_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t count) {
-  return atomicInc(counter, count - 1);
+// 0, 1, ... in the order of asking.
+RF_DEVICE uint32_t take_ticket(uint32_t* counter) {
+  return atomicAdd(counter, 1u);
 }
 
 }  // namespace rf::arch

@@ -83,15 +83,6 @@ inline std::string device_text(const Tensor& t) {
     if (!(cond)) ::rf::throw_argument_error(op, arg, expected, __VA_ARGS__); \
   } while (0)
 
-// A CUDA error code (int) from a launcher becomes an exception; nothing exits the process.
-#define RF_CHECK_CUDA(op, code)                                                                 \
-  do {                                                                                          \
-    const int rf_code_ = (code);                                                                \
-    if (rf_code_ != 0)                                                                          \
-      throw std::runtime_error(::rf::concat("rf_kernels.", op, ": CUDA error ", rf_code_, ": ", \
-                                            ::rf::cuda_error_text(rf_code_)));                  \
-  } while (0)
-
 namespace rf {
 const char* cuda_error_text(int code);
 
@@ -100,7 +91,11 @@ inline constexpr const char* kNoCudaPart = "this build has no CUDA part (RF_CUDA
 inline constexpr const char* kNoHopperPart =
     "this build has no Hopper kernels (RF_HOPPER=OFF, or no CUTLASS headers were found)";
 
+// What a launcher returned becomes an exception; nothing exits the process.
 inline void check_cuda(const char* op, const CudaStatus& status) {
+  if (status.driver != 0)
+    throw std::runtime_error(
+        concat("rf_kernels.", op, ": ", status.call, " failed: CUresult ", status.driver));
   if (!status.ok())
     throw std::runtime_error(concat("rf_kernels.", op, ": ", status.call, " failed: CUDA error ", status.code,
                                     ": ", cuda_error_text(status.code)));

@@ -16,7 +16,7 @@ namespace rf {
 // would report it as its own.
 inline CudaStatus cuda_status(cudaError_t error, const char* call) {
   if (error != cudaSuccess) cudaGetLastError();
-  return {static_cast<int>(error), error == cudaSuccess ? "" : call};
+  return {static_cast<int>(error), error == cudaSuccess ? "" : call, 0};
 }
 
 // RF_CUDA_TRY(cudaGetDevice, &index): returns from a function of CudaStatus where the call fails.

@@ -3,11 +3,13 @@
 
 namespace rf {
 
-// A cudaError_t, and the call that it came from: a string literal.
+// A cudaError_t, or the CUresult of a call to the driver itself, and the call that it came from: a string
+// literal.
 struct CudaStatus {
   int code = 0;
   const char* call = "";
-  bool ok() const { return code == 0; }
+  int driver = 0;
+  bool ok() const { return code == 0 && driver == 0; }
 };
 
 }  // namespace rf

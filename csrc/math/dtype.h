@@ -61,23 +61,26 @@ RF_HD float bits_to_float(uint32_t u) {
 }
 
 // ---- bf16: the upper half of a float
-// ---------------------------------------------------------------------------------------
 RF_HD float bf16_to_float(bf16 x) {
   return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
 }
 
+// The one NaN that rounding to bf16 makes, on both machines: what cvt.rn.bf16 of the GPU gives.
+inline constexpr int kBf16NaN = 0x7FFF;
+
 RF_HD bf16 float_to_bf16(float v) {
+#if defined(__CUDA_ARCH__)
+  return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+#else
   const uint32_t u = float_to_bits(v);
-  // Branch-free, so that the compiler vectorises it: round to nearest even by carry; a NaN keeps its upper
-  // bits and is made quiet.
+  // Branch-free, so that the compiler vectorises it: round to nearest even by carry.
   const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (u >> 16) | 0x40u;
   const bool nan = (u & 0x7FFFFFFFu) > 0x7F800000u;
-  return bf16{static_cast<uint16_t>(nan ? quiet : rounded)};
+  return bf16{static_cast<uint16_t>(nan ? kBf16NaN : rounded)};
+#endif
 }
 
 // ---- fp16
-// -------------------------------------------------------------------------------------------------------------------
 RF_HD float f16_to_float_portable(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t exponent = (x.bits >> 10) & 0x1Fu;
@@ -127,7 +130,6 @@ RF_HD f16 float_to_f16(float v) {
 }
 
 // ---- accumulators
-// -----------------------------------------------------------------------------------------------------------
 // Half precision and float compute in float; double computes in double (the float64 oracle runs through the
 // same code).
 template <typename T>

@@ -27,6 +27,13 @@ struct TileSchedule {
   int ranges;                             // CTAs
   int whole_tiles;                        // tiles [0, whole_tiles) are dealt whole
   Cut cut[kMaxRanges + 1];                // range r does [cut[r], cut[r + 1]) of the tiles that are left
+
+  // Whether any tile is shared by ranges: they then need memory to hand partial results over.
+  bool cuts_tiles() const {
+    for (int r = 1; r < ranges; ++r)
+      if (cut[r].unit != 0) return true;
+    return false;
+  }
 };
 
 // Units [first, min(limit, units of the tile)) of a tile. The range that holds unit 0 owns the tile: it

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "csrc/math/tile_schedule.h"
+
 namespace rf::sink_window_attention {
 
 enum class AttentionDtype : int { bf16, fp16 };
@@ -35,11 +37,11 @@ struct SinkWindowAttentionParams {
   // Cuts no query tile over several CTAs: the bits of a result then depend on its own keys alone.
   bool deterministic;
 
-  // Device scratch of workspace_bytes_sm90(num_sms) bytes (config.h), zeroed once when it is allocated; one
-  // per stream. A launch leaves it ready for the next.
-  void* workspace;
-  bool zero_workspace;  // zero its flags and ticket first: the launch that finds them uninitialised
   int num_sms;
+  const TileSchedule* schedule;  // of plan_sm90 (sm90/config.h), in host memory
+  // Device scratch of this launch alone, of workspace_sm90(...).bytes (sm90/config.h); null when no tile is
+  // cut. The launch zeroes what must be zero.
+  void* workspace;
 };
 
 }  // namespace rf::sink_window_attention

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from rf_kernels import ArgumentError
+
 from ._check import expect
 
 _WHO = "StreamFolder"
@@ -162,7 +164,10 @@ class StreamFolder:
         """Put cache and latents where the last save was, the beginning if there was none."""
         path = self.part / "cache.safetensors"
         if path.exists():
-            cache.load(path)
+            try:
+                cache.load(path)
+            except ArgumentError as error:
+                expect(False, _WHO, "resume", f"the saved cache of this stream in {path}", error)
         frame = cache.next_frame
         found = f"{self.frames} frames in {self.part / LATENTS}"
         expect(frame <= self.frames, _WHO, "resume", f"at least the {frame} frames that the cache has seen", found)

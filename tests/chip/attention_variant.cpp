@@ -21,8 +21,10 @@ struct State {
 };
 
 const char* setup(const void* params, void* memory, chip_tests::GridShape* shape) {
-  const auto& p = *static_cast<const op::SinkWindowAttentionParams*>(params);
+  auto p = *static_cast<const op::SinkWindowAttentionParams*>(params);
   if (const char* reason = op::unsupported_sm90(p)) return reason;
+  const rf::TileSchedule schedule = op::plan_sm90(p, kConfig);
+  p.schedule = &schedule;
   auto& state = *static_cast<State*>(memory);
   rf::arch::encode_tensor_map(&state.q, op::q_source(p));
   rf::arch::encode_tensor_map(&state.k, op::k_source(p, kConfig));
@@ -43,7 +45,14 @@ const char* setup(const void* params, void* memory, chip_tests::GridShape* shape
              {"v_full", offsetof(Smem, v_full), 8, kStages},
              {"v_empty", offsetof(Smem, v_empty), 8, kStages},
              {"ticket", offsetof(Smem, ticket), 4, 1}},
-            10};
+            10,
+            0,
+            0};
+  if (schedule.cuts_tiles()) {
+    const op::Workspace workspace = op::workspace_sm90(kConfig, schedule.ranges);
+    shape->workspace_bytes = workspace.bytes;
+    shape->zeroed_bytes = workspace.zeroed();
+  }
   return nullptr;
 }
 

@@ -8,6 +8,7 @@
 
 #include "csrc/math/key_intervals.h"
 #include "csrc/sink_window_attention/sm90/config.h"
+#include "csrc/sink_window_attention/sm90/schedule_cache.h"
 #include "tests/chip/model/launch.h"
 #include "tests/chip/model/layouts.h"
 #include "tests/chip/probes.h"
@@ -56,10 +57,9 @@ static py::dict stats_of(const chip::LaunchStats& s) {
 }
 
 static py::dict attention(const std::string& name, const Array16& q, const Array16& k, const Array16& v,
-                          Array16& out, py::array_t<float>& lse, py::array_t<uint8_t>& workspace,
-                          int kv_tokens, float softmax_scale, const std::vector<int32_t>& chunk_ends,
-                          int num_sink_tokens, int num_window_tokens, bool deterministic, int num_sms,
-                          int policy, uint32_t seed, int resident) {
+                          Array16& out, py::array_t<float>& lse, int kv_tokens, float softmax_scale,
+                          const std::vector<int32_t>& chunk_ends, int num_sink_tokens, int num_window_tokens,
+                          bool deterministic, int num_sms, int policy, uint32_t seed, int resident) {
   const auto found = variants().find(name);
   if (found == variants().end()) throw py::value_error("no variant named " + name);
   const Variant& variant = found->second;
@@ -88,15 +88,21 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   p.num_window_tokens = num_window_tokens;
   p.deterministic = deterministic;
   p.num_sms = num_sms;
-  p.zero_workspace = false;
-  p.workspace = workspace.mutable_data();
-  if (static_cast<size_t>(workspace.size()) < rf::sink_window_attention::workspace_bytes_sm90(num_sms))
-    throw py::value_error("workspace too small");
   if (p.head_dim != variant.head_dim) throw py::value_error("variant of another head_dim");
 
   std::vector<std::max_align_t> state(variant.state_bytes / sizeof(std::max_align_t) + 1);
   GridShape shape{};
   if (const char* reason = variant.setup(&p, state.data(), &shape)) throw py::value_error(reason);
+  // What op.cpp allocates and the launch zeroes; NaN elsewhere.
+  std::vector<std::max_align_t> workspace(shape.workspace_bytes / sizeof(std::max_align_t) + 8);
+  if (shape.workspace_bytes != 0) {
+    char* aligned =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 127) & ~uintptr_t{127});
+    std::memset(aligned, 0xFF, shape.workspace_bytes);
+    std::memset(aligned, 0, shape.zeroed_bytes);
+    p.workspace = aligned;
+    variant.setup(&p, state.data(), &shape);
+  }
   chip::LaunchOptions o = options_of(policy, seed, resident);
   o.grid = shape.ctas;
   o.threads = shape.threads;
@@ -105,9 +111,13 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   for (int i = 0; i < shape.num_fields; ++i)
     o.shared_names.push_back(
         {shape.fields[i].name, shape.fields[i].offset, shape.fields[i].bytes, shape.fields[i].count});
-  o.global = {buffer_of("q", q),     buffer_of("k", k),     buffer_of("v", v),
-              buffer_of("out", out), buffer_of("lse", lse), buffer_of("workspace", workspace)};
-  return stats_of(chip::launch(o, [&] { variant.thread(state.data()); }));
+  o.global = {buffer_of("q", q), buffer_of("k", k), buffer_of("v", v), buffer_of("out", out),
+              buffer_of("lse", lse)};
+  if (p.workspace != nullptr) o.global.push_back({"workspace", p.workspace, shape.workspace_bytes});
+  py::dict stats = stats_of(chip::launch(o, [&] { variant.thread(state.data()); }));
+  stats["workspace"] = shape.workspace_bytes;
+  stats["zeroed"] = shape.zeroed_bytes;
+  return stats;
 }
 
 // ---- schedule
@@ -163,6 +173,18 @@ static py::dict schedule(int head_dim, int batch_heads, int q_tokens, int kv_tok
   return d;
 }
 
+// The cache's answer: where it lies, and whether it equals the planner's.
+using rf::sink_window_attention::ScheduleCache;
+static std::pair<uintptr_t, bool> cached_schedule(ScheduleCache& cache, int batch_heads, int q_tokens,
+                                                  int kv_tokens, const std::vector<int>& chunk_ends, int ctas,
+                                                  bool deterministic) {
+  const rf::TileMap map = tile_map(batch_heads, q_tokens, kv_tokens, chunk_ends, 0, kv_tokens);
+  const rf::ScheduleOptions options{.ctas = ctas, .deterministic = deterministic};
+  const auto found = cache.get(map, 128, 176, options);
+  const rf::TileSchedule planned = rf::plan_schedule(map, 128, 176, options);
+  return {reinterpret_cast<uintptr_t>(found.get()), std::memcmp(found.get(), &planned, sizeof planned) == 0};
+}
+
 // Rows (first row, valid rows) of the key tiles that units [first, first + count) visit, as the producer
 // visits them.
 static std::vector<std::pair<int, int>> visited_keys(int chunk_end, int num_sink_tokens,
@@ -196,11 +218,17 @@ PYBIND11_MODULE(_chip, m) {
     return names;
   });
   m.def("attention", &attention, py::arg("variant"), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("workspace").noconvert(),
-        py::kw_only(), py::arg("kv_tokens"), py::arg("softmax_scale"), py::arg("chunk_ends"),
-        py::arg("num_sink_tokens"), py::arg("num_window_tokens"), py::arg("deterministic"),
-        py::arg("num_sms"), py::arg("policy"), py::arg("seed"), py::arg("resident"));
-  m.def("workspace_bytes", &rf::sink_window_attention::workspace_bytes_sm90);
+        py::arg("out").noconvert(), py::arg("lse").noconvert(), py::kw_only(), py::arg("kv_tokens"),
+        py::arg("softmax_scale"), py::arg("chunk_ends"), py::arg("num_sink_tokens"),
+        py::arg("num_window_tokens"), py::arg("deterministic"), py::arg("num_sms"), py::arg("policy"),
+        py::arg("seed"), py::arg("resident"));
+  py::class_<ScheduleCache>(m, "ScheduleCache")
+      .def(py::init<>())
+      .def("__len__", &ScheduleCache::size)
+      .def_property_readonly_static("max_entries", [](py::object) { return ScheduleCache::kMaxEntries; })
+      .def("get", &cached_schedule, py::arg("batch_heads"), py::arg("q_tokens"), py::arg("kv_tokens"),
+           py::arg("chunk_ends"), py::arg("ctas"), py::arg("deterministic"),
+           py::call_guard<py::gil_scoped_release>());
   m.def("schedule", &schedule, py::kw_only(), py::arg("head_dim"), py::arg("batch_heads"),
         py::arg("q_tokens"), py::arg("kv_tokens"), py::arg("chunk_ends") = std::vector<int>{},
         py::arg("num_sink_tokens") = 0, py::arg("num_window_tokens") = 0, py::arg("ctas"),

@@ -120,10 +120,10 @@ FAULTS = (
     fault("signal_without_release", MODEL_VEC, "chip::flag_store(flag, 1, /*release=*/true)", "chip::flag_store(flag, 1, false)"),
     fault("wait_without_acquire", MODEL_VEC, "chip::flag_wait(flag, /*acquire=*/true)", "chip::flag_wait(flag, false)"),
     fault("no_warp_barrier", EPILOGUE, "sync_warp();  // puts", "// puts"),
-    fault("flag_not_cleared", EPILOGUE, "if (elect_one()) flag_clear(flag_of(p, range, warp));", ""),
     fault("merged_once", KERNEL, "if (has_work(p.schedule, x)) Epilogue::merge(p, x, warp, lane, fragment);",
           "{ Epilogue::merge(p, x, warp, lane, fragment); break; }", "many"),
     fault("merged_unscaled", EPILOGUE, "o = o * factor[e >> 1].own +", "o = o +", "many"),
+    fault("one_ticket_for_all", KERNEL, "p.ticket == nullptr ? block_index() :", "p.ticket == nullptr ? 0 :", "queue3"),
     fault("ranges_in_starting_order", KERNEL, "p.schedule.ranges - 1 - warp_uniform(", "warp_uniform(", "one_resident"),
 )  # fmt: skip
 

@@ -233,7 +233,7 @@ void hand_over(const Context& c) {
   auto* data = reinterpret_cast<float*>(c.out);
   if (thread_index() >= kWarpThreads) return;
   uint32_t ticket = 0;
-  if (thread_index() == 0) ticket = take_ticket(counter, 2);
+  if (thread_index() == 0) ticket = take_ticket(counter);
   ticket = warp_uniform(static_cast<int>(ticket));
   const int lane = thread_index();
   if (ticket == 0) {
@@ -243,8 +243,6 @@ void hand_over(const Context& c) {
     if (elect_one()) flag_signal(flag);
   } else {
     flag_wait(flag);
-    sync_warp();
-    if (elect_one()) flag_clear(flag);
     float v[4];
     partial_load(data + 4 * lane, v);
     for (float& x : v) x += 1.f;

@@ -180,7 +180,7 @@ def test_strides_as_they_come():
     "case", [DENSE["every CTA splits"], DENSE["a tile over many CTAs"], WHOLE["unequal chunks"]], ids=str
 )
 def test_launches_are_bitwise_equal(case):
-    """Whatever lands when, and in one workspace: the schedule fixes the order of every sum."""
+    """Whatever lands when: the schedule fixes the order of every sum."""
     inputs = make_inputs(case)
     first = run(inputs, policy="random", seed=0)
     for seed, policy in enumerate(POLICIES, 1):
@@ -191,16 +191,15 @@ def test_launches_are_bitwise_equal(case):
         assert_equal_bits(first[1], again[1])
 
 
-def test_one_workspace_serves_every_configuration():
-    """A launch leaves tickets and flags ready for the next, of another head dimension and another grid."""
-    inputs = [
-        make_inputs(Case(130, 611, num_sms=n, variant=v)) for n, v in ((5, "bf16_128"), (3, "fp16_64"), (4, "bf16_64"))
-    ]
-    shared = max((i.workspace for i in inputs), key=len)
-    for _ in range(2):
-        for i in inputs:
-            i.workspace = shared
-            check(i)
+def test_only_calls_that_cut_tiles_have_a_workspace():
+    """A launch zeroes ticket and flags alone, and nothing where no tile is cut: then no CTA takes a ticket either."""
+    cut = Case(200, 611, heads=2)
+    *_, stats = run(make_inputs(cut))
+    assert stats["zeroed"] == 128 + 128 and stats["workspace"] == stats["zeroed"] + 3 * 8 * 4 * 32 * (64 + 4)
+    for whole in (dataclasses.replace(cut, deterministic=True), Case(128 * 3, 611), Case(65, 200, num_sms=16)):
+        out, lse, stats = run(make_inputs(whole))
+        assert stats["workspace"] == stats["zeroed"] == 0
+        assert not out.isnan().any() and not lse.isnan().any()
 
 
 def test_deterministic_mode_depends_on_the_keys_alone():

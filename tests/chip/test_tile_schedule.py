@@ -1,6 +1,7 @@
 """The schedule: every unit of work exactly once, on any number of CTAs, for the shapes of streaming models."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -190,3 +191,37 @@ def test_speedups_of_the_schedule(chip):
         tiles, units = len(plan["units"]), int(plan["units"][0])
         one_tile_per_cta = -(-tiles // 132) * units
         assert one_tile_per_cta / check(plan, 132).max() >= at_least
+
+
+# ---- the cache of schedules -------------------------------------------------------------------------------------------------------
+
+
+def asked(cache, shape):
+    heads, queries, keys, chunk_ends, ctas, deterministic = shape
+    return cache.get(heads, queries, keys, list(chunk_ends), ctas, deterministic)
+
+
+SHAPES = [
+    (heads, 390, keys, ends, ctas, deterministic)
+    for heads in (1, 12)
+    for keys, ends in ((390, ()), (390, (130, 260, 390)), (390, (130, 390)), (780, ()))
+    for ctas in (7, 132)
+    for deterministic in (False, True)
+]
+
+
+def test_a_schedule_is_planned_once_for_each_shape_and_machine(chip):
+    """Every argument tells shapes apart, and each gets what the planner gives."""
+    cache = chip.ScheduleCache()
+    first, again = ([asked(cache, s) for s in SHAPES] for _ in range(2))
+    assert first == again and all(right for _, right in first)
+    assert len({place for place, _ in first}) == len(SHAPES) == len(cache)
+
+
+def test_the_cache_of_schedules_is_bounded_and_safe_among_threads(chip):
+    cache, most = chip.ScheduleCache(), chip.ScheduleCache.max_entries
+    shapes = [(1 + i % 400, 390, 390, (), 132, False) for i in range(4000)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda s: (asked(cache, s)[1], len(cache)), shapes))
+    assert all(right and size <= most for right, size in answers)
+    assert 0 < len(cache) <= most < 400

@@ -15,6 +15,8 @@ struct GridShape {
   size_t shared_bytes;
   SharedField fields[16];
   int num_fields;
+  size_t workspace_bytes,
+      zeroed_bytes;  // of device scratch, and what of it the launch zeroes; 0 when no tile is cut
 };
 
 struct Variant {
@@ -22,8 +24,8 @@ struct Variant {
   int head_dim;
   bool fp16;
   size_t state_bytes;
-  // Builds tensor maps and kernel parameters from a SinkWindowAttentionParams; returns why the kernel
-  // refuses, or null.
+  // Plans, and builds tensor maps and kernel parameters from a SinkWindowAttentionParams; returns why the
+  // kernel refuses, or null. Called a second time when it asks for a workspace.
   const char* (*setup)(const void* params, void* state, GridShape* shape);
   void (*thread)(const void* state);  // the kernel, as one thread runs it
 };

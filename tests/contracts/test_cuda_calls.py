@@ -24,7 +24,9 @@ def test_calls_of_the_cuda_runtime(tmp_path):
 def test_launchers_ask_the_runtime_through_one_header():
     """No launcher reads the last error, launches without a checked status, or sets a limit of its own."""
     wrong = []
-    for path in sorted((ROOT / "csrc").glob("*/launch.cu")):
+    for path in sorted((ROOT / "csrc").rglob("launch.cu")):
         text = path.read_text()
-        wrong += [f"{path.parent.name}: {x}" for x in ("cudaGetLastError", "<<<", "cudaFuncSetAttribute") if x in text]
+        wrong += [
+            f"{path.relative_to(ROOT)}: {x}" for x in ("cudaGetLastError", "<<<", "cudaFuncSetAttribute") if x in text
+        ]
     assert not wrong

@@ -231,7 +231,13 @@ def killed_at(monkeypatch):
     return lambda n: steps.update(left=n, dead=False)
 
 
-@pytest.mark.parametrize("earlier", [False, True], ids=["an empty folder", "a folder with a finished stream"])
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pytest.param(False, id="an empty folder", marks=pytest.mark.heavy),
+        pytest.param(True, id="a folder with a finished stream"),
+    ],
+)
 def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(earlier, uninterrupted, tmp_path, capsys, killed_at):
     run = ["--frames", "15", "--save-seconds", "0"]
     old = {name: b"old" for name in OUTPUTS} if earlier else {}
@@ -446,8 +452,8 @@ def test_an_unfinished_stream_is_discarded_when_asked(unfinished, capsys):
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("cache.safetensors", lambda data: data[:1000], "cache.safetensors"),
-        ("cache.safetensors", lambda data: os.urandom(1000), "cache.safetensors"),
+        ("cache.safetensors", lambda data: data[:1000], "--resume: expected the saved cache of this stream"),
+        ("cache.safetensors", lambda data: os.urandom(1000), "--resume: expected the saved cache of this stream"),
         ("settings.json", lambda data: data[:20], "--resume: expected a readable settings.json"),
         ("settings.json", lambda data: b"[]", "with which the stream in"),
         ("latents.safetensors", lambda data: data[:500], "--resume: expected at least the 12 frames that the cache"),

@@ -125,3 +125,20 @@ def test_gradients_of_keys_that_many_chunks_see_are_summed_in_float32():
     out.sum().backward()
     assert v.grad[0, 0, 0].tolist() == 16 * [256.0]  # 1 + 512 / 2, rounded once
     assert v.grad[0, 1:].unique().tolist() == [0.5]
+
+
+def test_bfloat16_has_one_nan():
+    """Whatever NaN comes in, what rounding to bfloat16 makes of it is 0x7FFF, as on the GPU."""
+    data = torch.tensor([0x7F81, 0x7FC0, 0xFFC1, 0xFFFF] * 4, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    found = [rf.rope(data.view(1, 1, 1, 16), angles=None, axes=[], weight=torch.ones(16).bfloat16(), norm="head")]
+    for state in ("compensated", "published"):  # vectors of eight, and one element at a time
+        for width in (16, 15):
+            k, v = (data[:width].expand(1, 2, 1, width).contiguous() for _ in range(2))
+            rest = (torch.zeros_like(k[:, :1]), torch.zeros_like(k[:, :1])) if state == "compensated" else (None, None)
+            rf.ema_evict(
+                k, v, k[:, :1].clone(), *rest, schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32), alpha=0.5,
+                turns=torch.zeros(1, 2, 0, 2), frame_tokens=1, state=state, on_nonfinite="propagate",
+            )  # fmt: skip
+            found += [k[:, :1], v[:, :1]]
+    for result in found:
+        assert set(result.reshape(-1).view(torch.int16).tolist()) == {0x7FFF}

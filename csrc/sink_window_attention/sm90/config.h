@@ -39,22 +39,17 @@ constexpr const FwdConfig* fwd_config_sm90(int head_dim) {
   return nullptr;
 }
 
-// Device scratch: the ticket counter, one flag per warp that hands a partial result over, the partial
-// results. Ticket and flags have the same place in every launch, whatever its configuration: each launch
-// finds them as zeros and leaves them so.
-struct WorkspaceLayout {
-  static constexpr size_t kTicket = 0, kFlags = 128;
-  static constexpr size_t kPartials = kFlags + sizeof(uint32_t) * TileSchedule::kMaxRanges * 16;
+// Device scratch of a launch that cuts tiles: the ticket counter, one flag per warp that hands a partial
+// result over, the partial results. Ticket and flags must be zero when the kernel starts.
+struct Workspace {
+  size_t ticket, flags, partials, bytes;  // offsets, and the size of all
+  constexpr size_t zeroed() const { return partials; }
 };
-// Enough for every call on a device with num_sms SMs.
-constexpr size_t workspace_bytes_sm90(int num_sms) {
-  const size_t ranges = num_sms < TileSchedule::kMaxRanges ? num_sms : TileSchedule::kMaxRanges;
-  size_t floats = 0;
-  for (const FwdConfig& c : {kFwdConfigHeadDim128, kFwdConfigHeadDim64}) {
-    const size_t f = size_t{4} * c.consumer_warpgroups * c.partial_floats();
-    floats = f > floats ? f : floats;
-  }
-  return WorkspaceLayout::kPartials + ranges * floats * sizeof(float);
+constexpr Workspace workspace_sm90(const FwdConfig& config, int ranges) {
+  constexpr size_t kLine = 128;
+  const size_t warps = size_t{4} * config.consumer_warpgroups * ranges;
+  const size_t partials = kLine + (warps * sizeof(uint32_t) + kLine - 1) / kLine * kLine;
+  return {0, kLine, partials, partials + warps * config.partial_floats() * sizeof(float)};
 }
 
 namespace detail {
@@ -108,6 +103,13 @@ inline TileMap tile_map(const SinkWindowAttentionParams& p) {
     for (int c = 0; c < p.num_chunks; ++c) map.chunk_end[c] = p.chunk_ends[c];
   }
   return map;
+}
+
+inline ScheduleOptions schedule_options(const SinkWindowAttentionParams& p) {
+  return {.ctas = p.num_sms, .deterministic = p.deterministic};
+}
+inline TileSchedule plan_sm90(const SinkWindowAttentionParams& p, const FwdConfig& config) {
+  return plan_schedule(tile_map(p), config.tile_m(), config.tile_n, schedule_options(p));
 }
 
 }  // namespace rf::sink_window_attention

@@ -46,8 +46,6 @@ struct EpilogueFwdSm90 {
     using namespace arch;
     const float* partial = partial_of(p, range, warp);
     flag_wait(flag_of(p, range, warp));
-    sync_warp();  // all lanes have seen the flag
-    if (elect_one()) flag_clear(flag_of(p, range, warp));
     float rows[4], x[kQuads][4];  // all loads in flight at once: S and P are gone, registers are free
     partial_load(partial + (kQuads * 32 + lane) * 4, rows);
 #pragma unroll

@@ -68,7 +68,8 @@ RF_DEVICE void attention_forward_sm90(const arch::TensorMap* map_q, const arch::
     tma_prefetch_map(map_k);
     tma_prefetch_map(map_v);
     init_barriers<Traits>(smem);
-    smem.ticket = take_ticket(p.ticket, p.schedule.ranges);
+    // Where no tile is cut no CTA waits for another, and any order will do.
+    smem.ticket = p.ticket == nullptr ? block_index() : take_ticket(p.ticket);
   }
   sync_cta();
   // Ranges are handed out backwards in the order in which CTAs start. A CTA waits only for higher ranges,

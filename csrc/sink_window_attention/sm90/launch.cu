@@ -1,7 +1,8 @@
 // Host side of the Hopper forward kernel: tensor maps, schedule, launch. Compiled for sm_90a alone.
-#include <cuda_runtime.h>
+#include "csrc/sink_window_attention/sm90/launch.h"
 
 #include "csrc/arch/tensor_map.h"
+#include "csrc/common/cuda_call.h"
 #include "csrc/sink_window_attention/sm90/kernel.h"
 
 namespace rf::sink_window_attention {
@@ -22,37 +23,38 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 namespace {
 
+CudaStatus encode(CUtensorMap* map, const arch::TileSource& source) {
+  const arch::Encoded done = arch::encode_tensor_map(map, source);
+  CudaStatus status = cuda_status(static_cast<cudaError_t>(done.runtime), done.call);
+  if (done.driver != 0) status = {0, done.call, done.driver};
+  return status;
+}
+
 template <class Traits>
-int launch(const SinkWindowAttentionParams& p, const FwdConfig& config, cudaStream_t stream) {
+CudaStatus launch(const SinkWindowAttentionParams& p, const FwdConfig& config, void* stream) {
   CUtensorMap map_q, map_k, map_v;
-  if (int error = arch::encode_tensor_map(&map_q, q_source(p))) return error;
-  if (int error = arch::encode_tensor_map(&map_k, k_source(p, config))) return error;
-  if (int error = arch::encode_tensor_map(&map_v, v_source(p, config))) return error;
-  if (p.zero_workspace)
-    if (const cudaError_t error = cudaMemsetAsync(p.workspace, 0, WorkspaceLayout::kPartials, stream))
-      return error;
-  const FwdKernelParams kernel_params = fwd_kernel_params(p, config);
-  const auto kernel = sink_window_attention_fwd_sm90<Traits>;
+  if (const CudaStatus status = encode(&map_q, q_source(p)); !status.ok()) return status;
+  if (const CudaStatus status = encode(&map_k, k_source(p, config)); !status.ok()) return status;
+  if (const CudaStatus status = encode(&map_v, v_source(p, config)); !status.ok()) return status;
+  constexpr auto kKernel = sink_window_attention_fwd_sm90<Traits>;
   constexpr int kSharedBytes = sizeof(typename Traits::Smem);
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
-    return error;
-  kernel<<<kernel_params.schedule.ranges, Traits::kThreads, kSharedBytes, stream>>>(map_q, map_k, map_v,
-                                                                                    kernel_params);
-  return cudaGetLastError();
+  int most = 0;
+  if (const CudaStatus status = opt_in_shared_memory<kKernel>(most); !status.ok()) return status;
+  const FwdKernelParams kernel_params = fwd_kernel_params(p, config);
+  const int ranges = kernel_params.schedule.ranges;
+  if (p.workspace != nullptr)
+    RF_CUDA_TRY(cudaMemsetAsync, p.workspace, 0, workspace_sm90(config, ranges).zeroed(),
+                static_cast<cudaStream_t>(stream));
+  return launch_kernel("launch of sink_window_attention_fwd_sm90", kKernel, ranges, Traits::kThreads,
+                       kSharedBytes, stream, map_q, map_k, map_v, kernel_params);
 }
 
 }  // namespace
-}  // namespace rf::sink_window_attention
 
-// A CUDA error code; cudaErrorNotSupported, with nothing launched, for a call that unsupported_sm90
-// (config.h) refuses.
-extern "C" int rf_sink_window_attention_fwd_sm90(
-    const rf::sink_window_attention::SinkWindowAttentionParams* params, void* cuda_stream) {
-  using namespace rf::sink_window_attention;
-  const SinkWindowAttentionParams& p = *params;
-  if (unsupported_sm90(p) != nullptr || p.num_sms < 1) return cudaErrorNotSupported;
-  const auto stream = static_cast<cudaStream_t>(cuda_stream);
+CudaStatus run_sm90(const SinkWindowAttentionParams& p, void* stream) {
+  if (unsupported_sm90(p) != nullptr || p.schedule == nullptr ||
+      (p.workspace == nullptr && p.schedule->cuts_tiles()))
+    return {cudaErrorNotSupported, "sink_window_attention on Hopper"};
   const bool half = p.dtype == AttentionDtype::fp16;
   if (p.head_dim == 128)
     return half ? launch<FwdTraitsSm90<rf::f16, kFwdConfigHeadDim128>>(p, kFwdConfigHeadDim128, stream)
@@ -61,20 +63,16 @@ extern "C" int rf_sink_window_attention_fwd_sm90(
               : launch<FwdTraitsSm90<rf::bf16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream);
 }
 
-// SMs of a device of compute capability 9.0, 0 for any other and where there is no device.
-extern "C" int rf_sm90_num_sms(int device_index) {
-  int major = 0, minor = 0, sms = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index) != cudaSuccess ||
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index) != cudaSuccess) {
-    cudaGetLastError();  // leaves no error behind for the caller's next check
-    return 0;
-  }
-  return major == 9 && minor == 0 ? sms : 0;
+int num_sms_sm90(int device_index) {
+  const auto attribute = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    const CudaStatus status =
+        cuda_status(cudaDeviceGetAttribute(&value, attribute, device_index), "cudaDeviceGetAttribute");
+    return status.ok() ? value : 0;
+  };
+  const bool hopper =
+      attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+  return hopper ? attribute(cudaDevAttrMultiProcessorCount) : 0;
 }
 
-extern "C" int rf_stream_is_capturing(void* cuda_stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(static_cast<cudaStream_t>(cuda_stream), &status);
-  return status != cudaStreamCaptureStatusNone;
-}
+}  // namespace rf::sink_window_attention

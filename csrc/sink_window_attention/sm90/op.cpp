@@ -1,24 +1,17 @@
-// From tensors to the Hopper kernel's parameters; its workspaces.
+// From tensors to the Hopper kernel's parameters.
 #include "csrc/sink_window_attention/sm90/op.h"
 
 #include <algorithm>
 #include <limits>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <vector>
 
 #include "csrc/common/check.h"
 #include "csrc/common/launch.h"
 #include "csrc/sink_window_attention/sm90/config.h"
-
-extern "C" {
-int rf_sink_window_attention_fwd_sm90(const rf::sink_window_attention::SinkWindowAttentionParams* params,
-                                      void* stream);
-int rf_sm90_num_sms(int device_index);
-int rf_stream_is_capturing(void* stream);
-}
+#include "csrc/sink_window_attention/sm90/launch.h"
+#include "csrc/sink_window_attention/sm90/schedule_cache.h"
 
 namespace rf::sink_window_attention {
 namespace {
@@ -74,31 +67,12 @@ Request request(const Problem& problem, const Sm90Options& options) {
   return r;
 }
 
-// One per device and stream, for as long as the process lives: two launches in flight must not share one.
-struct Workspace {
-  Tensor memory;
-  bool zeroed = false;
-};
-
-Workspace& workspace_of(const Tensor& q, int num_sms, void* stream) {
-  static std::mutex mutex;
-  static auto* workspaces =  // never destroyed: the allocator may be gone by then
-      new std::map<std::pair<int32_t, void*>, std::unique_ptr<Workspace>>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<Workspace>& workspace = (*workspaces)[{q.get_device_index(), stream}];
-  if (workspace == nullptr) {
-    const auto bytes = static_cast<int64_t>(workspace_bytes_sm90(num_sms));
-    workspace.reset(new Workspace{torch::stable::new_empty(q, {bytes}, ScalarType::Byte)});
-  }
-  return *workspace;
-}
-
 }  // namespace
 
 const char* refused_by_sm90(const Problem& problem, const Sm90Options& options) {
   const Tensor& q = problem.q;
   if (const char* problem = cuda_problem()) return problem;
-  if (rf_sm90_num_sms(q.get_device_index()) == 0) return "the Hopper kernel needs a device of capability 9.0";
+  if (num_sms_sm90(q.get_device_index()) == 0) return "the Hopper kernel needs a device of capability 9.0";
   if (q.scalar_type() != ScalarType::BFloat16 && q.scalar_type() != ScalarType::Half)
     return "the Hopper kernel computes in bfloat16 and float16";
   if (!fits_int(q) || !fits_int(problem.k)) return "the Hopper kernel counts in 32 bits";
@@ -113,18 +87,25 @@ Attended forward_sm90(const Problem& problem, const Sm90Options& options) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = current_stream(device);
   Request r = request(problem, options);
-  r.params.num_sms = rf_sm90_num_sms(device);
+  r.params.num_sms = num_sms_sm90(device);
   const Attended result{torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)}),
                         torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float)};
   r.params.out = result.out.mutable_data_ptr();
   r.params.lse = static_cast<float*>(result.lse.mutable_data_ptr());
-  Workspace& workspace = workspace_of(q, r.params.num_sms, stream);
-  r.params.workspace = workspace.memory.mutable_data_ptr();
-  // A launch leaves flags and ticket at zero. While a graph is captured nothing runs: then the zeroing
-  // becomes part of the graph, and of every later launch until one outside a capture has done it.
-  r.params.zero_workspace = !workspace.zeroed;
-  RF_CHECK_CUDA(kOp, rf_sink_window_attention_fwd_sm90(&r.params, stream));
-  if (!workspace.zeroed) workspace.zeroed = rf_stream_is_capturing(stream) == 0;
+  static auto* schedules = new ScheduleCache;  // never destroyed: other threads may outlive main
+  const FwdConfig& config = *fwd_config_sm90(r.params.head_dim);
+  const std::shared_ptr<const TileSchedule> schedule =
+      schedules->get(tile_map(r.params), config.tile_m(), config.tile_n, schedule_options(r.params));
+  r.params.schedule = schedule.get();
+  // The scratch is an allocation of this call: calls on two streams never share one, and while a graph is
+  // captured it comes from the graph's own memory.
+  std::optional<Tensor> workspace;
+  if (schedule->cuts_tiles()) {
+    const auto bytes = static_cast<int64_t>(workspace_sm90(config, schedule->ranges).bytes);
+    workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+    r.params.workspace = workspace->mutable_data_ptr();
+  }
+  check_cuda(kOp, run_sm90(r.params, stream));
   return result;
 }
 

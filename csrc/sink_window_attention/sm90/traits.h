@@ -54,9 +54,9 @@ struct FwdTraitsSm90 {
 struct FwdKernelParams {
   char* out;
   float* lse;
-  float* partials;  // [range][warp][partial_floats]
-  uint32_t* flags;  // [range][warp]
-  uint32_t* ticket;
+  float* partials;                                              // [range][warp][partial_floats]
+  uint32_t* flags;                                              // [range][warp]
+  uint32_t* ticket;                                             // all three null when no tile is cut
   int64_t out_batch_stride, out_token_stride, out_head_stride;  // in elements
   int q_tokens, q_heads, heads_per_kv_head;
   float scale_log2;  // softmax_scale * log2(e)
@@ -68,14 +68,15 @@ static_assert(sizeof(FwdKernelParams) + 3 * 128 <= 4096, "kernel parameters");
 inline FwdKernelParams fwd_kernel_params(const SinkWindowAttentionParams& p, const FwdConfig& config) {
   FwdKernelParams k{};
   k.map = tile_map(p);
-  k.schedule = plan_schedule(k.map, config.tile_m(), config.tile_n,
-                             {.ctas = p.num_sms, .deterministic = p.deterministic});
-  char* workspace = static_cast<char*>(p.workspace);
+  k.schedule = *p.schedule;
   k.out = static_cast<char*>(p.out);
   k.lse = p.lse;
-  k.partials = reinterpret_cast<float*>(workspace + WorkspaceLayout::kPartials);
-  k.flags = reinterpret_cast<uint32_t*>(workspace + WorkspaceLayout::kFlags);
-  k.ticket = reinterpret_cast<uint32_t*>(workspace + WorkspaceLayout::kTicket);
+  if (char* workspace = static_cast<char*>(p.workspace)) {
+    const Workspace at = workspace_sm90(config, k.schedule.ranges);
+    k.partials = reinterpret_cast<float*>(workspace + at.partials);
+    k.flags = reinterpret_cast<uint32_t*>(workspace + at.flags);
+    k.ticket = reinterpret_cast<uint32_t*>(workspace + at.ticket);
+  }
   k.out_batch_stride = p.out_strides.batch;
   k.out_token_stride = p.out_strides.token;
   k.out_head_stride = p.out_strides.head;

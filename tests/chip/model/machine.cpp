@@ -277,6 +277,10 @@ int thread_index() {
   return current_fiber->index;
 }
 
+int block_index() {
+  return current_cta->index;
+}
+
 // A warp-wide exchange also carries what sync_warp orders: `ordering` says whether this one does (shfl does
 // not).
 static uint32_t exchange(uint32_t v, int source_lane, bool ordering) {

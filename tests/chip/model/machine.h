@@ -21,6 +21,7 @@ struct TensorMap {
 };
 
 int thread_index();
+int block_index();
 char* shared_memory();
 uint32_t shared_address(const void* p);
 void set_registers(int per_thread, bool increase);
@@ -54,6 +55,6 @@ void global_store(void* p, const void* value, int bytes);
 void global_load(const void* p, void* value, int bytes);
 void flag_store(uint32_t* flag, uint32_t value, bool release);
 void flag_wait(uint32_t* flag, bool acquire);
-uint32_t atomic_inc(uint32_t* counter, uint32_t limit);
+uint32_t atomic_add(uint32_t* counter, uint32_t x);
 
 }  // namespace chip

@@ -250,10 +250,10 @@ void flag_wait(uint32_t* flag, bool acquire) {
   wait_until({"global flag"}, [=] { return *static_cast<volatile uint32_t*>(flag) != 0; });
   if (acquire) current_fiber->seen = std::max(current_fiber->seen, global_memory->flag_version[flag]);
 }
-uint32_t atomic_inc(uint32_t* counter, uint32_t limit) {
+uint32_t atomic_add(uint32_t* counter, uint32_t x) {
   checked_global(counter, 4, "atomic");
   const uint32_t old = *counter;
-  *counter = old >= limit ? 0 : old + 1;
+  *counter = old + x;
   return old;
 }
 

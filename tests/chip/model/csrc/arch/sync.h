@@ -8,6 +8,9 @@ namespace rf::arch {
 RF_DEVICE int thread_index() {
   return chip::thread_index();
 }
+RF_DEVICE uint32_t block_index() {
+  return static_cast<uint32_t>(chip::block_index());
+}
 RF_DEVICE int thread_index_again() {
   return chip::thread_index();
 }

@@ -33,11 +33,8 @@ RF_DEVICE void flag_wait(uint32_t* flag) {
   chip::flag_wait(flag, /*acquire=*/true);
   chip::any_in_warp(false);  // the vote that ends the spin
 }
-RF_DEVICE void flag_clear(uint32_t* flag) {
-  chip::flag_store(flag, 0, /*release=*/false);
-}
-RF_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t count) {
-  return chip::atomic_inc(counter, count - 1);
+RF_DEVICE uint32_t take_ticket(uint32_t* counter) {
+  return chip::atomic_add(counter, 1);
 }
 RF_DEVICE void shared_store(void* p, const uint32_t (&v)[4]) {
   chip::shared_store(p, v, 16);
