@@ -60,6 +60,7 @@ void call_triton(const char* op, const Args&... args) {
 template <typename Cpu, typename Cuda, typename Triton>
 void run_where_tensors_are(const char* op, const Tensor& like, Cpu cpu, [[maybe_unused]] Cuda cuda,
                            Triton triton) {
+  if (is_meta(like)) return;
   const char* problem = like.is_cuda() ? own_kernels_problem(like.get_device_index()) : nullptr;
   if (triton_serves(op, like, problem)) return triton();
   if (like.is_cpu()) return record_dispatch(op, "cpu", cpu());

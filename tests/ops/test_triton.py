@@ -120,7 +120,19 @@ SUITES = {
 @pytest.mark.parametrize("op", SUITES)
 def test_oracle_and_golden_tests(op):
     pytest.importorskip("triton")
-    done = interpreted("-m", "pytest", "-q", "-x", "-m", "not heavy", "-p", "no:cacheprovider", f"tests/ops/test_{op}.py", "-k", SUITES[op])
+    done = interpreted(
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not heavy",
+        "-p",
+        "no:cacheprovider",
+        f"tests/ops/test_{op}.py",
+        "-k",
+        SUITES[op],
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     passed = int(done.stdout.split(" passed")[0].split()[-1])
     assert passed >= 20, done.stdout[-500:]  # what is skipped is float64
