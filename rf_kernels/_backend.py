@@ -5,23 +5,18 @@ error of the op that needed it, and a slower path than the device's own kernel i
 ``RF_STRICT=1``, refused.
 """
 
-<<<<<<< HEAD
 import contextlib
+import ctypes
+import functools
 import importlib
 import importlib.util
 import json
+import math
+import operator
 import os
 import re
 import threading
-=======
-import ctypes
-import functools
-import json
-import math
-import operator
-import re
 from numbers import Real
->>>>>>> main
 from typing import NamedTuple
 
 import torch
@@ -120,7 +115,12 @@ def _request(name: str | None) -> None:
         if problem := triton_problem():
             raise ImportError(f"{_PREFIX}backend: Triton is asked for, and {problem}")
         _register_triton(importlib.import_module("triton").knobs.runtime.interpret)
-    ops.set_backend(name)
+    ops.set_backend(BACKENDS.index(name))
+
+
+def requested() -> str:
+    """What is asked for now."""
+    return BACKENDS[ops.backend()]
 
 
 @contextlib.contextmanager
@@ -130,12 +130,12 @@ def backend(name: str):
     "auto": the order of docs/triton.md. "native": the same without Triton. "triton": Triton serves every op, or the call raises.
     A backward asks when it runs.
     """
-    before = ops.backend()
+    before = requested()
     _request(name)
     try:
         yield
     finally:
-        ops.set_backend(before)
+        ops.set_backend(BACKENDS.index(before))
 
 
 _PREFIX = "rf_kernels."
@@ -151,14 +151,11 @@ def invoke(op, *args):
     try:
         return op(*args)
     except RuntimeError as error:
-<<<<<<< HEAD
         if cause := _raised.__dict__.pop("error", None):
             raise cause from None
-=======
         for argument, value in zip(_argument_names(op), args, strict=False):
             if value is None and argument.type.kind() == "TensorType":  # the dispatcher makes it an undefined tensor
                 raise argument_error(_name(op), argument.name, "a tensor", None) from None
->>>>>>> main
         text = str(error).split("\n", 1)[0]
         if _is_argument_error(text):
             raise ArgumentError(text) from None
@@ -354,22 +351,6 @@ def refuse_grad(op: str, why: str = "the op writes in place and has no backward"
         return
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-<<<<<<< HEAD
-            raise argument_error(
-                op,
-                name,
-                "a tensor that does not require grad (the op writes in place and has no backward)",
-                "requires_grad=True",
-            )
-
-
-# Where a GPU could be without kernels of ours, Triton is known from the start (looked for, not imported). Its interpreter, which
-# takes CPU tensors alone, serves on request.
-if (torch.version.cuda or torch.version.hip) and triton_problem() is None and "TRITON_INTERPRET" not in os.environ:
-    _register_triton(False)
-if os.environ.get("RF_BACKEND"):
-    _request(os.environ["RF_BACKEND"])
-=======
             raise argument_error(op, name, f"a tensor that does not require grad ({why})", "requires_grad=True")
 
 
@@ -381,4 +362,11 @@ def refuse_negative(op: str, **tensors) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_neg():
             raise argument_error(op, name, "a tensor without the negative bit (`.resolve_neg()`)", "a negative view")
->>>>>>> main
+
+
+# Where a GPU could be without kernels of ours, Triton is known from the start (looked for, not imported). Its interpreter, which
+# takes CPU tensors alone, serves on request.
+if (torch.version.cuda or torch.version.hip) and triton_problem() is None and "TRITON_INTERPRET" not in os.environ:
+    _register_triton(False)
+if os.environ.get("RF_BACKEND"):
+    _request(os.environ["RF_BACKEND"])

@@ -83,7 +83,7 @@ def triton() -> dict:
     """Whether Triton is there, when it serves, and what is asked for."""
     backend = importlib.import_module("rf_kernels._backend")
     problem = backend.triton_problem()
-    asked = backend.ops.backend()
+    asked = backend.requested()
     serves = {
         "auto": "on request (RF_BACKEND, rf_kernels.backend), and where a GPU has no other kernels",
         "native": "nothing: RF_BACKEND=native",

@@ -16,7 +16,8 @@ struct Dispatch {
 };
 thread_local Dispatch last;
 
-// Who serves, by what rf_kernels.backend() and RF_BACKEND say; and what Python has told about Triton.
+// Who serves, by what rf_kernels.backend() and RF_BACKEND say (BACKENDS in rf_kernels/_backend.py); and what
+// Python has told about Triton.
 enum class Request : int { kAuto, kNative, kTriton };
 std::atomic<Request> request{Request::kAuto};
 std::atomic<bool> triton_loaded{false}, triton_interpreted{false}, rocm{false};
@@ -36,11 +37,11 @@ std::tuple<int64_t, int64_t, int64_t, bool> last_dispatch() {
   return {address(last.op), address(last.backend), address(last.reason), last.fallback};
 }
 
-void set_backend(std::string name) {
-  request = name == "triton" ? Request::kTriton : name == "native" ? Request::kNative : Request::kAuto;
+void set_backend(int64_t asked) {
+  request = static_cast<Request>(asked);
 }
-std::string backend() {
-  return request == Request::kTriton ? "triton" : request == Request::kNative ? "native" : "auto";
+int64_t backend() {
+  return static_cast<int64_t>(request.load());
 }
 void set_triton(bool interpreted, bool torch_is_rocm) {
   triton_interpreted = interpreted;

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .common import launch, round_to
 
+_PUBLISHED, _MEAN = 0, 0  # codes of the registered op
 _TILE = 2048
 _WARPS = 4  # 16 elements a thread: two 16-byte accesses of each half-precision tensor in flight
 _TILES = 1024  # partial sums that a program adds up at once
@@ -240,8 +241,8 @@ def dmd_gradient(
     inputs = (fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, *broadcasts)
     shape = (tiles, elements)
     tile = {"TILE": _TILE, "num_warps": _WARPS}
-    sums = {"MEAN": reduction == "mean", "TILES": _TILES, "num_warps": _WARPS}
-    published, limit = nan == "published", torch.finfo(fake.dtype).max
+    sums = {"MEAN": reduction == _MEAN, "TILES": _TILES, "num_warps": _WARPS}
+    published, limit = nan == _PUBLISHED, torch.finfo(fake.dtype).max
     if tiles:
         launch(_measure, (batch * tiles,), x, x, *inputs, distances, peaks, counts, *shape, NORMALIZE=normalize, **tile)
     launch(
