@@ -1,4 +1,5 @@
-"""rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per op."""
+"""rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per
+op."""
 
 import sys
 
@@ -25,7 +26,8 @@ try:
     from .ops.sink_window_attention import sink_window_attention
     from .positions import RoPE, RoPE3D
 except ImportError:
-    # `python -m rf_kernels.doctor` exists to explain this very error, and is the only thing that gets past it.
+    # `python -m rf_kernels.doctor` exists to explain this very error, and is the only thing that gets past
+    # it.
     if "rf_kernels.doctor" not in sys.orig_argv:
         raise
 

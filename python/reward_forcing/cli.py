@@ -1,7 +1,9 @@
-"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are generated.
+"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are
+generated.
 
-A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after the chunk under way and
-exits with 130; the same command with `--resume` continues it, and its latents are those of a run that nobody stopped.
+A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after
+the chunk under way and exits with 130; the same command with `--resume` continues it, and its latents are
+those of a run that nobody stopped.
 """
 
 from __future__ import annotations
@@ -84,8 +86,16 @@ def _one_of(names):
 
 
 def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The options of a stream. ``defaults`` replace those of a published model; an option without one is required."""
-    defaults = {"height": 60, "width": 104, "dtype": "bfloat16", "out": Path("out"), "heads": None, **defaults}
+    """The options of a stream. ``defaults`` replace those of a published model; an option without one is
+    required."""
+    defaults = {
+        "height": 60,
+        "width": 104,
+        "dtype": "bfloat16",
+        "out": Path("out"),
+        "heads": None,
+        **defaults,
+    }
 
     def add(name, text, type=str, default=None, **more):
         default = defaults.get(name.replace("-", "_"), default)
@@ -190,7 +200,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n: stopped by signal n."""
+    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n:
+    stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]

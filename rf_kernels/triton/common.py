@@ -1,4 +1,5 @@
-"""What the Triton kernels share: rounding to the storage type, tiles of pairs, and how a kernel is launched."""
+"""What the Triton kernels share: rounding to the storage type, tiles of pairs, and how a kernel is
+launched."""
 
 import torch
 import triton
@@ -8,7 +9,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (on the CPU). Fixed when triton is imported: TRITON_INTERPRET=1."""
+    """Whether kernels run in Triton's interpreter (on the CPU). Fixed when triton is imported:
+    TRITON_INTERPRET=1."""
     return triton.knobs.runtime.interpret
 
 
@@ -20,7 +22,8 @@ def next_power(n: int) -> int:
 
 
 def head_tile(heads: int, head_dim: int, elements: int) -> tuple[int, int]:
-    """(heads, dims) of a tile that covers a head's dims, and as many heads as fit in ``elements``; powers of two."""
+    """(heads, dims) of a tile that covers a head's dims, and as many heads as fit in ``elements``; powers of
+    two."""
     dims = next_power(head_dim)
     return min(next_power(heads), max(1, elements // dims)), dims
 
@@ -41,8 +44,8 @@ def warps(elements: int, each: int) -> int:
 
 
 def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, *args, **constants) -> None:
-    """Start ``kernel`` on the device of ``tensor``, on its current stream. Products are not contracted with sums unless
-    ``constants`` says so: where a rounding happens is part of what an op promises."""
+    """Start ``kernel`` on the device of ``tensor``, on its current stream. Products are not contracted with
+    sums unless ``constants`` says so: where a rounding happens is part of what an op promises."""
     constants.setdefault("enable_fp_fusion", False)
     if tensor.is_cpu:  # the interpreter
         kernel[grid](*args, **constants)
@@ -55,7 +58,8 @@ def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, *args, **constan
 def round_to(value, dtype: tl.constexpr):
     """A float32 value in storage type ``dtype``, to nearest, ties to even."""
     if INTERPRET and dtype == tl.bfloat16:
-        # The interpreter's own cast to bfloat16 drops the low bits. Rounded by hand, they are zero before it does.
+        # The interpreter's own cast to bfloat16 drops the low bits. Rounded by hand, they are zero before it
+        # does.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         bits = tl.where(value == value, rounded, bits | 0x400000)
@@ -65,7 +69,8 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def pair_mask(inside, dims, PAIRS: tl.constexpr, JOINED: tl.constexpr):
-    """The mask for ``load_pairs``: heads ``inside`` [heads], and the first ``dims`` dims (JOINED) or pairs of a head."""
+    """The mask for ``load_pairs``: heads ``inside`` [heads], and the first ``dims`` dims (JOINED) or pairs of
+    a head."""
     return inside[:, None] & (tl.arange(0, 2 * PAIRS if JOINED else PAIRS)[None, :] < dims)
 
 
@@ -73,9 +78,8 @@ def pair_mask(inside, dims, PAIRS: tl.constexpr, JOINED: tl.constexpr):
 def load_pairs(row, head, first, second, mask, PAIRS: tl.constexpr, JOINED: tl.constexpr):
     """Pairs (x, y) of some heads of a token as float32, [heads, PAIRS] each; zero where the mask is not set.
 
-    ``row`` points to the token, ``head`` [heads] leads to a head in it. JOINED: pair i is dims (first + 2i, first + 2i + 1),
-    and both are read in one access; else it is (first + i, second + i).
-    """
+    ``row`` points to the token, ``head`` [heads] leads to a head in it. JOINED: pair i is dims (first + 2i,
+    first + 2i + 1), and both are read in one access; else it is (first + i, second + i)."""
     dim = tl.arange(0, 2 * PAIRS if JOINED else PAIRS)[None, :]
     if JOINED:
         both = tl.load(row + head[:, None] + (first + dim), mask=mask, other=0.0)

@@ -1,11 +1,11 @@
-"""``dmd_gradient``: four launches, whatever the size: measure the tiles, normalise the samples, finish the tiles, sum up.
+"""``dmd_gradient``: four launches, whatever the size: measure the tiles, normalise the samples, finish the
+tiles, sum up.
 
     d = (fake - real) / (mean|x - real| + eps),     gradient = w m d / N,     loss = sum(w m d^2) / (2 N)
 
-A tile is 2048 elements of one sample: summed as a tree in float32 (the distances, which can exceed it, in float64), the tiles of a sample
-in float64. So nothing depends on the number
-of multiprocessors, and a sample's numbers (apart from N) not on the other samples.
-"""
+A tile is 2048 elements of one sample: summed as a tree in float32 (the distances, which can exceed it, in
+float64), the tiles of a sample in float64. So nothing depends on the number of multiprocessors, and a
+sample's numbers (apart from N) not on the other samples."""
 
 import torch
 import triton
@@ -21,7 +21,8 @@ _TILES = 1024  # partial sums that a program adds up at once
 
 @triton.jit
 def _broadcast(data, batch_stride, sizes, strides, b, i, mask):
-    """Elements i of sample b of a tensor that is broadcast over the dimensions ``sizes``, the last of them the fastest."""
+    """Elements i of sample b of a tensor that is broadcast over the dimensions ``sizes``, the last of them
+    the fastest."""
     at = tl.zeros_like(i) + b * batch_stride
     for dim in tl.static_range(len(sizes) - 1, -1, -1):
         at += i % sizes[dim] * strides[dim]
@@ -39,8 +40,11 @@ def _guided(cond, uncond, guidance, at, mask):
 
 
 @triton.jit
-def _estimates(fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma, at, b, i, mask):
-    """(fake - real, the estimate of real). With flow, x_t cancels in the difference, and is left out of it."""
+def _estimates(
+    fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma, at, b, i, mask
+):
+    """(fake - real, the estimate of real). With flow, x_t cancels in the difference, and is left out of
+    it."""
     f = _guided(fake, fake_uncond, fake_guidance, at, mask)
     r = _guided(real, real_uncond, real_guidance, at, mask)
     if x_t is not None:
@@ -52,7 +56,8 @@ def _estimates(fake, real, fake_uncond, real_uncond, fake_guidance, real_guidanc
 
 @triton.jit
 def _magnitude(v):
-    """|v| as an integer of the same order; infinity and NaN are above every number, so that a maximum finds them."""
+    """|v| as an integer of the same order; infinity and NaN are above every number, so that a maximum finds
+    them."""
     return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -67,9 +72,25 @@ def _place(tiles, elements, TILE: tl.constexpr):
 
 @triton.jit
 def _measure(
-    x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma, weight, chosen, distances, peaks, counts,
-    tiles, elements, NORMALIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x,
+    fake,
+    real,
+    fake_uncond,
+    real_uncond,
+    fake_guidance,
+    real_guidance,
+    x_t,
+    sigma,
+    weight,
+    chosen,
+    distances,
+    peaks,
+    counts,
+    tiles,
+    elements,
+    NORMALIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Of one tile: sum |x - real|, the largest |fake - real|, the number of selected elements."""
     b, i, at, mask = _place(tiles, elements, TILE)
     difference, estimate = _estimates(
@@ -100,27 +121,46 @@ def _total(data, first, count, TILES: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _normalise(
-    distances, peaks, counts, normalizer, silent, drop, scale, batch, tiles, elements, all_elements, eps, limit,
-    NORMALIZE: tl.constexpr, MEAN: tl.constexpr, PUBLISHED: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """A program a sample: what its differences are divided by, and whether they count. The first one also writes 1 / N."""
+    distances,
+    peaks,
+    counts,
+    normalizer,
+    silent,
+    drop,
+    scale,
+    batch,
+    tiles,
+    elements,
+    all_elements,
+    eps,
+    limit,
+    NORMALIZE: tl.constexpr,
+    MEAN: tl.constexpr,
+    PUBLISHED: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """A program a sample: what its differences are divided by, and whether they count. The first one also
+    writes 1 / N."""
     b = tl.program_id(0)
     if b < batch:
         divisor = 1.0
         if NORMALIZE:
-            mean = _total(distances, b.to(tl.int64) * tiles, tiles, TILES, tl.float64) / tl.maximum(elements, 1).to(
-                tl.float64
-            )
+            mean = _total(distances, b.to(tl.int64) * tiles, tiles, TILES, tl.float64) / tl.maximum(
+                elements, 1
+            ).to(tl.float64)
             divisor = (mean + eps).to(tl.float32)
         largest = tl.zeros((TILES,), tl.int32)
         for begin in range(0, tiles, TILES):
             at = begin + tl.arange(0, TILES)
-            largest = tl.maximum(largest, tl.load(peaks + b.to(tl.int64) * tiles + at, mask=at < tiles, other=0))
+            largest = tl.maximum(
+                largest, tl.load(peaks + b.to(tl.int64) * tiles + at, mask=at < tiles, other=0)
+            )
         top = tl.max(largest).to(tl.float32, bitcast=True)
         lost, zero = 0, 0
         if not PUBLISHED:
-            # Division by a positive number keeps order, so the largest difference decides whether all quotients are finite. A divisor
-            # of zero (x = real in every element) gives d = 0, and loses nothing.
+            # Division by a positive number keeps order, so the largest difference decides whether all
+            # quotients are finite. A divisor of zero (x = real in every element) gives d = 0, and loses
+            # nothing.
             zero = tl.where(divisor == 0.0, 1, 0)
             finite = (tl.abs(divisor) < float("inf")) & (top < float("inf"))
             fits = tl.div_rn(top, tl.where(zero != 0, 1.0, divisor)) <= limit
@@ -141,9 +181,29 @@ def _normalise(
 
 @triton.jit
 def _finish(
-    fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma, weight, chosen, normalizer, silent, scale,
-    gradient, losses, norms, tiles, elements, limit, SCALED: tl.constexpr, PUBLISHED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    fake,
+    real,
+    fake_uncond,
+    real_uncond,
+    fake_guidance,
+    real_guidance,
+    x_t,
+    sigma,
+    weight,
+    chosen,
+    normalizer,
+    silent,
+    scale,
+    gradient,
+    losses,
+    norms,
+    tiles,
+    elements,
+    limit,
+    SCALED: tl.constexpr,
+    PUBLISHED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """The gradient of one tile, and its sums of w m d^2 and |d|."""
     b, i, at, mask = _place(tiles, elements, TILE)
     difference, _ = _estimates(
@@ -174,9 +234,21 @@ def _finish(
 
 @triton.jit
 def _sum_up(
-    losses, norms, drop, counts, loss, sample_loss, gradient_norm, dropped, batch, tiles, elements, all_elements,
-    MEAN: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    losses,
+    norms,
+    drop,
+    counts,
+    loss,
+    sample_loss,
+    gradient_norm,
+    dropped,
+    batch,
+    tiles,
+    elements,
+    all_elements,
+    MEAN: tl.constexpr,
+    TILES: tl.constexpr,
+):
     divisor = tl.full((), 1.0, tl.float64)
     if MEAN:
         divisor = all_elements.to(tl.float64)
@@ -197,7 +269,8 @@ def _sum_up(
 
 
 def _broadcast_of(t, x):
-    """(data, batch stride, sizes, strides) of ``t`` broadcast to x, with as few dimensions as its strides allow; None for None."""
+    """(data, batch stride, sizes, strides) of ``t`` broadcast to x, with as few dimensions as its strides
+    allow; None for None."""
     if t is None:
         return None
     sizes, strides = [], []
@@ -219,9 +292,30 @@ def _broadcast_of(t, x):
 
 
 def dmd_gradient(
-    x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma, weight, mask, normalize, eps, nan, reduction,
-    scale_gradient, gradient, loss, sample_loss, gradient_norm, normalizer, dropped, scale,
-):  # fmt: skip
+    x,
+    fake,
+    real,
+    fake_uncond,
+    real_uncond,
+    fake_guidance,
+    real_guidance,
+    x_t,
+    sigma,
+    weight,
+    mask,
+    normalize,
+    eps,
+    nan,
+    reduction,
+    scale_gradient,
+    gradient,
+    loss,
+    sample_loss,
+    gradient_norm,
+    normalizer,
+    dropped,
+    scale,
+):
     """x and the predictions come contiguous; what is done about dropped samples is for the caller to say."""
     fake_uncond = None if fake_guidance == 0 else fake_uncond
     real_uncond = None if real_guidance == 0 else real_uncond
@@ -244,16 +338,57 @@ def dmd_gradient(
     sums = {"MEAN": reduction == _MEAN, "TILES": _TILES, "num_warps": _WARPS}
     published, limit = nan == _PUBLISHED, torch.finfo(fake.dtype).max
     if tiles:
-        launch(_measure, (batch * tiles,), x, x, *inputs, distances, peaks, counts, *shape, NORMALIZE=normalize, **tile)
+        launch(
+            _measure,
+            (batch * tiles,),
+            x,
+            x,
+            *inputs,
+            distances,
+            peaks,
+            counts,
+            *shape,
+            NORMALIZE=normalize,
+            **tile,
+        )
     launch(
-        _normalise, (max(batch, 1),), x, distances, peaks, counts, normalizer, silent, drop, scale, batch, *shape, x.numel(), eps,
-        limit, NORMALIZE=normalize, PUBLISHED=published, **sums,
-    )  # fmt: skip
+        _normalise,
+        (max(batch, 1),),
+        x,
+        distances,
+        peaks,
+        counts,
+        normalizer,
+        silent,
+        drop,
+        scale,
+        batch,
+        *shape,
+        x.numel(),
+        eps,
+        limit,
+        NORMALIZE=normalize,
+        PUBLISHED=published,
+        **sums,
+    )
     if tiles:
         launch(
-            _finish, (batch * tiles,), x, *inputs, normalizer, silent, scale, gradient, losses, norms, *shape, limit,
-            SCALED=scale_gradient, PUBLISHED=published, **tile,
-        )  # fmt: skip
+            _finish,
+            (batch * tiles,),
+            x,
+            *inputs,
+            normalizer,
+            silent,
+            scale,
+            gradient,
+            losses,
+            norms,
+            *shape,
+            limit,
+            SCALED=scale_gradient,
+            PUBLISHED=published,
+            **tile,
+        )
     launch(
         _sum_up,
         (1,),

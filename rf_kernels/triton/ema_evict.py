@@ -1,9 +1,10 @@
-"""``ema_evict``: one program a token of a sink frame reads its state once, fuses the tokens that leave, and writes state and slot.
+"""``ema_evict``: one program a token of a sink frame reads its state once, fuses the tokens that leave, and
+writes state and slot.
 
     state <- alpha * state + (1 - alpha) * R(turn) source,     slot <- R(shift) state
 
-The state is a pair hi + lo of the cache's dtype, float32, or the cache's dtype alone with every product and sum rounded to it.
-"""
+The state is a pair hi + lo of the cache's dtype, float32, or the cache's dtype alone with every product and
+sum rounded to it."""
 
 import triton
 import triton.language as tl
@@ -12,12 +13,13 @@ from .common import head_tile, launch, load_pairs, pair_mask, round_to, store_pa
 
 COMPENSATED, FLOAT32, PUBLISHED = (tl.constexpr(code) for code in range(3))
 
-# Elements of a program's tile, and of a thread: one access of 16 bytes in half precision. A program waits for its sources one after
-# the other (is the token finite?), so many threads with little each hide that better than few with much.
+# Elements of a program's tile, and of a thread: one access of 16 bytes in half precision. A program waits for
+# its sources one after the other (is the token finite?), so many threads with little each hide that better
+# than few with much.
 _TILE = 4096
 _EACH = 8
-# Sources of one launch: a bit each says whether the token is fused. More go launch after launch; what the state holds in
-# between is what it is rounded to anyway, so the cut changes no bit.
+# Sources of one launch: a bit each says whether the token is fused. More go launch after launch; what the
+# state holds in between is what it is rounded to anyway, so the cut changes no bit.
 _GROUP = 32
 
 
@@ -63,17 +65,40 @@ def _fuse(state, x, keep, tail, take, STATE: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _stream(
-    frame0, frame_stride, head_stride, state, state_lo, state_row, table, sources, weights, group,
-    HEADS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    DIMS: tl.constexpr, PAIRS: tl.constexpr, JOINED: tl.constexpr, TURNED: tl.constexpr, SHIFT: tl.constexpr,
-    OUT0: tl.constexpr, OUT1: tl.constexpr, RUN: tl.constexpr, KEYS: tl.constexpr, STATE: tl.constexpr,
-):  # fmt: skip
-    """Some dims of the keys or values of a token: DIMS from FIRST on (JOINED; without RUN dims at OUT0 and at OUT1), or DIMS pairs
-    at FIRST and SECOND. The first TURNED rows of ``table`` turn pairs from SHIFT on."""
+    frame0,
+    frame_stride,
+    head_stride,
+    state,
+    state_lo,
+    state_row,
+    table,
+    sources,
+    weights,
+    group,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    DIMS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    JOINED: tl.constexpr,
+    TURNED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OUT0: tl.constexpr,
+    OUT1: tl.constexpr,
+    RUN: tl.constexpr,
+    KEYS: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Some dims of the keys or values of a token: DIMS from FIRST on (JOINED; without RUN dims at OUT0 and at
+    OUT1), or DIMS pairs at FIRST and SECOND. The first TURNED rows of ``table`` turn pairs from SHIFT on."""
     keep, tail, take = weights
     frame, first, size, fused, init, last, all_sources = group
     dtype: tl.constexpr = frame0.dtype.element_ty
-    separate: tl.constexpr = KEYS and state is not None  # else the slot is the state: untouched where nothing comes in
+    separate: tl.constexpr = (
+        KEYS and state is not None
+    )  # else the slot is the state: untouched where nothing comes in
     changed = (init != 0) | (fused != 0)
     if changed | separate:
         for head_first in range(0, HEADS, TILE):
@@ -93,7 +118,9 @@ def _stream(
                 else:
                     x, y = load_pairs(slot, at, FIRST, SECOND, mask, PAIRS, JOINED)
                 if STATE == COMPENSATED:
-                    low_x, low_y = load_pairs(state_lo + state_row, state_at, FIRST, SECOND, mask, PAIRS, JOINED)
+                    low_x, low_y = load_pairs(
+                        state_lo + state_row, state_at, FIRST, SECOND, mask, PAIRS, JOINED
+                    )
                     x, y = _join(x, low_x), _join(y, low_y)
 
             for i in range(size):
@@ -111,7 +138,9 @@ def _stream(
                     store_pairs(state + state_row, state_at, FIRST, SECOND, mask, PAIRS, JOINED, x, y)
                 if STATE == COMPENSATED:
                     low_x, low_y = _low(x, dtype), _low(y, dtype)
-                    store_pairs(state_lo + state_row, state_at, FIRST, SECOND, mask, PAIRS, JOINED, low_x, low_y)
+                    store_pairs(
+                        state_lo + state_row, state_at, FIRST, SECOND, mask, PAIRS, JOINED, low_x, low_y
+                    )
             if separate:
                 if last:
                     if TURNED > 0:
@@ -122,25 +151,57 @@ def _stream(
 
 
 @triton.jit
-def _nonfinite(row, head_stride, HEADS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr):
+def _nonfinite(
+    row, head_stride, HEADS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr
+):
     """Elements of a token that are infinite or NaN."""
     dim = tl.arange(0, DIMS)[None, :]
     found = tl.zeros((TILE, DIMS), tl.int32)
     for first in range(0, HEADS, TILE):
         head = first + tl.arange(0, TILE)[:, None]
-        x = tl.load(row + head * head_stride + dim, mask=(head < HEADS) & (dim < DIM), other=0.0).to(tl.float32)
+        x = tl.load(row + head * head_stride + dim, mask=(head < HEADS) & (dim < DIM), other=0.0).to(
+            tl.float32
+        )
         found += tl.where(tl.abs(x) < float("inf"), 0, 1)
     return tl.sum(found)
 
 
 @triton.jit
 def _evict(
-    k_cache, k_b, k_t, k_h, v_cache, v_b, v_t, v_h, k_state, k_state_lo, v_state, schedule, schedule_b, turns, turns_b,
-    alpha, alpha_f, alpha_t, skipped, frames, sources, first,
-    HEADS: tl.constexpr, DIM: tl.constexpr, TURNED: tl.constexpr, X0: tl.constexpr, Y0: tl.constexpr,
-    STEP: tl.constexpr, STATE: tl.constexpr, SKIP: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr,
+    k_cache,
+    k_b,
+    k_t,
+    k_h,
+    v_cache,
+    v_b,
+    v_t,
+    v_h,
+    k_state,
+    k_state_lo,
+    v_state,
+    schedule,
+    schedule_b,
+    turns,
+    turns_b,
+    alpha,
+    alpha_f,
+    alpha_t,
+    skipped,
+    frames,
+    sources,
+    first,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    X0: tl.constexpr,
+    Y0: tl.constexpr,
+    STEP: tl.constexpr,
+    STATE: tl.constexpr,
+    SKIP: tl.constexpr,
+    TILE: tl.constexpr,
+    DIMS: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     t, frame, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     frame_tokens, sink_frames = tl.num_programs(0), tl.num_programs(1)
     entry = schedule + b * schedule_b + frame * (2 + sources)
@@ -153,7 +214,8 @@ def _evict(
         size = tl.minimum(count - first, GROUP)
         fused, left_out = tl.zeros((), tl.int32), tl.zeros((), tl.int64)
         for i in range(size):
-            # On a GPU nobody has looked at the schedule: a source outside the frames after the sink is left out.
+            # On a GPU nobody has looked at the schedule: a source outside the frames after the sink is left
+            # out.
             source = tl.load(entry + 2 + first + i).to(tl.int64)
             if (source >= sink_frames) & (source < frames):
                 bad = 0
@@ -174,30 +236,165 @@ def _evict(
         HALF: tl.constexpr = DIMS // 2 if DIMS > 1 else 1
 
         if TURNED == 0 or (STEP == 2 and X0 % 2 == 0 and DIM % 2 == 0):  # the whole head in one piece
-            _stream(k, k_frame, k_h, k_state, k_state_lo, state_row, table, order, weights, group, HEADS, DIM, TILE,
-                    0, 0, DIM, HALF, True, TURNED, X0 // 2, 0, 0, 0, True, STATE)  # fmt: skip
+            _stream(
+                k,
+                k_frame,
+                k_h,
+                k_state,
+                k_state_lo,
+                state_row,
+                table,
+                order,
+                weights,
+                group,
+                HEADS,
+                DIM,
+                TILE,
+                0,
+                0,
+                DIM,
+                HALF,
+                True,
+                TURNED,
+                X0 // 2,
+                0,
+                0,
+                0,
+                True,
+                STATE,
+            )
         elif STEP == 1 and DIM % 2 == 0 and Y0 - X0 == DIM // 2:  # its first half with its second
-            _stream(k, k_frame, k_h, k_state, k_state_lo, state_row, table, order, weights, group, HEADS, DIM, TILE,
-                    0, DIM // 2, DIM // 2, HALF, False, TURNED, X0, 0, 0, 0, True, STATE)  # fmt: skip
+            _stream(
+                k,
+                k_frame,
+                k_h,
+                k_state,
+                k_state_lo,
+                state_row,
+                table,
+                order,
+                weights,
+                group,
+                HEADS,
+                DIM,
+                TILE,
+                0,
+                DIM // 2,
+                DIM // 2,
+                HALF,
+                False,
+                TURNED,
+                X0,
+                0,
+                0,
+                0,
+                True,
+                STATE,
+            )
         else:
             # The dims that turn, then the others.
             JOINED: tl.constexpr = STEP == 2
-            _stream(k, k_frame, k_h, k_state, k_state_lo, state_row, table, order, weights, group, HEADS, DIM, TILE,
-                    X0, Y0, 2 * TURNED if JOINED else TURNED, triton.next_power_of_2(TURNED), JOINED, TURNED, 0, 0, 0, 0,
-                    True, STATE)  # fmt: skip
-            _stream(k, k_frame, k_h, k_state, k_state_lo, state_row, table, order, weights, group, HEADS, DIM, TILE,
-                    0, 0, DIM, HALF, True, 0, 0, X0, X0 if JOINED else Y0, 2 * TURNED if JOINED else TURNED,
-                    True, STATE)  # fmt: skip
-        _stream(v, v_frame, v_h, v_state, v_state, state_row, table, order, weights, group, HEADS, DIM, TILE,
-                0, 0, DIM, HALF, True, 0, 0, 0, 0, 0, False, STATE)  # fmt: skip
+            _stream(
+                k,
+                k_frame,
+                k_h,
+                k_state,
+                k_state_lo,
+                state_row,
+                table,
+                order,
+                weights,
+                group,
+                HEADS,
+                DIM,
+                TILE,
+                X0,
+                Y0,
+                2 * TURNED if JOINED else TURNED,
+                triton.next_power_of_2(TURNED),
+                JOINED,
+                TURNED,
+                0,
+                0,
+                0,
+                0,
+                True,
+                STATE,
+            )
+            _stream(
+                k,
+                k_frame,
+                k_h,
+                k_state,
+                k_state_lo,
+                state_row,
+                table,
+                order,
+                weights,
+                group,
+                HEADS,
+                DIM,
+                TILE,
+                0,
+                0,
+                DIM,
+                HALF,
+                True,
+                0,
+                0,
+                X0,
+                X0 if JOINED else Y0,
+                2 * TURNED if JOINED else TURNED,
+                True,
+                STATE,
+            )
+        _stream(
+            v,
+            v_frame,
+            v_h,
+            v_state,
+            v_state,
+            state_row,
+            table,
+            order,
+            weights,
+            group,
+            HEADS,
+            DIM,
+            TILE,
+            0,
+            0,
+            DIM,
+            HALF,
+            True,
+            0,
+            0,
+            0,
+            0,
+            0,
+            False,
+            STATE,
+        )
         if skipped is not None:
             if left_out > 0:
                 tl.atomic_add(skipped, left_out, sem="relaxed")  # of integers: any order gives the same sum
 
 
 def ema_evict(
-    k_cache, v_cache, k_state, k_state_lo, v_state, schedule, turns, alpha, frame_tokens, temporal, state, skip_nonfinite, skipped,
-):  # fmt: skip
+    k_cache,
+    v_cache,
+    k_state,
+    k_state_lo,
+    v_state,
+    schedule,
+    turns,
+    alpha,
+    frame_tokens,
+    temporal,
+    state,
+    skip_nonfinite,
+    skipped,
+):
     batch, tokens, heads, head_dim = k_cache.shape
     sink_frames, sources = schedule.shape[-2], schedule.shape[-1] - 2
     if k_cache.numel() == 0 or sink_frames == 0:
@@ -229,6 +426,20 @@ def ema_evict(
     )
     for first in range(0, max(sources, 1), _GROUP):
         launch(
-            _evict, (frame_tokens, sink_frames, batch), k_cache, k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3],
-            k_state, k_state_lo, v_state, *plan, skipped, tokens // frame_tokens, sources, first, **constants,
-        )  # fmt: skip
+            _evict,
+            (frame_tokens, sink_frames, batch),
+            k_cache,
+            k_cache,
+            *k_cache.stride()[:3],
+            v_cache,
+            *v_cache.stride()[:3],
+            k_state,
+            k_state_lo,
+            v_state,
+            *plan,
+            skipped,
+            tokens // frame_tokens,
+            sources,
+            first,
+            **constants,
+        )

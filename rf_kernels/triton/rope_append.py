@@ -1,18 +1,18 @@
-"""``rope_append`` and ``rope``: one program a token and tensor reads the token, and writes it normalised and rotated.
+"""``rope_append`` and ``rope``: one program a token and tensor reads the token, and writes it normalised and
+rotated.
 
     x^ = x / sqrt(mean(x^2) + eps) * weight,     (x, y) -> (x cos - y sin, x sin + y cos)
 
-Arithmetic is float32, rounded once, at the write. A rotation takes three roundings a value, as on every backend (no fused
-multiply-add). The angles of a token are read once for all of its heads.
-"""
+Arithmetic is float32, rounded once, at the write. A rotation takes three roundings a value, as on every
+backend (no fused multiply-add). The angles of a token are read once for all of its heads."""
 
 import triton
 import triton.language as tl
 
 from .common import head_tile, launch, load_pairs, pair_mask, round_to, store_pairs, warps
 
-# Elements of a program's tile, and of a thread: two accesses of 16 bytes in half precision, so that x, its weights and the angles
-# of a thread fit in 64 registers. Wider tokens are taken tile by tile.
+# Elements of a program's tile, and of a thread: two accesses of 16 bytes in half precision, so that x, its
+# weights and the angles of a thread fit in 64 registers. Wider tokens are taken tile by tile.
 _TILE = 4096
 _EACH = 16
 
@@ -50,10 +50,26 @@ def _scale(squares, COUNT: tl.constexpr, eps):
 
 @triton.jit
 def _pairs(
-    source, source_at, target, target_at, weight, weight_at, scale, table, table_at, token, lengths, offsets, inside,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, BEGIN: tl.constexpr, COUNT: tl.constexpr,
-    JOINED: tl.constexpr, AXES: tl.constexpr,
-):  # fmt: skip
+    source,
+    source_at,
+    target,
+    target_at,
+    weight,
+    weight_at,
+    scale,
+    table,
+    table_at,
+    token,
+    lengths,
+    offsets,
+    inside,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BEGIN: tl.constexpr,
+    COUNT: tl.constexpr,
+    JOINED: tl.constexpr,
+    AXES: tl.constexpr,
+):
     """Pairs BEGIN .. BEGIN + COUNT of some heads."""
     PAIRS: tl.constexpr = triton.next_power_of_2(COUNT)
     pair = tl.arange(0, PAIRS)
@@ -77,10 +93,25 @@ def _load(row, at, dim, mask):
 
 @triton.jit
 def _token(
-    source, source_head, target, target_head, weight, table, table_at, token, lengths, offsets, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, LAYOUT: tl.constexpr, NORM: tl.constexpr,
-    TILE: tl.constexpr, DIMS: tl.constexpr,
-):  # fmt: skip
+    source,
+    source_head,
+    target,
+    target_head,
+    weight,
+    table,
+    table_at,
+    token,
+    lengths,
+    offsets,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    AXES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    DIMS: tl.constexpr,
+):
     """All heads of one token, TILE heads at a time. LAYOUT and NORM are the codes of the registered op."""
     TOTAL: tl.constexpr = _before(AXES, len(AXES))
     dim = tl.arange(0, DIMS)[None, :]
@@ -105,12 +136,49 @@ def _token(
         if LAYOUT == 2:
             for axis in tl.static_range(len(AXES)):
                 if AXES[axis] > 0:
-                    _pairs(source, source_at, target, target_at, weight, weight_at, scale, table, table_at, token, lengths, offsets,
-                           inside, 2 * _before(AXES, axis), 2 * _before(AXES, axis) + AXES[axis], _before(AXES, axis),
-                           AXES[axis], False, AXES)  # fmt: skip
+                    _pairs(
+                        source,
+                        source_at,
+                        target,
+                        target_at,
+                        weight,
+                        weight_at,
+                        scale,
+                        table,
+                        table_at,
+                        token,
+                        lengths,
+                        offsets,
+                        inside,
+                        2 * _before(AXES, axis),
+                        2 * _before(AXES, axis) + AXES[axis],
+                        _before(AXES, axis),
+                        AXES[axis],
+                        False,
+                        AXES,
+                    )
         elif TOTAL > 0:
-            _pairs(source, source_at, target, target_at, weight, weight_at, scale, table, table_at, token, lengths, offsets,
-                   inside, 0, TOTAL, 0, TOTAL, LAYOUT == 0, AXES)  # fmt: skip
+            _pairs(
+                source,
+                source_at,
+                target,
+                target_at,
+                weight,
+                weight_at,
+                scale,
+                table,
+                table_at,
+                token,
+                lengths,
+                offsets,
+                inside,
+                0,
+                TOTAL,
+                0,
+                TOTAL,
+                LAYOUT == 0,
+                AXES,
+            )
 
         if DIM > 2 * TOTAL:  # dims that do not turn
             rest = 2 * TOTAL + tl.arange(0, triton.next_power_of_2(DIM - 2 * TOTAL))[None, :]
@@ -124,34 +192,136 @@ def _token(
 
 @triton.jit
 def _rope(
-    x, x_b, x_t, x_h, out, out_b, out_t, out_h, weight, table, table_b, lengths, offsets, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, LAYOUT: tl.constexpr, NORM: tl.constexpr,
-    TILE: tl.constexpr, DIMS: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_b,
+    x_t,
+    x_h,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    weight,
+    table,
+    table_b,
+    lengths,
+    offsets,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    AXES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    DIMS: tl.constexpr,
+):
     token, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token64 = token.to(tl.int64)
-    _token(x + b * x_b + token64 * x_t, x_h, out + b * out_b + token64 * out_t, out_h, weight, table, b * table_b, token,
-           lengths, offsets, eps, HEADS, DIM, AXES, LAYOUT, NORM, TILE, DIMS)  # fmt: skip
+    _token(
+        x + b * x_b + token64 * x_t,
+        x_h,
+        out + b * out_b + token64 * out_t,
+        out_h,
+        weight,
+        table,
+        b * table_b,
+        token,
+        lengths,
+        offsets,
+        eps,
+        HEADS,
+        DIM,
+        AXES,
+        LAYOUT,
+        NORM,
+        TILE,
+        DIMS,
+    )
 
 
 @triton.jit
 def _append(
-    k, k_b, k_t, k_h, k_cache, kc_b, kc_t, kc_h, v, v_b, v_t, v_h, v_cache, vc_b, vc_t, vc_h, slots, slots_b, slots_f,
-    frame_tokens, capacity, weight, table, table_b, lengths, offsets, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, LAYOUT: tl.constexpr, NORM: tl.constexpr,
-    TILE: tl.constexpr, DIMS: tl.constexpr,
-):  # fmt: skip
+    k,
+    k_b,
+    k_t,
+    k_h,
+    k_cache,
+    kc_b,
+    kc_t,
+    kc_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    v_cache,
+    vc_b,
+    vc_t,
+    vc_h,
+    slots,
+    slots_b,
+    slots_f,
+    frame_tokens,
+    capacity,
+    weight,
+    table,
+    table_b,
+    lengths,
+    offsets,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    AXES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    DIMS: tl.constexpr,
+):
     token, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token64 = token.to(tl.int64)
     slot = tl.load(slots + b * slots_b + token // frame_tokens * slots_f).to(tl.int64)
     if (slot >= 0) & (slot < capacity):  # a frame without a place in the cache is not written
         place = slot * frame_tokens + token % frame_tokens
         if tl.program_id(2) == 0:
-            _token(k + b * k_b + token64 * k_t, k_h, k_cache + b * kc_b + place * kc_t, kc_h, weight, table, b * table_b,
-                   token, lengths, offsets, eps, HEADS, DIM, AXES, LAYOUT, NORM, TILE, DIMS)  # fmt: skip
+            _token(
+                k + b * k_b + token64 * k_t,
+                k_h,
+                k_cache + b * kc_b + place * kc_t,
+                kc_h,
+                weight,
+                table,
+                b * table_b,
+                token,
+                lengths,
+                offsets,
+                eps,
+                HEADS,
+                DIM,
+                AXES,
+                LAYOUT,
+                NORM,
+                TILE,
+                DIMS,
+            )
         else:
-            _token(v + b * v_b + token64 * v_t, v_h, v_cache + b * vc_b + place * vc_t, vc_h, None, None, 0,
-                   token, lengths, offsets, eps, HEADS, DIM, (), 0, 0, TILE, DIMS)  # fmt: skip
+            _token(
+                v + b * v_b + token64 * v_t,
+                v_h,
+                v_cache + b * vc_b + place * vc_t,
+                vc_h,
+                None,
+                None,
+                0,
+                token,
+                lengths,
+                offsets,
+                eps,
+                HEADS,
+                DIM,
+                (),
+                0,
+                0,
+                TILE,
+                DIMS,
+            )
 
 
 def _rotation(x, angles, axes, layout):
@@ -185,7 +355,9 @@ def rope(x, angles, axes, layout, weight, norm, eps, out):
         return
     tables, rotation = _rotation(x, angles, axes, layout)
     constants = _shape(x, norm) | rotation
-    launch(_rope, (x.shape[1], x.shape[0]), x, *_strides(x), *_strides(out), weight, *tables, eps, **constants)
+    launch(
+        _rope, (x.shape[1], x.shape[0]), x, *_strides(x), *_strides(out), weight, *tables, eps, **constants
+    )
 
 
 def rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps, q_out):
@@ -195,8 +367,21 @@ def rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight
         frame_tokens = k.shape[1] // frames
         slot_strides = (slots.stride(0) if slots.ndim == 2 else 0, slots.stride(-1))
         launch(
-            _append, (k.shape[1], k.shape[0], 2), k, *_strides(k), *_strides(k_cache), *_strides(v), *_strides(v_cache),
-            slots, *slot_strides, frame_tokens, k_cache.shape[1] // frame_tokens, k_weight, *tables, eps,
-            **_shape(k, norm), **rotation,
-        )  # fmt: skip
+            _append,
+            (k.shape[1], k.shape[0], 2),
+            k,
+            *_strides(k),
+            *_strides(k_cache),
+            *_strides(v),
+            *_strides(v_cache),
+            slots,
+            *slot_strides,
+            frame_tokens,
+            k_cache.shape[1] // frame_tokens,
+            k_weight,
+            *tables,
+            eps,
+            **_shape(k, norm),
+            **rotation,
+        )
     rope(q, angles, axes, layout, q_weight, norm, eps, q_out)

@@ -1,10 +1,13 @@
-"""``sink_window_attention``: softmax attention over one or two intervals of keys, with online softmax; and its gradients.
+"""``sink_window_attention``: softmax attention over one or two intervals of keys, with online softmax; and
+its gradients.
 
-A launch serves the queries of one chunk, which all see the same keys: [0, sink_end) and [window_begin, window_end). The dense prefix is
-one chunk with one interval; a whole sequence is a launch a chunk. Every sum has one order: a query tile walks its keys, a key tile
-(in the backward) the queries that see it, and chunks that see a key add to its gradient launch after launch. No atomics.
+A launch serves the queries of one chunk, which all see the same keys: [0, sink_end) and [window_begin,
+window_end). The dense prefix is one chunk with one interval; a whole sequence is a launch a chunk. Every sum
+has one order: a query tile walks its keys, a key tile (in the backward) the queries that see it, and chunks
+that see a key add to its gradient launch after launch. No atomics.
 
-    p = exp(scale q k - lse),   dv = p^T do,   ds = p (do v - delta),   dq = scale ds k,   dk = scale ds^T q,   delta = sum(out do)
+    p = exp(scale q k - lse),   dv = p^T do,   ds = p (do v - delta),   dq = scale ds k,   dk = scale ds^T q,
+    delta = sum(out do)
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
 """
@@ -28,13 +31,14 @@ class Config(NamedTuple):
 
 
 def config(head_dim: int, dtype: torch.dtype, backward: bool) -> Config:
-    """Fixed by what a tile takes of registers and shared memory, not by trial: the same bits on every machine.
+    """Fixed by what a tile takes of registers and shared memory, not by trial: the same bits on every
+    machine.
 
-    Half precision, D <= 128: 128 x 64 tiles are 64 accumulators for each thread of 8 warps, and two stages of keys and values take
-    64 KiB, which the 99 KiB of sm_120 and the 64 KiB of gfx942 hold. The backward has two accumulators and four operands: half of
-    it. Wider heads take a quarter; float32 needs three operands where half precision has one, and takes less again. No kernel
-    spills in half precision up to D = 128 (tests/ops/test_triton_compiled.py).
-    """
+    Half precision, D <= 128: 128 x 64 tiles are 64 accumulators for each thread of 8 warps, and two stages of
+    keys and values take 64 KiB, which the 99 KiB of sm_120 and the 64 KiB of gfx942 hold. The backward has
+    two accumulators and four operands: half of it. Wider heads take a quarter; float32 needs three operands
+    where half precision has one, and takes less again. No kernel spills in half precision up to D = 128
+    (tests/ops/test_triton_compiled.py)."""
     wide = head_dim > 128
     if dtype == torch.float32:
         if backward:
@@ -68,8 +72,8 @@ def chunks_of(queries, kv_tokens, tokens, chunk_ends, num_sink_tokens, num_windo
 
 
 def _precision() -> str:
-    """How float32 is multiplied. The matrix units of NVIDIA's GPUs round it to 11 bits; three such products have 22. Where they have
-    no such mode, and on AMD, the product is float32's own."""
+    """How float32 is multiplied. The matrix units of NVIDIA's GPUs round it to 11 bits; three such products
+    have 22. Where they have no such mode, and on AMD, the product is float32's own."""
     return "tf32x3" if target() and target().backend == "cuda" and target().arch >= 80 else "ieee"
 
 
@@ -92,20 +96,41 @@ def _rows(base, at, stride, end, DIM: tl.constexpr, DIMS: tl.constexpr):
 def _store_rows(base, at, stride, end, value, DIM: tl.constexpr, DIMS: tl.constexpr):
     dim = tl.arange(0, DIMS)
     mask = (at < end)[:, None] & (dim < DIM)[None, :]
-    tl.store(base + at.to(tl.int64)[:, None] * stride + dim[None, :], round_to(value, base.dtype.element_ty), mask=mask)
+    tl.store(
+        base + at.to(tl.int64)[:, None] * stride + dim[None, :],
+        round_to(value, base.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
 def _attend(
-    q, acc, total, largest, k, k_t, v, v_t, begin, end, scale,
-    DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
+    q,
+    acc,
+    total,
+    largest,
+    k,
+    k_t,
+    v,
+    v_t,
+    begin,
+    end,
+    scale,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds the keys [begin, end) to the softmax of a query tile."""
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
         logits = (
-            _dot(q, tl.trans(_rows(k, at, k_t, end, DIM, DIMS)), tl.zeros((q.shape[0], KEYS), tl.float32), PRECISION)
+            _dot(
+                q,
+                tl.trans(_rows(k, at, k_t, end, DIM, DIMS)),
+                tl.zeros((q.shape[0], KEYS), tl.float32),
+                PRECISION,
+            )
             * scale
         )
         logits = tl.where((at < end)[None, :], logits, float("-inf"))
@@ -114,18 +139,50 @@ def _attend(
         p = tl.exp(logits - safe[:, None])
         decay = tl.exp(largest - safe)
         total = total * decay + tl.sum(p, 1)
-        acc = _dot(round_to(p, v.dtype.element_ty), _rows(v, at, v_t, end, DIM, DIMS), acc * decay[:, None], PRECISION)
+        acc = _dot(
+            round_to(p, v.dtype.element_ty),
+            _rows(v, at, v_t, end, DIM, DIMS),
+            acc * decay[:, None],
+            PRECISION,
+        )
         largest = new
     return acc, total, largest
 
 
 @triton.jit
 def _forward(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, out, out_b, out_t, out_h, lse, queries, begin, end, sink_end,
-    window_begin, window_end, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_b,
+    q_t,
+    q_h,
+    k,
+    k_b,
+    k_t,
+    k_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    lse,
+    queries,
+    begin,
+    end,
+    sink_end,
+    window_begin,
+    window_end,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
@@ -137,7 +194,21 @@ def _forward(
         tile, acc, total, largest, k_at, k_t, v_at, v_t, 0, sink_end, scale, DIM, DIMS, KEYS, PRECISION
     )
     acc, total, largest = _attend(
-        tile, acc, total, largest, k_at, k_t, v_at, v_t, window_begin, window_end, scale, DIM, DIMS, KEYS, PRECISION
+        tile,
+        acc,
+        total,
+        largest,
+        k_at,
+        k_t,
+        v_at,
+        v_t,
+        window_begin,
+        window_end,
+        scale,
+        DIM,
+        DIMS,
+        KEYS,
+        PRECISION,
     )
     none = total == 0.0  # no key at all: out is 0, lse is -inf
     total = tl.where(none, 1.0, total)
@@ -149,28 +220,79 @@ def _forward(
 
 @triton.jit
 def _grad_q_of(
-    q, do, row_lse, delta, grad, k, k_t, v, v_t, begin, end, scale,
-    DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
+    q,
+    do,
+    row_lse,
+    delta,
+    grad,
+    k,
+    k_t,
+    v,
+    v_t,
+    begin,
+    end,
+    scale,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
         keys = _rows(k, at, k_t, end, DIM, DIMS)
         values = _rows(v, at, v_t, end, DIM, DIMS)
         zero = tl.zeros((q.shape[0], KEYS), tl.float32)
         p = tl.exp(_dot(q, tl.trans(keys), zero, PRECISION) * scale - row_lse[:, None])
-        ds = tl.where((at < end)[None, :], p * (_dot(do, tl.trans(values), zero, PRECISION) - delta[:, None]), 0.0)
+        ds = tl.where(
+            (at < end)[None, :], p * (_dot(do, tl.trans(values), zero, PRECISION) - delta[:, None]), 0.0
+        )
         grad = _dot(round_to(ds, k.dtype.element_ty), keys, grad, PRECISION)
     return grad
 
 
 @triton.jit
 def _backward_q(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, out, out_b, out_t, out_h, do, do_b, do_t, do_h, grad, grad_b, grad_t,
-    grad_h, lse, deltas, queries, begin, end, sink_end, window_begin, window_end, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_b,
+    q_t,
+    q_h,
+    k,
+    k_b,
+    k_t,
+    k_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    do,
+    do_b,
+    do_t,
+    do_h,
+    grad,
+    grad_b,
+    grad_t,
+    grad_h,
+    lse,
+    deltas,
+    queries,
+    begin,
+    end,
+    sink_end,
+    window_begin,
+    window_end,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
@@ -183,7 +305,22 @@ def _backward_q(
     row_lse = tl.load(lse + at, mask=row < end, other=0.0)
     sums = tl.zeros((QUERIES, DIMS), tl.float32)
     sums = _grad_q_of(
-        tile, do_tile, row_lse, delta, sums, k_at, k_t, v_at, v_t, 0, sink_end, scale, DIM, DIMS, KEYS, PRECISION
+        tile,
+        do_tile,
+        row_lse,
+        delta,
+        sums,
+        k_at,
+        k_t,
+        v_at,
+        v_t,
+        0,
+        sink_end,
+        scale,
+        DIM,
+        DIMS,
+        KEYS,
+        PRECISION,
     )
     sums = _grad_q_of(
         tile,
@@ -208,12 +345,47 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv(
-    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, do, do_b, do_t, do_h, grad_k, grad_v, grad_b, grad_t, grad_h,
-    lse, deltas, queries, begin, end, sink_end, window_begin, window_end, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """A tile of keys: of the sink, or, behind its tiles, of the window. ADD: chunks before this one have left their part."""
+    q,
+    q_b,
+    q_t,
+    q_h,
+    k,
+    k_b,
+    k_t,
+    k_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    do,
+    do_b,
+    do_t,
+    do_h,
+    grad_k,
+    grad_v,
+    grad_b,
+    grad_t,
+    grad_h,
+    lse,
+    deltas,
+    queries,
+    begin,
+    end,
+    sink_end,
+    window_begin,
+    window_end,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """A tile of keys: of the sink, or, behind its tiles, of the window. ADD: chunks before this one have left
+    their part."""
     sink_tiles = tl.cdiv(sink_end, KEYS)
     tile, kv_heads = tl.program_id(0), HEADS // GROUP
     in_window = tile >= sink_tiles
@@ -233,7 +405,8 @@ def _backward_kv(
             row_lse = tl.load(lse + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             delta = tl.load(deltas + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             zero = tl.zeros((KEYS, QUERIES), tl.float32)
-            # Transposed, [keys, queries]. Rows beyond the chunk are zero in q and do: p = 1 there, and adds nothing.
+            # Transposed, [keys, queries]. Rows beyond the chunk are zero in q and do: p = 1 there, and adds
+            # nothing.
             p = tl.exp(_dot(keys, tl.trans(queries_tile), zero, PRECISION) * scale - row_lse[None, :])
             sum_v = _dot(round_to(p, do.dtype.element_ty), do_tile, sum_v, PRECISION)
             ds = p * (_dot(values, tl.trans(do_tile), zero, PRECISION) - delta[None, :])
@@ -267,7 +440,9 @@ def _constants(q, k, backward):
     return tile, constants
 
 
-def sink_window_attention(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, out, lse):
+def sink_window_attention(
+    q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, out, lse
+):
     batch, queries, heads, _ = q.shape
     if out.numel() == 0:
         return
@@ -275,13 +450,37 @@ def sink_window_attention(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sin
     for chunk in chunks_of(queries, kv_tokens, k.shape[1], chunk_ends, num_sink_tokens, num_window_tokens):
         grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
         launch(
-            _forward, grid, q, *_view(q), *_view(k), *_view(v), *_view(out), lse, queries, *chunk, softmax_scale, **constants
-        )  # fmt: skip
+            _forward,
+            grid,
+            q,
+            *_view(q),
+            *_view(k),
+            *_view(v),
+            *_view(out),
+            lse,
+            queries,
+            *chunk,
+            softmax_scale,
+            **constants,
+        )
 
 
 def sink_window_attention_backward(
-    grad_out, q, k, v, out, lse, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, grad_q, grad_k, grad_v,
-):  # fmt: skip
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    kv_tokens,
+    softmax_scale,
+    chunk_ends,
+    num_sink_tokens,
+    num_window_tokens,
+    grad_q,
+    grad_k,
+    grad_v,
+):
     """The gradients come zeroed: a key that nobody sees, and a query that sees none, have none."""
     batch, queries, heads, _ = q.shape
     if q.numel() == 0 or k.numel() == 0:
@@ -304,9 +503,22 @@ def sink_window_attention_backward(
             continue
         span = (lse, delta, queries, *chunk, softmax_scale)
         grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
-        launch(_backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants)
+        launch(
+            _backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants
+        )
         grid = (key_tiles, batch * k.shape[2])
-        launch(_backward_kv, grid, q, *inputs, *_view(grad_out), sum_k, *_view(sum_v), *span, **constants, ADD=several)
+        launch(
+            _backward_kv,
+            grid,
+            q,
+            *inputs,
+            *_view(grad_out),
+            sum_k,
+            *_view(sum_v),
+            *span,
+            **constants,
+            ADD=several,
+        )
     if sum_k is not grad_k:
         grad_k.copy_(sum_k)
         grad_v.copy_(sum_v)

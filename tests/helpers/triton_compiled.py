@@ -1,4 +1,5 @@
-"""What Triton makes of our kernels for GPUs that are not there: registers, spills, shared memory, widths of accesses."""
+"""What Triton makes of our kernels for GPUs that are not there: registers, spills, shared memory, widths of
+accesses."""
 
 import re
 import subprocess
@@ -19,7 +20,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Shared memory that a block may have, in bytes.
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
 
 
 class Kernel(NamedTuple):
@@ -50,7 +57,8 @@ class _Driver:
 
 @contextmanager
 def compiling(name: str):
-    """Launches inside compile for target ``name`` and start nothing; the list is filled with their ``Kernel``s."""
+    """Launches inside compile for target ``name`` and start nothing; the list is filled with their
+    ``Kernel``s."""
     kernels, run, driver = [], JITFunction.run, triton.runtime.driver
 
     def compile_only(self, *args, grid, warmup, **constants):
@@ -81,7 +89,9 @@ def _stack(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return int(re.search(r"STACK:(\d+)", text)[1])
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import rf_kernels as rf
 from reward_forcing.world import (
     PROMPTS,
     SIZE,
@@ -15,8 +17,6 @@ from reward_forcing.world import (
     render,
     similarity_to_first,
 )
-
-import rf_kernels as rf
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,11 @@ def test_speed_words_are_kept_and_an_open_speed_spans_all_of_them():
 
 
 def test_the_world_is_a_torus():
-    """A clip moved around the torus is what the same scene elsewhere would give: every read-out but the place stays."""
-    video, _ = render(draw_prompts(8, torch.Generator().manual_seed(3)), 6, generator=torch.Generator().manual_seed(4))
+    """A clip moved around the torus is what the same scene elsewhere would give: every read-out but the place
+    stays."""
+    video, _ = render(
+        draw_prompts(8, torch.Generator().manual_seed(3)), 6, generator=torch.Generator().manual_seed(4)
+    )
     here, there = measure(video), measure(video.roll((5, 11), dims=(-2, -1)))
     assert torch.equal(here.count, there.count)
     assert torch.allclose(here.mass, there.mass) and torch.allclose(here.sharpness, there.sharpness)

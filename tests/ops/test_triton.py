@@ -1,5 +1,5 @@
-"""Triton as a backend: how it is asked for, and the tests of every backend run on its interpreter (a process of its own: triton looks
-at TRITON_INTERPRET when it is imported)."""
+"""Triton as a backend: how it is asked for, and the tests of every backend run on its interpreter (a process
+of its own: triton looks at TRITON_INTERPRET when it is imported)."""
 
 import os
 import subprocess
@@ -13,7 +13,9 @@ import rf_kernels as rf
 from rf_kernels import _backend
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif("RF_BACKEND" in os.environ, reason="tests of what RF_BACKEND does choose it themselves")
+pytestmark = pytest.mark.skipif(
+    "RF_BACKEND" in os.environ, reason="tests of what RF_BACKEND does choose it themselves"
+)
 
 
 def run(*command, **environment):
@@ -34,17 +36,20 @@ def rope(x=X):
     return rf.rope(x, angles=None, axes=[])
 
 
-# ---- asked for -------------------------------------------------------------------------------------------------------
+# ---- asked for ----
 
 
 def test_importing_the_library_does_not_import_triton():
-    code = "import sys, rf_kernels; assert 'triton' not in sys.modules and not any('rf_kernels.triton' in m for m in sys.modules)"
+    code = "import sys, rf_kernels; assert not {'triton', 'rf_kernels.triton'} & set(sys.modules)"
     assert run("-c", code).returncode == 0
     assert run("-c", code, RF_BACKEND="native").returncode == 0
 
 
 def test_asking_for_a_backend_that_there_is_not():
-    with pytest.raises(rf.ArgumentError, match="'auto' or 'native' or 'triton', found 'cuda'"), rf.backend("cuda"):
+    with (
+        pytest.raises(rf.ArgumentError, match="'auto' or 'native' or 'triton', found 'cuda'"),
+        rf.backend("cuda"),
+    ):
         pass
     done = run("-c", "import rf_kernels", RF_BACKEND="cuda")
     assert done.returncode != 0 and "found 'cuda'" in done.stderr
@@ -99,20 +104,21 @@ def test_the_interpreter_serves_cpu_tensors():
     assert done.returncode == 0, done.stderr
 
 
-# ---- the tests of every backend, on the interpreter --------------------------------------------------------------------
+# ---- the tests of every backend, on the interpreter ----
 
 OPS = ["rope_append", "rope", "ema_evict", "sink_window_attention", "dmd_gradient"]
-# What there is to see in a backend: results, states, what is read and what is not. (What tests check in any backend alike, refusals
-# and compilation among it, is left out, and so is every combination of a large grid: an operation takes half a millisecond.)
+# What there is to see in a backend: results, states, what is read and what is not. (What tests check in any
+# backend alike, refusals and compilation among it, is left out, and so is every combination of a large grid:
+# an operation takes half a millisecond.)
 SUITES = {
-    "rope_append": "golden or bit_for_bit or empty or strided or per_sample or without_queries or in_float32 or q_of_rope_append "
-    "or only_with_its_weight or (op_against_oracle and (adjacent or 40))",
-    "ema_evict": "published or nonfinite or propagate or alpha or minus_zero or rounded_once or schedules or held or strided "
-    "or identity or anywhere or exactly or (within_eager and not Tensor)",
-    "sink_window_attention": "exact_answers or extreme or no_key or poison or expanded or empty or neighbours or second_derivatives "
-    "or whole_sequence_is_streaming or values_and_gradients",
-    "dmd_gradient": "golden or oracle or policy or masks or odd_sizes or no_elements or dropped or neighbours or backward or zero "
-    "or overflow or not_contiguous or unguided",
+    "rope_append": "golden or bit_for_bit or empty or strided or per_sample or without_queries or in_float32 "
+    "or q_of_rope_append or only_with_its_weight or (op_against_oracle and (adjacent or 40))",
+    "ema_evict": "published or nonfinite or propagate or alpha or minus_zero or rounded_once or schedules "
+    "or held or strided or identity or anywhere or exactly or (within_eager and not Tensor)",
+    "sink_window_attention": "exact_answers or extreme or no_key or poison or expanded or empty "
+    "or neighbours or second_derivatives or whole_sequence_is_streaming or values_and_gradients",
+    "dmd_gradient": "golden or oracle or policy or masks or odd_sizes or no_elements or dropped "
+    "or neighbours or backward or zero or overflow or not_contiguous or unguided",
 }
 
 
@@ -140,7 +146,8 @@ def test_oracle_and_golden_tests(op):
 
 def test_a_few_configurations():
     pytest.importorskip("triton")
-    code = f"from helpers import fuzz; failures = sum((fuzz.run(op, range(3)) for op in {OPS}), []); assert not failures, failures"
+    run_each = f"failures = sum((fuzz.run(op, range(3)) for op in {OPS}), [])"
+    code = f"from helpers import fuzz; {run_each}; assert not failures, failures"
     done = interpreted("-c", code)
     assert done.returncode == 0, done.stderr
 

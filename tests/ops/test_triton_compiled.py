@@ -1,5 +1,5 @@
-"""Every Triton kernel, compiled ahead of time for GPUs that are not there: no spills, shared memory that the GPU has, and 16-byte
-accesses in the memory-bound ops (the rules of `benchmarks/audit`)."""
+"""Every Triton kernel, compiled ahead of time for GPUs that are not there: no spills, shared memory that the
+GPU has, and 16-byte accesses in the memory-bound ops (the rules of `benchmarks/audit`)."""
 
 import importlib
 
@@ -66,7 +66,8 @@ NAN_SAMPLE, MEAN = 1, 0  # codes of the registered op
 
 
 def assert_wide(kernel, stores, narrow_stores=0):
-    """All data in 16-byte accesses: at least ``stores`` of them, and no others but ``narrow_stores`` single numbers."""
+    """All data in 16-byte accesses: at least ``stores`` of them, and no others but ``narrow_stores`` single
+    numbers."""
     wide = [bits for bits in kernel.stores if bits == 128]
     assert len(wide) >= stores and len(kernel.stores) - len(wide) <= narrow_stores, kernel
     assert sum(bits == 128 for bits in kernel.loads) >= len(wide), kernel

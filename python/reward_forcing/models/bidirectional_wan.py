@@ -9,7 +9,8 @@ from .blocks import BidirectionalSelfAttention, TextKeys, WanTransformer
 
 
 class BidirectionalWanModel(WanTransformer):
-    """Flow predictor of a whole clip, differentiable. Parameters are those of ``CausalWanModel``, name for name."""
+    """Flow predictor of a whole clip, differentiable. Parameters are those of ``CausalWanModel``, name for
+    name."""
 
     self_attention = BidirectionalSelfAttention
 
@@ -20,8 +21,8 @@ class BidirectionalWanModel(WanTransformer):
             x: noisy latent ``[B, in_dim, F, H, W]``.
             t: one timestep per sample ``[B]``.
             text: from ``text_keys``.
-            seq_len: pad the token sequence with zeros to this length (one shape for clips of several sizes). Padding
-                is masked as keys and dropped at the end: the result does not depend on it.
+            seq_len: pad the token sequence with zeros to this length (one shape for clips of several sizes).
+                Padding is masked as keys and dropped at the end: the result does not depend on it.
         Returns:
             ``[B, out_dim, F, H, W]``.
         """
