@@ -93,11 +93,9 @@ def triton_problem() -> str | None:
 
 def _register_triton(interpreted: bool) -> None:
     global triton_registered
+    for name, module in _TRITON.items() if not triton_registered else ():
+        _triton.impl(f"triton_{name}", _launcher(name, module), "CompositeExplicitAutograd")
     triton_registered = True
-    for name, module in _TRITON.items():
-        _triton.impl(
-            f"triton_{name}", _launcher(name, module), "CompositeExplicitAutograd", allow_override=True
-        )
     ops.set_triton(interpreted, torch.version.hip is not None)
 
 
