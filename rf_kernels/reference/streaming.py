@@ -88,7 +88,10 @@ class StreamingReference:
         self.t_begin = self.t_end = 0
 
     def begin(self, frames: int) -> None:
-        """Start the next chunk: what no longer fits the window leaves, and the sink absorbs it."""
+        """Start the next chunk: what no longer fits the window leaves, and the sink absorbs it. For autograd
+        all of the past is a constant."""
+        for held in (self.sink_kv, self.window_kv):
+            held.update({frame: tuple(x.detach() for x in kv) for frame, kv in held.items()})
         self.t_begin, self.t_end = self.t_end, self.t_end + frames
         for e in sorted(f for f in self.window_kv if f < self.t_end - self.window_frames):
             leaving = self.window_kv.pop(e)
