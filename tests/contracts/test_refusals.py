@@ -99,6 +99,11 @@ def test_wrong_policies(name, wrong):
     refused(lambda: rf.EMASink(**{name: wrong}), name)
 
 
+@pytest.mark.parametrize("name, wrong", values_of(refusals.DMD_OPTIONS))
+def test_wrong_options_of_the_gradient(name, wrong):
+    refused(lambda: rf.DMDOptions(**{name: wrong}), name)
+
+
 @pytest.mark.parametrize("name, wrong", values_of(refusals.ROPES))
 def test_wrong_ropes(name, wrong):
     refused(lambda: rf.RoPE(**({"pairs": (2, 1, 1), "bases": (1e4,) * 3} | {name: wrong})), name)

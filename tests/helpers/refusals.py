@@ -442,6 +442,23 @@ def op_entries():
         )
         add_all(op, ("x", "fake", "real"), {"None": nothing})
         add(op, "x", "a list", argument("x", not_a_tensor))
+        add(op, "x", "int32", argument("x", torch.Tensor.int))
+        add(op, "x", "no dimension", value("x", torch.tensor(1.0)))
+        add(op, "x", "ten dimensions", value("x", torch.zeros((1,) * 10)))
+        add_all(
+            op,
+            ("fake", "real", "real_uncond"),
+            {"one sample": lambda t: t[:1], "float64": torch.Tensor.double},
+        )
+        add_all(op, ("real_uncond", "x_t", "sigma"), {"None": nothing})
+        add(op, "x_t", "half", argument("x_t", torch.Tensor.half))
+        add(op, "sigma", "four frames", value("sigma", torch.rand(2, 4)))
+        for name, what, x in (
+            ("weight", "of integers", torch.ones(2, dtype=torch.int64)),
+            ("weight", "of other frames", torch.rand(2, 5)),
+            ("mask", "of bytes", torch.ones(2, dtype=torch.uint8)),
+        ):
+            add(op, name, what, value(name, x))
         for name, wrong in {
             "real_guidance": (None, float("nan"), "x"),
             "fake_guidance": (float("inf"), [1.0]),
@@ -456,6 +473,12 @@ def op_entries():
     return entries
 
 
+DMD_OPTIONS = {
+    "eps": (-1.0, float("nan"), float("inf"), None, "x"),
+    "nan": ("skip", 1, None),
+    "guidance": ("cfg", 1, None),
+    "reduction": ("batchmean", None, 1),
+}
 CONFIGURATIONS = {
     "layers": (0, 1.5, True),
     "batch": (0, None),

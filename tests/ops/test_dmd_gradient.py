@@ -509,69 +509,7 @@ def test_compile_inductor():
     compiled_step("inductor")
 
 
-# ---- wrong calls -------------------------------------------------------------------------------------------
-
-
-WRONG = {
-    "x: dtype": ("x", lambda x, kw: x.int(), "dtype float64"),
-    "x: no dimension": ("x", lambda x, kw: torch.tensor(1.0), "dimensions"),
-    "x: dimensions": ("x", lambda x, kw: torch.zeros((1,) * 10), "dimensions"),
-    "fake: shape": ("fake", lambda x, kw: kw["fake"][:1], "shape of `x`"),
-    "fake: dtype": ("fake", lambda x, kw: kw["fake"].bfloat16(), "dtype of `x`"),
-    "fake: integer": ("fake", lambda x, kw: kw["fake"].long(), "dtype"),
-    "real: shape": ("real", lambda x, kw: kw["real"].flatten(1), "shape of `x`"),
-    "real: dtype": ("real", lambda x, kw: kw["real"].half(), "float32"),
-    "fake_uncond: shape": ("fake_uncond", lambda x, kw: kw["fake_uncond"][..., :1], "shape of `x`"),
-    "real_uncond: dtype": ("real_uncond", lambda x, kw: kw["real_uncond"].double(), "float32"),
-    "real_uncond: missing": ("real_uncond", lambda x, kw: None, "unconditional"),
-    "fake_uncond: missing": ("fake_uncond", lambda x, kw: None, "unconditional"),
-    "fake_guidance: missing": ("fake_guidance", lambda x, kw: None, "a number"),
-    "real_guidance: missing": ("real_guidance", lambda x, kw: None, "a number"),
-    "real_guidance: nan": ("real_guidance", lambda x, kw: float("nan"), "finite"),
-    "fake_guidance: inf": ("fake_guidance", lambda x, kw: float("inf"), "finite"),
-    "guidance": ("guidance", lambda x, kw: "cfg", "self_forcing"),
-    "x_t: without sigma": ("x_t", lambda x, kw: x, "both"),
-    "sigma: without x_t": ("sigma", lambda x, kw: torch.rand(3), "both"),
-    "weight: length": ("weight", lambda x, kw: torch.rand(4), "shape"),
-    "weight: three dimensions": ("weight", lambda x, kw: torch.rand(3, 4, 5), "shape"),
-    "weight: frames": ("weight", lambda x, kw: torch.rand(3, 5), "shape"),
-    "weight: integer": ("weight", lambda x, kw: torch.ones(3, dtype=torch.int64), "float32"),
-    "mask: uint8": ("mask", lambda x, kw: torch.ones(3, dtype=torch.uint8), "bool"),
-    "mask: shape": ("mask", lambda x, kw: torch.ones(6, 7, dtype=torch.bool), "shape"),
-    "eps: negative": ("eps", lambda x, kw: -1.0, ">= 0"),
-    "eps: nan": ("eps", lambda x, kw: float("nan"), "finite"),
-    "nan": ("nan", lambda x, kw: "skip", "published"),
-    "reduction": ("reduction", lambda x, kw: "batchmean", "mean"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_calls(case):
-    argument, make, expected = WRONG[case]
-    x, kw = made(SHAPE)
-    arguments = {"x": x} | kw
-    arguments[argument] = make(x, kw)
-    for function in (gradient_of, loss_of):
-        with pytest.raises(
-            rf.ArgumentError, match=r"rf_kernels\.(dmd_gradient|DMDOptions): argument `"
-        ) as error:
-            function(**arguments)
-        assert expected in str(error.value) and "found" in str(error.value)
-
-
-def test_wrong_flow_calls():
-    x, kw = made(SHAPE, flow=True)
-    for name, value in {
-        "sigma": torch.rand(3, 4, 5, 1, 1),
-        "x_t": kw["x_t"].half(),
-        "sigma ": torch.rand(4),
-        "sigma  ": None,
-        "x_t ": None,
-    }.items():
-        with pytest.raises(rf.ArgumentError, match=name.strip()):
-            gradient_of(x, **(kw | {name.strip(): value}))
-    with pytest.raises(rf.ArgumentError, match="reduction"):
-        loss_of(x, **kw, reduction="none")
+# ---- dispatch, many samples --------------------------------------------------------------------------------
 
 
 def test_dispatch():

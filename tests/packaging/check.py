@@ -287,7 +287,7 @@ def reproducible(scratch, with_network):
     )
     shutil.copy(SMOKE, scratch)
     there = {"cwd": scratch, "env": environment | {"PYTHONPATH": str(site)}}
-    for command in (["-c", "import reward_forcing.cli, reward_forcing.run"], ["-m", "rf_kernels.doctor"], ["smoke.py"]):
+    for command in (["-c", "import reward_forcing.run"], ["-m", "rf_kernels.doctor"], ["smoke.py"]):
         text = run(*offline, sys.executable, *command, **there)
     assert "12 chunks streamed" in text, text
     where = run(sys.executable, "-c", "import rf_kernels; print(rf_kernels.__file__)", **there)

@@ -69,7 +69,8 @@ print(f"{{len(events)}} events: {{events[:5]}}")
 """
 USE = """
 import runpy
-import rf_kernels, rf_kernels.doctor, reward_forcing, reward_forcing.cli, reward_forcing.run, reward_forcing.losses
+import rf_kernels, rf_kernels.doctor, reward_forcing
+import reward_forcing.cli, reward_forcing.run, reward_forcing.losses
 assert rf_kernels.doctor.main(["--json"]) == 0
 runpy.run_path("tests/packaging/smoke.py", run_name="__main__")
 """
