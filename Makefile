@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 BIN := $(abspath $(VENV))/bin
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: help ext test bench demo lint docs wheel audit gpu-suite tuning sanitize check-install clean
+.PHONY: help ext test train-smoke bench demo lint docs wheel audit gpu-suite tuning sanitize check-install clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -34,6 +34,10 @@ TESTS ?= tests
 test: ext
 	$(PY) -m pytest -q -m "not heavy" $(TESTS)
 	$(PY) -m pytest -q -m heavy $(TESTS)
+
+## make train-smoke   every stage of training on the embedded world, a few steps each (docs/training.md)
+train-smoke: ext
+	$(PY) -m pytest -q tests/model/test_train_smoke.py
 
 ## make bench         times every op beside its peers (BENCH="--quick --op ema_evict" for a part; docs of the ops)
 BENCH ?= --json out/bench.json

@@ -4,7 +4,7 @@ op."""
 import sys
 
 try:
-    from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+    from ._backend import ArgumentError, Dispatch, backend, build_info, last_dispatch
     from .cache import (
         KV,
         CacheSpec,
@@ -53,6 +53,7 @@ __all__ = [
     "SinkWindowCache",
     "StaticSink",
     "StreamClosedError",
+    "backend",
     "build_info",
     "dmd_gradient",
     "dmd_loss",

@@ -5,12 +5,17 @@ missing CUDA part is an error of the op that needed it, and a slower path than t
 recorded (``last_dispatch``) or, with ``RF_STRICT=1``, refused.
 """
 
+import contextlib
 import ctypes
 import functools
+import importlib
+import importlib.util
 import json
 import math
 import operator
+import os
 import re
+import threading
 from numbers import Real
 from typing import NamedTuple
 
@@ -62,6 +67,80 @@ def _build_info() -> str:  # once: PyTorch's stable ABI loses the memory of a st
     return ops.build_info()
 
 
+# ---- who serves: the seam ----
+
+# What csrc/<op>/op.cpp has checked, it hands to a CPU or CUDA kernel of its own, to PyTorch's kernels or, as
+# triton_<op>, to a module of rf_kernels/triton. csrc/common/dispatch.h decides; here it is told what is asked
+# for, and what there is.
+BACKENDS = ("auto", "native", "triton")
+_TRITON = {
+    "rope": "rope_append",
+    "rope_append": "rope_append",
+    "ema_evict": "ema_evict",
+    "sink_window_attention": "sink_window_attention",
+    "sink_window_attention_backward": "sink_window_attention",
+    "dmd_gradient": "dmd_gradient",
+}
+_triton = torch.library.Library("rf_kernels", "FRAGMENT")
+_raised = threading.local()
+triton_registered = False
+
+
+def triton_problem() -> str | None:
+    """Why Triton is not there (None where it is). Does not import it."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+def _register_triton(interpreted: bool) -> None:
+    global triton_registered
+    for name, module in _TRITON.items() if not triton_registered else ():
+        _triton.impl(f"triton_{name}", _launcher(name, module), "CompositeExplicitAutograd")
+    triton_registered = True
+    ops.set_triton(interpreted, torch.version.hip is not None)
+
+
+def _launcher(name: str, module: str):
+    def launch(*args):
+        try:
+            with torch.no_grad():
+                getattr(importlib.import_module(f".triton.{module}", __package__), name)(*args)
+        except Exception as error:
+            _raised.error = error  # the C++ between here and the caller knows of no Python exceptions
+            raise
+
+    return launch
+
+
+def _request(name: str | None) -> None:
+    """What ``RF_BACKEND`` and ``backend`` ask for."""
+    if choice("backend", "name", BACKENDS, name) == "triton":
+        if problem := triton_problem():
+            raise ImportError(f"{_PREFIX}backend: Triton is asked for, and {problem}")
+        _register_triton(importlib.import_module("triton").knobs.runtime.interpret)
+    ops.set_backend(BACKENDS.index(name))
+
+
+def requested() -> str:
+    """What is asked for now."""
+    return BACKENDS[ops.backend()]
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Ask for a backend inside a ``with`` block, in the whole process (as ``RF_BACKEND`` does from the
+    start).
+
+    "auto": the order of docs/triton.md. "native": the same without Triton. "triton": Triton serves every op,
+    or the call raises. A backward asks when it runs.
+    """
+    before = requested()
+    _request(name)
+    try:
+        yield
+    finally:
+        ops.set_backend(BACKENDS.index(before))
+
+
 _PREFIX = "rf_kernels."
 _WRONG_TYPE = re.compile(
     r"rf_kernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type"
@@ -77,6 +156,8 @@ def invoke(op, *args):
     try:
         return op(*args)
     except RuntimeError as error:
+        if cause := _raised.__dict__.pop("error", None):
+            raise cause from None
         for argument, value in zip(_argument_names(op), args, strict=False):
             # the dispatcher makes it an undefined tensor
             if value is None and argument.type.kind() == "TensorType":
@@ -305,3 +386,15 @@ def refuse_negative(op: str, **tensors) -> None:
             raise argument_error(
                 op, name, "a tensor without the negative bit (`.resolve_neg()`)", "a negative view"
             )
+
+
+# Where a GPU could be without kernels of ours, Triton is known from the start (looked for, not imported). Its
+# interpreter, which takes CPU tensors alone, serves on request.
+if (
+    (torch.version.cuda or torch.version.hip)
+    and triton_problem() is None
+    and "TRITON_INTERPRET" not in os.environ
+):
+    _register_triton(False)
+if os.environ.get("RF_BACKEND"):
+    _request(os.environ["RF_BACKEND"])

@@ -87,9 +87,22 @@ def devices() -> list[dict]:
             else f"the build has {built['cuda_archs'] or 'no CUDA part'}: rebuild with RF_CUDA_ARCHS"
         )
         problem = backend.ops.cuda_problem() if fits else ""
-        served = bool(fits) and not problem
-        rows.append(row | {"served": served, "by": "CUDA" if served else None, "why": problem or why})
+        by = "CUDA" if fits and not problem else "Triton" if backend.triton_registered else None
+        rows.append(row | {"served": by is not None, "by": by, "why": problem or why})
     return rows
+
+
+def triton() -> dict:
+    """Whether Triton is there, when it serves, and what is asked for."""
+    backend = importlib.import_module("rf_kernels._backend")
+    problem = backend.triton_problem()
+    asked = backend.requested()
+    serves = {
+        "auto": "on request (RF_BACKEND, rf_kernels.backend), and where a GPU has no other kernels",
+        "native": "nothing: RF_BACKEND=native",
+        "triton": "every op, or the call raises: RF_BACKEND=triton",
+    }
+    return {"asked for": asked, "there": problem is None, "serves": problem or serves[asked]}
 
 
 def self_test() -> list[dict]:
@@ -114,9 +127,10 @@ def self_test() -> list[dict]:
 
 
 def collect() -> dict:
-    report = {"versions": versions(), "extension": extension(), "devices": [], "self_test": []}
+    report = {"versions": versions(), "extension": extension(), "devices": [], "triton": {}, "self_test": []}
     if report["extension"]["ok"]:
         report["devices"] = devices()
+        report["triton"] = triton()
         report["self_test"] = self_test()
     report["ok"] = report["extension"]["ok"] and all(row["ok"] for row in report["self_test"])
     return report
@@ -131,6 +145,9 @@ def show(report: dict) -> None:
     print("\ndevices")
     for row in report["devices"]:
         print(f"  {row['device']:8s} {row['by'] or 'not served':20s} {row['why']}")
+    print("\ntriton")
+    for name, value in report["triton"].items():
+        print(f"  {name:14s} {value}")
     print("\nself-test (largest difference from the float64 reference)")
     for row in report["self_test"]:
         result = (

@@ -40,6 +40,9 @@ def test_a_sound_installation():
     assert report["ok"] and report["extension"]["commit"] and report["versions"]["torch"]
     assert {row["op"] for row in report["self_test"]} == set(doctor.OPS)
     assert all(row["ok"] and row["backend"] and row["error"] > 0 for row in report["self_test"])
+    assert (
+        report["triton"]["asked for"] == os.environ.get("RF_BACKEND", "auto") and report["triton"]["serves"]
+    )
     assert [row["device"] for row in report["devices"]][0] == "cpu" and all(
         row["why"] for row in report["devices"]
     )
