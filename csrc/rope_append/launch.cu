@@ -6,21 +6,25 @@
 namespace rf::rope_append {
 namespace {
 
-constexpr int kMaxThreads = 512;
+// Of a CTA at most (config.h); 640 in the bounds keeps a thread at 96 registers, which is seven CTAs of 96 an
+// SM.
+constexpr int kBoundThreads = 640;
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;  // beyond this a kernel must opt in
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) rope_append_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kBoundThreads, 1)
+    rope_append_kernel(const __grid_constant__ Params p, const __grid_constant__ Config config) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const int64_t rows = p.batch * p.tokens;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    if (row != blockIdx.x) __syncthreads();  // the token before still reads its angles and sums
-    Token<T, V> token(p, shared, row, threadIdx.x, blockDim.x);
+  for (int64_t batch = blockIdx.y; batch < p.batch; batch += gridDim.y) {
+    if (batch != blockIdx.y) __syncthreads();  // the token before still reads its angles and sums
+    Token<T, V> token(p, config, shared, batch, blockIdx.x, threadIdx.x, blockDim.x);
     typename Token<T, V>::Registers registers;
     token.read(registers);
     __syncthreads();
     if (p.q.weight != nullptr || p.k.weight != nullptr) {
       token.sum_heads();
+      __syncthreads();
+      token.scale_heads();
       __syncthreads();
     }
     token.write(registers);
@@ -34,10 +38,9 @@ CudaStatus launch(const Params& p, const Config& config, void* stream) {
     const CudaStatus status = opt_in_shared_memory<rope_append_kernel<T, V>>(most);
     if (!status.ok()) return status;
   }
-  const int64_t rows = p.batch * p.tokens;
-  const unsigned grid = static_cast<unsigned>(rows < INT32_MAX ? rows : INT32_MAX);
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch < 65535 ? p.batch : 65535));
   return launch_kernel("launch of rope_append_kernel", rope_append_kernel<T, V>, grid, config.threads,
-                       config.shared_bytes, stream, p);
+                       config.shared_bytes, stream, p, config);
 }
 
 }  // namespace

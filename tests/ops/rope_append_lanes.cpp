@@ -25,12 +25,18 @@ bool run(const Params& p, const Config& config, bool reversed) {
       static_cast<unsigned char*>(std::aligned_alloc(64, (config.shared_bytes / 64 + 2) * 64));
   bool guarded = true;
   for (int64_t row = 0; row < p.batch * p.tokens; ++row) {
+    const auto token = [&](int32_t lane) {
+      return Token<T, V>(p, config, shared, row / p.tokens, static_cast<int32_t>(row % p.tokens), lane,
+                         config.threads);
+    };
     std::fill_n(shared, config.shared_bytes, 0xFF);  // NaN, float or double
     std::fill_n(shared + config.shared_bytes, kGuardBytes, kGuard);
-    for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).read(registers[lane]);
-    if (p.q.weight != nullptr || p.k.weight != nullptr)
-      for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).sum_heads();
-    for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).write(registers[lane]);
+    for (const int32_t lane : order) token(lane).read(registers[lane]);
+    if (p.q.weight != nullptr || p.k.weight != nullptr) {
+      for (const int32_t lane : order) token(lane).sum_heads();
+      for (const int32_t lane : order) token(lane).scale_heads();
+    }
+    for (const int32_t lane : order) token(lane).write(registers[lane]);
     for (size_t i = 0; i < kGuardBytes; ++i) guarded &= shared[config.shared_bytes + i] == kGuard;
   }
   std::free(shared);
