@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-# Larger than any L2 there is (H200: 50 MB): writing it between GPU calls leaves nothing of a candidate's input in the cache.
+# Larger than any L2 there is (H200: 50 MB): reading it between GPU calls leaves nothing of a candidate's input in the cache. Reading, not
+# writing: lines that are written back to memory during the call would be in the time of every short one.
 _FLUSH_BYTES = 256 << 20
 
 
@@ -36,7 +37,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Time each candidate, interleaved, for about ``seconds`` per candidate (at least 5 rounds, at most 1000).
 
-    On CUDA each call is timed by events behind a write of the whole L2 (cold reads); on the CPU by the clock.
+    On CUDA each call is timed by events behind a read of more than the whole L2 (cold reads); on the CPU by the clock.
     """
     device = torch.device(device)
     for _ in range(warmup):
@@ -44,7 +45,7 @@ def measure(
             call()
     cuda = device.type == "cuda"
     if cuda:
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device=device)
         torch.cuda.synchronize(device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds * len(candidates)
@@ -52,7 +53,7 @@ def measure(
         for name, call in candidates.items():
             if cuda:
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
+                flush.sum()
                 start.record()
                 call()
                 stop.record()

@@ -147,3 +147,55 @@ def check(inputs: Inputs, **options):
     assert_within_eager(out, expected, eager(inputs))
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
     return out, lse
+
+
+# ---- cases, for the model and for the chip --------------------------------------------------------------------------
+
+DENSE = {
+    "one key, one query": Case(1, 1),
+    "one key": Case(70, 1),
+    "one query": Case(1, 400),
+    "tile edges": Case(128, 352, num_sms=2),
+    "tile edges + 1": Case(129, 353, num_sms=2),
+    "tile edges - 1": Case(127, 351, num_sms=2),
+    "every CTA splits": Case(200, 611, heads=2),
+    "a tile over many CTAs": Case(70, 1409, num_sms=5),
+    "waves and a split rest": Case(130, 530, batch=2, heads=2, num_sms=3),
+    "more CTAs than work": Case(65, 200, num_sms=16),
+    "one of four resident": Case(200, 611, heads=2, num_sms=4, resident=1),
+    "grouped heads": Case(100, 300, batch=2, heads=6, kv_heads=2),
+    "one key head": Case(100, 300, heads=3, kv_heads=1),
+    "a prefix of a long cache": Case(100, 177, capacity=2000),
+    "a full cache": Case(100, 360, capacity=360),
+    "scores rise from tile to tile": Case(200, 1409, num_sms=2, q_scale=4.0, k_ramp=6.0),
+    "scores rise over a split tile": Case(130, 900, num_sms=3, q_scale=4.0, k_ramp=6.0),
+}
+
+# Chunks of three frames of 50 tokens, sink of two frames, window of four; then chunks of unequal length, a window that reaches
+# the sink, no sink, no window, chunks shorter than the sink.
+WHOLE = {
+    "sink and window": Case(
+        900, 900, chunk_ends=(150, 300, 450, 600, 750, 900), num_sink_tokens=100, num_window_tokens=200
+    ),
+    "unequal chunks": Case(
+        700, 700, chunk_ends=(1, 130, 131, 390, 700), num_sink_tokens=65, num_window_tokens=257, heads=2
+    ),
+    "window reaches the sink": Case(
+        400, 400, chunk_ends=(100, 200, 300, 400), num_sink_tokens=100, num_window_tokens=300
+    ),
+    "no sink": Case(600, 600, chunk_ends=(200, 400, 600), num_window_tokens=177),
+    "no window": Case(600, 600, chunk_ends=(200, 400, 600), num_sink_tokens=177),
+    "chunks shorter than the sink": Case(
+        300, 300, chunk_ends=(20, 40, 60, 300), num_sink_tokens=50, num_window_tokens=90
+    ),
+    "grouped heads, head_dim 64": Case(
+        500,
+        500,
+        chunk_ends=(250, 500),
+        num_sink_tokens=70,
+        num_window_tokens=120,
+        heads=4,
+        kv_heads=2,
+        variant="fp16_64",
+    ),
+}

@@ -5,29 +5,9 @@ import dataclasses
 import pytest
 import torch
 from chip import build
-from chip.harness import POLICIES, Case, Inputs, check, eager, make_inputs, oracle, run
+from chip.harness import DENSE, POLICIES, WHOLE, Case, Inputs, check, make_inputs, oracle, run
 
-from rf_kernels.testing import assert_equal_bits, assert_within_eager
-
-DENSE = {
-    "one key, one query": Case(1, 1),
-    "one key": Case(70, 1),
-    "one query": Case(1, 400),
-    "tile edges": Case(128, 352, num_sms=2),
-    "tile edges + 1": Case(129, 353, num_sms=2),
-    "tile edges - 1": Case(127, 351, num_sms=2),
-    "every CTA splits": Case(200, 611, heads=2),
-    "a tile over many CTAs": Case(70, 1409, num_sms=5),
-    "waves and a split rest": Case(130, 530, batch=2, heads=2, num_sms=3),
-    "more CTAs than work": Case(65, 200, num_sms=16),
-    "one of four resident": Case(200, 611, heads=2, num_sms=4, resident=1),
-    "grouped heads": Case(100, 300, batch=2, heads=6, kv_heads=2),
-    "one key head": Case(100, 300, heads=3, kv_heads=1),
-    "a prefix of a long cache": Case(100, 177, capacity=2000),
-    "a full cache": Case(100, 360, capacity=360),
-    "scores rise from tile to tile": Case(200, 1409, num_sms=2, q_scale=4.0, k_ramp=6.0),
-    "scores rise over a split tile": Case(130, 900, num_sms=3, q_scale=4.0, k_ramp=6.0),
-}
+from rf_kernels.testing import assert_equal_bits
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -41,36 +21,6 @@ def test_dense_prefix(name, policy):
 @pytest.mark.parametrize("sizes", [(200, 611), (193, 129), (64, 513)], ids=str)
 def test_dtypes_and_head_dims(variant, sizes):
     check(make_inputs(Case(*sizes, heads=2, variant=variant)), policy="tma_late", seed=2)
-
-
-# Chunks of three frames of 50 tokens, sink of two frames, window of four; then chunks of unequal length, a window that reaches
-# the sink, no sink, no window, chunks shorter than the sink.
-WHOLE = {
-    "sink and window": Case(
-        900, 900, chunk_ends=(150, 300, 450, 600, 750, 900), num_sink_tokens=100, num_window_tokens=200
-    ),
-    "unequal chunks": Case(
-        700, 700, chunk_ends=(1, 130, 131, 390, 700), num_sink_tokens=65, num_window_tokens=257, heads=2
-    ),
-    "window reaches the sink": Case(
-        400, 400, chunk_ends=(100, 200, 300, 400), num_sink_tokens=100, num_window_tokens=300
-    ),
-    "no sink": Case(600, 600, chunk_ends=(200, 400, 600), num_window_tokens=177),
-    "no window": Case(600, 600, chunk_ends=(200, 400, 600), num_sink_tokens=177),
-    "chunks shorter than the sink": Case(
-        300, 300, chunk_ends=(20, 40, 60, 300), num_sink_tokens=50, num_window_tokens=90
-    ),
-    "grouped heads, head_dim 64": Case(
-        500,
-        500,
-        chunk_ends=(250, 500),
-        num_sink_tokens=70,
-        num_window_tokens=120,
-        heads=4,
-        kv_heads=2,
-        variant="fp16_64",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -259,40 +209,6 @@ def test_a_real_cache_at_one_head():
 def test_real_sizes(case):
     """A real frame of queries, a ring that is half full, and the grid of an H100."""
     check(make_inputs(case), policy="random")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"
-)
-@pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
-@pytest.mark.parametrize("name", [*DENSE, *WHOLE])
-def test_on_the_chip(name, variant):
-    """The same cases through the public op on a Hopper GPU: the model's claims, checked."""
-    import rf_kernels as rf
-
-    inputs = make_inputs(dataclasses.replace((DENSE | WHOLE)[name], variant=variant))
-    case = inputs.case
-    window = dict(
-        chunk_ends=list(case.chunk_ends), num_sink_tokens=case.num_sink_tokens, num_window_tokens=case.num_window_tokens
-    )
-    options = window if case.chunk_ends else dict(kv_tokens=case.kv_tokens)
-    tokens = case.kv_tokens if case.chunk_ends else None  # in whole-sequence mode there is a key per query
-    tensors = (inputs.q, inputs.k[:, :tokens], inputs.v[:, :tokens])
-    for deterministic in (False, True):
-        results = [
-            rf.sink_window_attention(
-                *(t.cuda() for t in tensors), **options, return_lse=True, deterministic=deterministic
-            )
-            for _ in range(3)
-        ]
-        assert rf.last_dispatch().backend == "hopper"
-        out, lse = (t.cpu() for t in results[0])
-        expected, expected_lse = oracle(inputs)
-        assert_within_eager(out, expected, eager(inputs))
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
-        for again in results[1:]:
-            assert_equal_bits(out, again[0].cpu())
 
 
 @pytest.fixture(scope="module", autouse=True)

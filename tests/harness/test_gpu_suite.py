@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -174,13 +176,66 @@ def fake_sanitizer(tmp_path, monkeypatch, script):
 def test_sanitizer(tmp_path, monkeypatch, script, outcome):
     """A stand-in for the tool: one that runs what it is given, and one that finds something."""
     fake_sanitizer(tmp_path, monkeypatch, script)
-    mark = "import pytest\n@pytest.mark.gpu\ndef test_dispatch(): pass\n"
+    mark = "import pytest\n@pytest.mark.gpu\ndef test_append_agrees(): pass\n"
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "test_gpu_ops.py").write_text(mark)
     checks.sanitizer(options_for(tmp_path), tmp_path)
     rows = rows_of(tmp_path, "sanitizer")
-    assert [(row["tool"], row["outcome"]) for row in rows] == [(tool, outcome) for tool in checks.TOOLS]
-    assert len(report_of(tmp_path)["problems"]) == (0 if outcome == "clean" else 3)
+    others = "reported" if outcome == "failed" else outcome
+    assert [(row["tool"], row["outcome"]) for row in rows] == [
+        ("memcheck", outcome), ("synccheck", others), ("racecheck", others)
+    ]  # fmt: skip
+    assert len(report_of(tmp_path)["problems"]) == (0 if outcome == "clean" else 1)
+
+
+def test_no_tool_but_memcheck_sees_attention():
+    """The names of the selections are of tests that there are; those of attention stay with memcheck."""
+    text = (ROOT / "tests" / "gpu" / "test_gpu_ops.py").read_text()
+    names = re.findall(r"^def (test_\w+)", text, re.M)
+    for tool, selection in checks.TOOLS.items():
+        words = re.findall(r"\w+", selection.replace(" or ", " ").replace(" and ", " "))
+        chosen = {name for name in names if any(word in name for word in words)}
+        assert all(any(word in name for name in names) for word in words if word != "bfloat16"), tool
+        assert any("attention" in name or "dispatch" in name for name in chosen) == (tool == "memcheck"), (tool, chosen)
+
+
+def test_what_a_stopped_run_had_started_is_stopped_too(tmp_path):
+    """As compute-sanitizer does, the command starts a child of its own and waits for it."""
+    pid = tmp_path / "pid"
+    status, output = checks.run_limited(
+        ["sh", "-c", f"echo begun; sleep 600 & echo $! > {pid}; wait"], 5, dict(os.environ)
+    )
+    assert status is None and "begun" in output
+    child = int(pid.read_text())
+    for _ in range(100):  # a killed child is there until init has collected it
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {child} goes on")
+
+
+def test_tests_of_streams_run_alone(tmp_path):
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    mark, others = tmp_path / "running", ["test_gpu_a.py", "test_gpu_b.py"]
+    body = f"import time\nfrom pathlib import Path\nMARK = Path({str(mark)!r} + Path(__file__).stem)\n"
+    slow = "def test_slow():\n    MARK.touch()\n    time.sleep(0.5)\n    MARK.unlink()\n"
+    alone = f"def test_alone(): assert not list(Path({str(tmp_path)!r}).glob('running*'))\n"
+    for name in others:
+        (folder / name).write_text(body + slow)
+    (folder / checks.ALONE[0]).write_text(body + "def test_first(): time.sleep(0.2)\n" + alone)
+    checks.gpu_tests(options_for(tmp_path), folder)
+    assert [row["outcome"] for row in rows_of(tmp_path, "test")] == ["passed"] * 4
+    assert (ROOT / "tests" / "gpu" / checks.ALONE[0]).is_file()
+
+
+def test_tests_of_a_chip_do_not_build_the_functional_model():
+    """They run first there, with a time limit and perhaps without a compiler."""
+    for path in checks.gpu_test_files(ROOT / "tests"):
+        text = path.read_text()
+        assert not re.search(r"\bbuild\.(load|build)\(|from chip\.build|import build", text), path
+    assert "test_gpu_attention_sm90.py" in {path.name for path in checks.gpu_test_files(ROOT / "tests")}
 
 
 def test_sanitizer_is_said_to_be_absent(tmp_path, monkeypatch):
