@@ -33,6 +33,7 @@ class Kernel:
     name: str
     arch: str
     instructions: list = field(default_factory=list)
+    predicated: set = field(default_factory=set)  # addresses of instructions under a predicate
     registers: int = 0
     stack: int = 0
     local: int = 0
@@ -91,7 +92,10 @@ def kernels(library: Path = LIBRARY, arch: str | None = None) -> list[Kernel]:
         elif match := re.search(r"Function : (\S+)", line):
             kernel = found.setdefault((arch, match[1]), Kernel(match[1], arch))
         elif kernel is not None and (match := _INSTRUCTION.match(line)):
-            kernel.instructions.append((int(match[1], 16), _PREDICATE.sub("", match[2].strip())))
+            address, text = int(match[1], 16), match[2].strip()
+            kernel.instructions.append((address, _PREDICATE.sub("", text)))
+            if _PREDICATE.match(text):
+                kernel.predicated.add(address)
     arch = ""
     name = None
     for line in _dump(*only, "-res-usage", library).splitlines():

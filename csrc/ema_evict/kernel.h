@@ -164,14 +164,17 @@ struct UnitOf {
   }
 
   RF_HD void state_of(const Data<T, N, kVecs>& d, int q, A (&s)[N]) const {
-    RF_UNROLL
-    for (int e = 0; e < N; ++e) {
-      if (kState == EmaState::kFloat32 && !group.init)
-        s[e] = d.f32[q].v[e];
-      else if (kState == EmaState::kCompensated && !group.init)
-        s[e] = ema_join(d.hi[q].v[e], d.lo[q].v[e]);
-      else
-        s[e] = to_acc(d.hi[q].v[e]);
+    if (kState == EmaState::kFloat32 && !group.init) {
+      RF_UNROLL
+      for (int e = 0; e < N; ++e) s[e] = d.f32[q].v[e];
+      return;
+    }
+    vec_to_acc(d.hi[q], s);
+    if (kState == EmaState::kCompensated && !group.init) {
+      A tail[N];
+      vec_to_acc(d.lo[q], tail);
+      RF_UNROLL
+      for (int e = 0; e < N; ++e) s[e] = ema_join(s[e], tail[e]);
     }
   }
 
@@ -186,9 +189,10 @@ struct UnitOf {
       const Vec<T, N> high = vec_from_acc<T>(s);
       if (separate) store_global(hi + at.dim[q], high);
       if constexpr (kState == EmaState::kCompensated) {
-        A tail[N];
+        A rounded[N], tail[N];
+        vec_to_acc(high, rounded);
         RF_UNROLL
-        for (int e = 0; e < N; ++e) tail[e] = ema_tail<T>(s[e], high.v[e]);
+        for (int e = 0; e < N; ++e) tail[e] = ema_tail(s[e], rounded[e]);
         store_global(lo + at.dim[q], vec_from_acc<T>(tail));
       }
     }
@@ -207,8 +211,7 @@ struct UnitOf {
       if constexpr (!kHeld) load_source(i, d);
       A x[kUsed][N];
       RF_UNROLL
-      for (int q = 0; q < kUsed; ++q) RF_UNROLL
-      for (int e = 0; e < N; ++e) x[q][e] = to_acc(d.x[q].v[e]);
+      for (int q = 0; q < kUsed; ++q) vec_to_acc(d.x[q], x[q]);
       turn<kUnit>(group.turns + int64_t{2} * i * p.temporal_pairs, x);
       RF_UNROLL
       for (int q = 0; q < kUsed; ++q) ema_fuse<T, kState>(group.weights, s[q], x[q]);

@@ -29,16 +29,16 @@ RF_HD EmaWeights<A> ema_weights(double alpha) {
 }
 
 // A state as hi + lo, each of dtype T: hi is the state rounded to T, lo its tail (ema_tail) rounded to T.
-template <typename T>
-RF_HD acc_t<T> ema_join(T hi, T lo) {
-  const acc_t<T> tail = to_acc(lo);
-  return tail == 0 ? to_acc(hi) : add_rn(to_acc(hi), tail);  // -0 + 0 would lose the sign of a zero
+template <typename A>
+RF_HD A ema_join(A hi, A lo) {
+  // -0 + 0 would lose the sign of a zero, and -0 added to a number is that number.
+  return add_rn(hi, lo == 0 ? A(-0.0) : lo);
 }
 
-// What `hi`, the value rounded to T, leaves of it; the difference is exact.
-template <typename T>
-RF_HD acc_t<T> ema_tail(acc_t<T> value, T hi) {
-  return add_rn(value, -to_acc(hi));
+// What `hi`, the value rounded, leaves of it; the difference is exact.
+template <typename A>
+RF_HD A ema_tail(A value, A hi) {
+  return add_rn(value, -hi);
 }
 
 // One eviction of N elements. `state` and the result are what the state's storage holds, so that keeping it
@@ -51,12 +51,11 @@ RF_HD void ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> (&state)[N], const a
     // alpha * state + (1 - alpha) * x in eager PyTorch: both products and the sum are rounded to T.
     RF_UNROLL
     for (int e = 0; e < N; ++e) a[e] = mul_rn(w.keep, state[e]), b[e] = mul_rn(w.take, x[e]);
-    const Vec<T, N> kept = vec_from_acc<T>(a), taken = vec_from_acc<T>(b);
+    vec_to_acc(vec_from_acc<T>(a), a);
+    vec_to_acc(vec_from_acc<T>(b), b);
     RF_UNROLL
-    for (int e = 0; e < N; ++e) a[e] = add_rn(to_acc(kept.v[e]), to_acc(taken.v[e]));
-    const Vec<T, N> sum = vec_from_acc<T>(a);
-    RF_UNROLL
-    for (int e = 0; e < N; ++e) state[e] = to_acc(sum.v[e]);
+    for (int e = 0; e < N; ++e) a[e] = add_rn(a[e], b[e]);
+    vec_to_acc(vec_from_acc<T>(a), state);
   } else {
     // keep_tail * state is added to the small term first: there it is not rounded away.
     RF_UNROLL
@@ -69,12 +68,13 @@ RF_HD void ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> (&state)[N], const a
     }
     // hi + lo of the sum, with the tail's sign turned: a difference of zero is +0, and to subtract
     // that leaves every number as it is, a zero's sign included.
-    const Vec<T, N> hi = vec_from_acc<T>(a);
+    A hi[N];
+    vec_to_acc(vec_from_acc<T>(a), hi);
     RF_UNROLL
-    for (int e = 0; e < N; ++e) b[e] = add_rn(to_acc(hi.v[e]), -a[e]);
-    const Vec<T, N> minus_lo = vec_from_acc<T>(b);
+    for (int e = 0; e < N; ++e) b[e] = add_rn(hi[e], -a[e]);
+    vec_to_acc(vec_from_acc<T>(b), b);
     RF_UNROLL
-    for (int e = 0; e < N; ++e) state[e] = add_rn(to_acc(hi.v[e]), -to_acc(minus_lo.v[e]));
+    for (int e = 0; e < N; ++e) state[e] = add_rn(hi[e], -b[e]);
   }
 }
 

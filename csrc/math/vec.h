@@ -115,6 +115,26 @@ RF_HD bool all_finite(const Vec<T, N>& x) {
   }
 }
 
+// Widened: on the GPU an instruction for each bf16 (of its struct nvcc makes two for every upper half).
+template <typename T, int N, typename A>
+RF_HD void vec_to_acc(const Vec<T, N>& x, A (&out)[N]) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+    RF_UNROLL
+    for (int e = 0; e < N; e += 2) {
+      uint32_t pair;
+      memcpy(&pair, &x.v[e], sizeof(pair));
+      out[e] = bits_to_float(pair << 16);
+      out[e + 1] = bits_to_float(pair & 0xFFFF0000u);
+    }
+  } else
+#endif
+  {
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) out[e] = to_acc(x.v[e]);
+  }
+}
+
 // Accumulators rounded to T: on the GPU two to an instruction (cvt.rn.bf16x2, cvt.rn.f16x2) for half
 // precision.
 template <typename T, int N, typename A>

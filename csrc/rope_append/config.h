@@ -10,6 +10,7 @@ struct Config {
   int32_t vector;        // elements of one access: 16 bytes' worth, or 1
   int32_t threads;       // of a CTA; a CTA serves one token
   int64_t shared_bytes;  // angles of the token, sums of squares, scales
+  bool held;             // a lane for every unit of a token: rows stay in registers
   const char* reason;    // why this `vector`
   FastDivide units;      // of a head
   FastDivide frame_tokens;
@@ -67,6 +68,7 @@ inline Config choose_config(const Params& p) {
   // half precision); 512 is where four CTAs still share an SM. Wider rows take several passes.
   const int64_t lanes = units < 512 ? units : 512;
   config.threads = static_cast<int32_t>((lanes + 31) / 32 * 32);
+  config.held = config.vector > 1 && units <= lanes;
 
   const int64_t accumulator = p.dtype == Dtype::kFloat64 ? 8 : 4;
   const int64_t row_heads = static_cast<int64_t>(p.q.heads) + p.k.heads;

@@ -13,8 +13,8 @@
 
 namespace rf::rope_append {
 
-// `T`: storage, `V`: elements of an access.
-template <typename T, int V>
+// `T`: storage, `V`: elements of an access. kHeld: a lane for every unit, hence no loops over units.
+template <typename T, int V, bool kHeld>
 class Token {
  public:
   using A = acc_t<T>;
@@ -50,6 +50,7 @@ class Token {
     if (lane_ < p_.k.heads * units_) rg.k = load(p_.k.in, first_);
     if (slot_token_ >= 0) copy_value();
     const A* table = static_cast<const A*>(p_.angles) + batch_ * p_.angles_batch_stride;
+    RF_NO_UNROLL
     for (int32_t pair = lane_; pair < p_.axes.pairs; pair += lanes_) {
       const A* row = table + 2 * angle_row(p_.axes, token_, pair);
       angles_[2 * pair] = row[0];
@@ -63,8 +64,10 @@ class Token {
   RF_HD void sum_heads() {
     const int32_t first = p_.q.weight != nullptr ? 0 : p_.q.heads;
     const int32_t last = p_.q.heads + (p_.k.weight != nullptr ? p_.k.heads : 0);
+    RF_NO_UNROLL
     for (int32_t h = first + lane_; h < last; h += lanes_) {
       A sum = 0;
+      RF_NO_UNROLL
       for (int32_t u = 0; u < units_; ++u) sum += unit_sums_[h * units_ + u];
       head_sums_[h] = sum;
     }
@@ -73,16 +76,19 @@ class Token {
   // Phase 3: the scale of every head by one lane, or of a whole row of q (lane 0) and of k (the last lane).
   RF_HD void scale_heads() {
     if (p_.norm == NormScope::kHead) {
+      RF_NO_UNROLL
       for (int32_t h = lane_; h < p_.q.heads + p_.k.heads; h += lanes_)
         if ((h < p_.q.heads ? p_.q : p_.k).weight != nullptr)
           scales_[h] = rms_scale(head_sums_[h], int64_t{p_.head_dim}, p_.eps);
       return;
     }
+    RF_NO_UNROLL
     for (int32_t k = 0; k < 2; ++k) {
       const RopeRows& rows = k == 0 ? p_.q : p_.k;
       if (lane_ != (k == 0 ? 0 : lanes_ - 1) || rows.weight == nullptr || rows.heads == 0) continue;
       const A* sums = head_sums_ + k * p_.q.heads;
       A sum = 0;
+      RF_NO_UNROLL
       for (int32_t h = 0; h < rows.heads; ++h) sum += sums[h];
       scales_[k * p_.q.heads] = rms_scale(sum, static_cast<int64_t>(rows.heads) * p_.head_dim, p_.eps);
     }
@@ -149,6 +155,7 @@ class Token {
   RF_HD void for_units(const HeadRows& rows, int32_t heads, const Unit& held, const F& f) const {
     const int32_t count = heads * units_;
     if (lane_ >= count) return;
+    if constexpr (kHeld) return f(lane_, first_, held);
     Place at = first_;
     Unit unit = held;
     RF_NO_UNROLL
@@ -169,11 +176,10 @@ class Token {
 
   RF_HD void sum_units(const RopeRows& rows, const Unit& held, A* sums) const {
     for_units(rows.in, rows.heads, held, [&](int32_t i, const Place&, const Unit& unit) {
-      A sum = 0;
-      RF_UNROLL for (int j = 0; j < V; ++j) {
-        const A x = to_acc(unit.first.v[j]), y = to_acc(unit.second.v[j]);
-        sum += x * x + y * y;
-      }
+      A first[V], second[V], sum = 0;
+      vec_to_acc(unit.first, first);
+      vec_to_acc(unit.second, second);
+      RF_UNROLL for (int j = 0; j < V; ++j) sum += first[j] * first[j] + second[j] * second[j];
       sums[i] = sum;
     });
   }
@@ -182,10 +188,8 @@ class Token {
     const bool model = p_.norm == NormScope::kModel;
     for_units(rows.in, rows.heads, held, [&](int32_t, const Place& at, const Unit& unit) {
       A first[V], second[V];
-      RF_UNROLL for (int j = 0; j < V; ++j) {
-        first[j] = to_acc(unit.first.v[j]);
-        second[j] = to_acc(unit.second.v[j]);
-      }
+      vec_to_acc(unit.first, first);
+      vec_to_acc(unit.second, second);
       if (rows.weight != nullptr) {
         const A scale = scales[model ? 0 : at.head];
         const int64_t begin = model ? static_cast<int64_t>(at.head) * p_.head_dim : 0;
@@ -202,8 +206,9 @@ class Token {
       const Vec<float, V> weight = load_vec<V>(static_cast<const float*>(rows.weight) + at);
       RF_UNROLL for (int j = 0; j < V; ++j) x[j] = normalised(x[j], scale, static_cast<A>(weight.v[j]));
     } else {
-      const Vec<T, V> weight = load_vec<V>(static_cast<const T*>(rows.weight) + at);
-      RF_UNROLL for (int j = 0; j < V; ++j) x[j] = normalised(x[j], scale, to_acc(weight.v[j]));
+      A weight[V];
+      vec_to_acc(load_vec<V>(static_cast<const T*>(rows.weight) + at), weight);
+      RF_UNROLL for (int j = 0; j < V; ++j) x[j] = normalised(x[j], scale, weight[j]);
     }
   }
 

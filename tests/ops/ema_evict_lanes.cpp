@@ -44,6 +44,7 @@ bool run_row(const Params& p, const Units& units, int64_t row, int first, const 
   const int lanes = static_cast<int>(order.size());
   Ballot ballot;
   for (;;) {
+    const int64_t moved_before = moved_bytes;
     ballot.all = true;
     ballot.voters = 0;
     for (const int lane : order) {
@@ -56,6 +57,7 @@ bool run_row(const Params& p, const Units& units, int64_t row, int first, const 
     if (ballot.voters == 0) return true;
     if (ballot.voters != lanes) return false;
     ballot.counted.push_back(ballot.all);
+    moved_bytes = moved_before;  // all of it is replayed
   }
 }
 
