@@ -127,7 +127,7 @@ def dmd_gradient(dtype):
         )
 
     same = {"fake": fake, "real": real, "real_uncond": uncond, "real_guidance": 3.0}
-    gradient = rf.dmd_gradient(x, **same, reduction="none")
+    gradient = rf.dmd_gradient(x, **same, options=rf.DMDOptions(reduction="none"))
     _, aux = rf.dmd_gradient(x, **same, weight=weight, return_aux=True)
     exact, eager = reference_none(torch.Tensor.double), reference_none(lambda t: t)
     yield "gradient", relative_l2(gradient, exact.gradient), relative_l2(eager.gradient, exact.gradient)

@@ -18,9 +18,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from rf_kernels.cache import EMASink, SinkWindowCache
+from rf_kernels.cache import CacheSpec, EMASink, Ring, SinkWindowCache
 from rf_kernels.ops.sink_window_attention import sink_window_attention
-from rf_kernels.plan import Ring
 from rf_kernels.positions import RoPE3D
 from rf_kernels.reference.rope_append import token_angles
 
@@ -61,25 +60,28 @@ class Layer:
 class Ours:
     def __init__(self, layer: Layer, weights, device):
         rope_ = RoPE3D.wan(layer.head_dim) if layer.rotary else None
-        self.cache = SinkWindowCache(
-            layers=1, batch=1, heads=layer.heads, head_dim=layer.head_dim, grid=layer.grid,
-            sink_frames=layer.sink_frames, window_frames=layer.window_frames, sink_policy=EMASink(ALPHA),
-            rope=rope_, dtype=layer.dtype, device=device,
+        spec = CacheSpec(
+            layers=1, batch=1, heads=layer.heads, head_dim=layer.head_dim, grid=layer.grid, sink_frames=layer.sink_frames,
+            window_frames=layer.window_frames, rope=rope_, dtype=layer.dtype, device=device,
         )  # fmt: skip
-        self.frames, self.plan = layer.frames, None
-        self.weights = {"q_weight": weights[0], "k_weight": weights[1]} if layer.rotary else {}
+        self.cache = SinkWindowCache(spec, sink=EMASink(ALPHA))
+        self.frames, self.chunk = layer.frames, None
+        self.norms = {"q_norm": weights[0], "k_norm": weights[1], "norm": "model"} if layer.rotary else {}
 
     def begin(self):
-        self.plan = self.cache.begin(self.frames)
+        self.chunk = self.cache.open(self.frames)
 
     def commit(self):
-        self.cache.commit(self.plan)
+        self.chunk.commit()
 
     def append(self, q, k, v):
-        return self.cache[0].append(q, k, v, self.plan, **self.weights)
+        return self.chunk.append(0, q, k, v, **self.norms)
 
     def attend(self, q):
-        return sink_window_attention(q, self.cache[0].k, self.cache[0].v, kv_tokens=self.plan.kv_tokens)
+        return sink_window_attention(q, self.cache.k[0], self.cache.v[0], kv_tokens=self.chunk.kv_tokens)
+
+    def forward(self, q, k, v):
+        return self.chunk.attend(0, q, k, v, **self.norms)
 
 
 class Published:
@@ -163,7 +165,7 @@ class Eager:
         if self.k_state is None:
             self.k_state, self.v_state = (t[:, :sink_tokens].to(wide, copy=True) for t in (self.k, self.v))
         for e in self.evicting:
-            j, source = self.ring.absorber(e), self.place(self.ring.slot(e))
+            j, source = (e - self.ring.sink_frames) % self.ring.sink_frames, self.place(self.ring.slot(e))
             where = self.place(j)
             k = rotate(self.k[:, source], self.turn(j - e)) if self.layer.rotary else self.k[:, source]
             self.k_state[:, where].lerp_(k.to(wide), 1 - ALPHA)
@@ -206,6 +208,8 @@ def streams(layer: Layer, device: str) -> tuple[list, dict]:
 
 
 def forward(path, chunk):
+    if isinstance(path, Ours):
+        return path.forward(*chunk)
     return path.attend(path.append(*chunk))
 
 
@@ -220,8 +224,8 @@ def build_forward(layer: Layer, device: str) -> dict:
         path.begin()
     calls = {name: partial(forward, path, chunk) for name, path in paths.items()}
     agree(calls, ulps=ULPS)
-    cache = paths["rf_kernels"].cache[0]
-    ready = [t.transpose(1, 2).contiguous() for t in (chunk[0], cache.k, cache.v)]
+    cache = paths["rf_kernels"].cache
+    ready = [t.transpose(1, 2).contiguous() for t in (chunk[0], cache.k[0], cache.v[0])]
     return calls | {"sdpa": lambda: F.scaled_dot_product_attention(*ready)}
 
 

@@ -15,35 +15,45 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY(rf_kernels, m) {
   m.def("build_info() -> str");
-  m.def("last_dispatch() -> str");
+  m.def("last_dispatch() -> (int op, int backend, int reason, bool fallback)");
   m.def("cuda_problem() -> str");
-  m.def(
-      "ema_evict(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
+  // Each op twice: "traced_" on meta tensors makes the checks of the op and nothing else, while a compiler
+  // traces.
+  const auto define = [&m](const char* name, const char* signature) {
+    m.def(rf::concat(name, signature).c_str());
+    m.def(rf::concat("traced_", name, signature).c_str());
+  };
+  define(
+      "ema_evict",
+      "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
       "Tensor(e!)? v_state, Tensor schedule, Tensor turns, Tensor alpha, int frame_tokens, int[] temporal, "
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
-  m.def(
-      "sink_window_attention(Tensor q, Tensor k, Tensor v, SymInt? kv_tokens, float softmax_scale, "
-      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, bool deterministic=False) -> "
-      "(Tensor out, Tensor lse)");
+  define("sink_window_attention",
+         "(Tensor q, Tensor k, Tensor v, SymInt? kv_tokens, float softmax_scale, "
+         "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, bool deterministic=False) -> "
+         "(Tensor out, Tensor lse)");
   m.def(
       "sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "
       "int? num_window_tokens) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
-  m.def(
-      "rope(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps) -> "
-      "Tensor");
-  m.def(
-      "rope_append_check(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots, "
+  define("rope",
+         "(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps) -> "
+         "Tensor");
+  define(
+      "rope_append_check",
+      "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots, "
       "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
       "()");
-  m.def(
-      "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+  define(
+      "rope_append",
+      "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
       "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
       "Tensor");
-  m.def(
-      "dmd_gradient(Tensor x, Tensor fake, Tensor real, Tensor? fake_uncond, Tensor? real_uncond, "
+  define(
+      "dmd_gradient",
+      "(Tensor x, Tensor fake, Tensor real, Tensor? fake_uncond, Tensor? real_uncond, "
       "float fake_guidance, float real_guidance, Tensor? x_t, Tensor? sigma, Tensor? weight, Tensor? mask, "
-      "bool normalize, float eps, str nan, str reduction, bool scale_gradient) -> "
+      "bool normalize, float eps, int nan, int reduction, bool scale_gradient) -> "
       "(Tensor gradient, Tensor loss, Tensor per_sample_loss, Tensor gradient_norm, Tensor normalizer, "
       "Tensor dropped, Tensor scale)");
 }

@@ -4,12 +4,25 @@ import sys
 
 try:
     from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
-    from .cache import EMASink, LayerCache, NonFiniteError, NoSink, SinkWindowCache, StaticSink
-    from .ops.dmd_gradient import DMDAux, dmd_gradient, dmd_loss, reward_weight
+    from .cache import (
+        KV,
+        CacheSpec,
+        Chunk,
+        ChunkPlan,
+        EMASink,
+        NonFiniteError,
+        NoSink,
+        Ring,
+        SinkPolicy,
+        SinkState,
+        SinkWindowCache,
+        StaticSink,
+        StreamClosedError,
+    )
+    from .ops.dmd_gradient import DMDAux, DMDOptions, dmd_gradient, dmd_loss, reward_weight
     from .ops.ema_evict import ema_evict
     from .ops.rope_append import rope, rope_append
     from .ops.sink_window_attention import sink_window_attention
-    from .plan import ChunkPlan, Ring
     from .positions import RoPE, RoPE3D
 except ImportError:
     # `python -m rf_kernels.doctor` exists to explain this very error, and is the only thing that gets past it.
@@ -19,19 +32,25 @@ except ImportError:
 __version__ = "0.1.0"
 
 __all__ = [
+    "KV",
     "ArgumentError",
+    "CacheSpec",
+    "Chunk",
     "ChunkPlan",
     "DMDAux",
+    "DMDOptions",
     "Dispatch",
     "EMASink",
-    "LayerCache",
     "NoSink",
     "NonFiniteError",
     "Ring",
     "RoPE",
     "RoPE3D",
+    "SinkPolicy",
+    "SinkState",
     "SinkWindowCache",
     "StaticSink",
+    "StreamClosedError",
     "build_info",
     "dmd_gradient",
     "dmd_loss",

@@ -5,11 +5,18 @@ error of the op that needed it, and a slower path than the device's own kernel i
 ``RF_STRICT=1``, refused.
 """
 
+import ctypes
+import functools
 import json
+import math
+import operator
 import re
+from numbers import Real
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fake_temporarily
+from torch.autograd import forward_ad
 
 
 class ArgumentError(ValueError):
@@ -39,13 +46,19 @@ class Dispatch(NamedTuple):
 
 def last_dispatch() -> Dispatch | None:
     """Which backend served the last op called on this thread, whether that was a fallback, and why (None before the first)."""
-    op, backend, kind, reason = ops.last_dispatch().split("|", 3)
-    return Dispatch(op, backend, kind == "fallback", reason) if op else None
+    *addresses, fallback = ops.last_dispatch()
+    op, backend, reason = (ctypes.string_at(address).decode() for address in addresses)
+    return Dispatch(op, backend, fallback, reason) if op else None
 
 
 def build_info() -> dict:
     """Facts of the loaded binary: version, commit, compilers, CPU and CUDA architectures."""
-    return json.loads(ops.build_info())
+    return json.loads(_build_info())
+
+
+@functools.cache
+def _build_info() -> str:  # once: PyTorch's stable ABI loses the memory of a string that it hands over
+    return ops.build_info()
 
 
 _PREFIX = "rf_kernels."
@@ -56,11 +69,16 @@ _WRONG_TYPE = re.compile(
 
 def invoke(op, *args):
     """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an ``ArgumentError``."""
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(op, args)
     try:
         return op(*args)
     except RuntimeError as error:
+        for argument, value in zip(_argument_names(op), args, strict=False):
+            if value is None and argument.type.kind() == "TensorType":  # the dispatcher makes it an undefined tensor
+                raise argument_error(_name(op), argument.name, "a tensor", None) from None
         text = str(error).split("\n", 1)[0]
-        if text.startswith(_PREFIX) and ": argument `" in text:
+        if _is_argument_error(text):
             raise ArgumentError(text) from None
         if wrong := _WRONG_TYPE.match(text):
             name, expected, argument, found = wrong.groups()
@@ -72,6 +90,34 @@ def invoke(op, *args):
                     expected = "a dense tensor on cpu or cuda"
                     raise argument_error(_name(op), argument.name, expected, _kind(value)) from None
         raise
+
+
+def _refuse_transforms(op, args) -> None:
+    """No op has a rule for forward-mode AD or for torch.func's grad and jvp: an error, where the dispatcher would give zero tangents
+    or an error about its own internals."""
+    if forward_ad._current_level >= 0:
+        for argument, value in zip(_argument_names(op), args, strict=False):
+            if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                raise NotImplementedError(
+                    f"{_PREFIX}{_name(op)}: forward-mode AD is not implemented (argument `{argument.name}` has a tangent)"
+                )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        for argument, value in zip(_argument_names(op), args, strict=False):
+            if isinstance(value, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(value):
+                raise NotImplementedError(
+                    f"{_PREFIX}{_name(op)}: torch.func's grad, vjp and jvp are not implemented for it (argument "
+                    f"`{argument.name}` is being differentiated); use torch.autograd"
+                )
+
+
+def wrote(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that an op has written to these: a backward that had saved one of them raises instead of using the new values.
+
+    Not at the dispatcher, where a Python kernel would cost a call more than the op itself. Compiled code needs no help: AOTAutograd
+    does it for every graph input that a schema calls mutated.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
 
 
 def _argument_names(op):
@@ -91,8 +137,8 @@ def _kind(value) -> str:
 
 
 def register_fake(name: str, op: str | None = None):
-    """``torch.library.register_fake`` for an op of ours, with the one check that the real op never gets to make: of mixed devices
-    PyTorch prefers "meta", and would run the fake, which returns memory that nobody wrote.
+    """``torch.library.register_fake`` for an op of ours, with the checks of the real op, and the one that it never gets to make:
+    of mixed devices PyTorch prefers "meta", and would run the fake, which returns memory that nobody wrote.
 
     Args:
         name: the registered op.
@@ -110,6 +156,7 @@ def register_fake(name: str, op: str | None = None):
             for argument, tensor in tensors:
                 if tensor.device != device:
                     raise argument_error(op or name, argument, f"a tensor on {device}", tensor.device)
+            _check_traced(name, args)
             return fake(*args)
 
         return fake
@@ -117,16 +164,75 @@ def register_fake(name: str, op: str | None = None):
     return register
 
 
+class _TracedArgumentError(ArgumentError, UnsupportedOperatorException):
+    """An ArgumentError found while a compiler traces. As one about an op that cannot be traced it makes Dynamo leave the frame to
+    eager execution, which raises the ArgumentError itself; of any other error Dynamo makes a RuntimeError of its own.
+    With fullgraph=True it is Dynamo's Unsupported, which quotes ``func``."""
+
+    def __init__(self, text: str):
+        ArgumentError.__init__(self, text)
+        self.func = text
+
+    __str__ = ArgumentError.__str__
+
+
+def _check_traced(name: str, args) -> None:
+    """The checks of csrc/<op>/op.cpp on meta tensors, for calls whose sizes are all known (else they come at run time)."""
+    check = getattr(ops, f"traced_{name}", None)
+    if check is None or not all(map(_is_static, args)):
+        return
+    with unset_fake_temporarily():
+        meta = [_meta_of(value) if isinstance(value, torch.Tensor) else value for value in args]
+        try:
+            check.default(*meta)
+        except RuntimeError as error:
+            text = str(error).split("\n", 1)[0]
+            if _is_argument_error(text):
+                raise _TracedArgumentError(text) from None
+            raise
+
+
+def _is_static(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+    return not isinstance(value, torch.SymInt | torch.SymFloat)
+
+
+def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _is_argument_error(text: str) -> bool:
+    return text.startswith(_PREFIX) and ": argument `" in text
+
+
 def argument_error(op: str, argument: str, expected: str, found) -> ArgumentError:
     """The error for checks that only Python can make, in the words of csrc/common/check.h."""
     return ArgumentError(f"{_PREFIX}{op}: argument `{argument}`: expected {expected}, found {found}")
 
 
-def as_list(op: str, argument: str, values) -> list:
-    """A sequence argument as the list that the dispatcher takes."""
+def integers(op: str, argument: str, values) -> list:
+    """A sequence argument as the list of integers that the dispatcher takes."""
     if isinstance(values, list | tuple | range):
-        return list(values)
+        return [integer(op, argument, value) for value in values]
     raise argument_error(op, argument, "a sequence of integers", type(values).__name__)
+
+
+def integer(op: str, argument: str, value):
+    """A real integer of 64 bits: nothing is cut off, and a bool is none."""
+    found = value
+    if not isinstance(value, int | torch.SymInt):
+        try:  # numpy's integers, and integer tensors of one element
+            found = operator.index(value)
+        except (TypeError, RuntimeError):
+            found = None
+    is_bool = isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
+    if found is None or is_bool:
+        text = repr(value) if isinstance(value, Real) else type(value).__name__
+        raise argument_error(op, argument, "an integer", text)
+    if isinstance(found, int) and not -(2**63) <= found < 2**63:
+        raise argument_error(op, argument, "an integer of 64 bits", f"one of {found.bit_length()} bits")
+    return found
 
 
 def check_tensors(op: str, required: dict, optional: dict) -> None:
@@ -138,9 +244,19 @@ def check_tensors(op: str, required: dict, optional: dict) -> None:
 
 
 def number(op: str, argument: str, value) -> float:
-    if isinstance(value, int | float):
+    """A real number as a float; one beyond its range is infinite, for the op to refuse."""
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+        raise argument_error(op, argument, "a number", type(value).__name__)
+    try:
         return float(value)
-    raise argument_error(op, argument, "a number", type(value).__name__)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def flag(op: str, argument: str, value) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise argument_error(op, argument, "True or False", type(value).__name__)
 
 
 def choice(op: str, argument: str, allowed, value):
@@ -150,15 +266,20 @@ def choice(op: str, argument: str, allowed, value):
     raise argument_error(op, argument, " or ".join(map(repr, allowed)), repr(value))
 
 
-def refuse_grad(op: str, **tensors) -> None:
-    """A mutating op has no backward: raise rather than drop the graph in silence (while grad mode is on)."""
+def refuse_grad(op: str, why: str = "the op writes in place and has no backward", **tensors) -> None:
+    """Raise where a gradient would be lost in silence (while grad mode is on)."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            raise argument_error(
-                op,
-                name,
-                "a tensor that does not require grad (the op writes in place and has no backward)",
-                "requires_grad=True",
-            )
+            raise argument_error(op, name, f"a tensor that does not require grad ({why})", "requires_grad=True")
+
+
+def refuse_negative(op: str, **tensors) -> None:
+    """A view with PyTorch's negative bit (of the imaginary part of a conjugate) cannot be written in place: the dispatcher would
+    hand the op a copy of it, and fail after the op has written the others."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_neg():
+            raise argument_error(op, name, "a tensor without the negative bit (`.resolve_neg()`)", "a negative view")

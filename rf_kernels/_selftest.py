@@ -70,7 +70,8 @@ def sink_window_attention(device: torch.device) -> dict:
 def dmd_gradient(device: torch.device) -> dict:
     x, fake, real, uncond = (_randn(device, 2, 3, 4, 5, 7, seed=s) for s in range(4))
     options = {"real_guidance": 3.0, "weight": torch.tensor([0.5, 2.0], device=device)}
-    out = rf.dmd_gradient(x, fake=fake, real=real, real_uncond=uncond, reduction="none", **options)
+    unscaled = rf.DMDOptions(reduction="none")
+    out = rf.dmd_gradient(x, fake=fake, real=real, real_uncond=uncond, options=unscaled, **options)
     options["weight"] = options["weight"].double()
     expected = dmd_reference.dmd_gradient(
         x.double(), fake=fake.double(), real=real.double(), real_uncond=uncond.double(), reduction="none", **options

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ._backend import argument_error, choice
+from ._backend import argument_error, choice, integer, number
 
 LAYOUTS = {"adjacent": 0, "half": 1, "axis_half": 2}
 
@@ -46,14 +46,19 @@ class RoPE:
     temporal_axis: int | None = 0
 
     def __post_init__(self):
+        for name, values in (("pairs", self.pairs), ("bases", self.bases)):
+            if not isinstance(values, tuple | list):
+                raise argument_error("RoPE", name, "a tuple with one entry per axis", type(values).__name__)
         if len(self.pairs) == 0 or len(self.pairs) != len(self.bases):
             raise argument_error("RoPE", "bases", f"one base per axis ({len(self.pairs)} axes)", f"{len(self.bases)}")
-        if any(not isinstance(p, int) or p < 0 for p in self.pairs):
+        if any(not isinstance(p, int) or isinstance(p, bool) or p < 0 for p in self.pairs):
             raise argument_error("RoPE", "pairs", "counts >= 0", self.pairs)
-        if any(not isinstance(b, int | float) or not 0 < b < math.inf for b in self.bases):
+        if any(not 0 < number("RoPE", "bases", b) < math.inf for b in self.bases):
             raise argument_error("RoPE", "bases", "positive numbers", self.bases)
         choice("RoPE", "layout", LAYOUTS, self.layout)
-        if self.temporal_axis is not None and not 0 <= self.temporal_axis < len(self.pairs):
+        if self.temporal_axis is not None and not 0 <= integer("RoPE", "temporal_axis", self.temporal_axis) < len(
+            self.pairs
+        ):
             raise argument_error("RoPE", "temporal_axis", f"None or 0..{len(self.pairs) - 1}", self.temporal_axis)
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from reward_forcing.cli import Parser, add_stream_options, fail, refused, stream_job
 from reward_forcing.folder import LATENTS, StreamFolder
+from reward_forcing.run import begin
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -53,14 +54,14 @@ def main(arguments=None) -> int:
         try:
             # The published path cannot be resumed: a demo starts over, and replaces what an earlier one left.
             folder = stack.enter_context(StreamFolder(options.out, overwrite=True))
-            job = stream_job(options)
-            prepared = job.prepare()
-            folder.begin(job.settings(), prepared.shape)
+            prepared, cache = begin(stream_job(options), folder)
         except rf.ArgumentError as error:
             fail(refused(error))
+        job = prepared.job
         total = math.ceil(job.frames / job.stream.chunk_frames)
         figures = run(
             prepared,
+            cache,
             folder,
             compare=not options.no_compare and job.stream.sink_policy == "ema",  # the published path has no other sink
             measure_seconds=options.measure_seconds,

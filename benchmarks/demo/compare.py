@@ -56,10 +56,11 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
 
     q, k, v = (randn(batch, tokens, heads, head_dim) for _ in range(3))
     weight = randn(config.dim).abs()
-    cache = rf.SinkWindowCache(
+    spec = rf.CacheSpec(
         layers=1, batch=batch, heads=heads, head_dim=head_dim, grid=grid, sink_frames=stream.sink_frames,
-        window_frames=stream.window_frames, sink_policy=stream.policy(), rope=config.rope, dtype=dtype, device=device,
+        window_frames=stream.window_frames, rope=config.rope, dtype=dtype, device=device,
     )  # fmt: skip
+    cache = rf.SinkWindowCache(spec, sink=stream.policy())
     twin = published.EMASinkKVCache(batch, stream.local_attn_size * n, heads, head_dim, dtype, device)
     norm = published.RMSNorm(config.dim, config.eps).to(device=device, dtype=dtype)
     norm.weight.data.copy_(weight)
@@ -69,12 +70,14 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
         window = published.read_window(end, tokens, n, num_sink_tokens, stream.local_attn_size * n)
         return published.cached_attention(q, twin, window, (chunk, *grid), num_sink_tokens, table, attention)
 
+    options = {"q_norm": weight, "k_norm": weight, "norm": "model"}
+
     def our_chunk(commit=True):
-        plan = cache.begin(chunk)
-        out = cache[0].append(q, k, v, plan, q_weight=weight, k_weight=weight)
+        opened = cache.open(chunk)
+        out = opened.append(0, q, k, v, **options)
         if commit:
-            cache.commit(plan)
-        return plan, out
+            opened.commit()
+        return opened, out
 
     start = [0]
 
@@ -91,7 +94,7 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
         for _ in range(-(-stream.local_attn_size // chunk) + 1):
             our_chunk()
             published_chunk()
-        plan, rotated = our_chunk(commit=False)
+        opened, rotated = our_chunk(commit=False)
         last = start[0] - tokens
         rows = []
 
@@ -100,25 +103,23 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
             shape = f"[{batch}, {chunk} x {grid[0]} x {grid[1]}, {heads}, {head_dim}]"
             rows.append(bench.row(op, shape, dtype, timings, **counts))
 
-        options = {"q_weight": weight, "k_weight": weight}
         add(
             "rope_append (repeat forward)",
             {
-                "rf_kernels": lambda: cache[0].append(q, k, v, plan, **options),
+                "rf_kernels": lambda: opened.append(0, q, k, v, **options),
                 "published": lambda: published_append(last),
             },
         )
-        contiguous = [cache[0].k[:, : plan.kv_tokens].clone(), cache[0].v[:, : plan.kv_tokens].clone()]
+        keys, values, kv_tokens = opened.kv(0)
+        contiguous = [keys.clone(), values.clone()]
         add(
             "sink_window_attention",
             {
-                "rf_kernels": lambda: rf.sink_window_attention(
-                    rotated, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens
-                ),
+                "rf_kernels": lambda: rf.sink_window_attention(rotated, cache.k[0], cache.v[0], kv_tokens=kv_tokens),
                 "SDPA on contiguous keys": lambda: published.sdpa_attention(rotated, *contiguous),
             },
         )
-        cache.commit(plan)
+        opened.commit()
         add("first forward of a chunk (evict + append)", {"rf_kernels": our_chunk, "published": published_chunk})
 
     shape = (1, 21, config.out_dim, grid[0] * config.patch_size[1], grid[1] * config.patch_size[2])

@@ -12,6 +12,7 @@ from reward_forcing.folder import StreamFolder
 from reward_forcing.job import PreparedStream
 
 import benchmarks as bench
+import rf_kernels as rf
 
 from . import traffic
 from .compare import PublishedTwin, op_rows
@@ -38,7 +39,13 @@ def flatness(values: list[float], skip: int) -> dict:
 
 
 def run(
-    prepared: PreparedStream, folder: StreamFolder, *, compare: bool, measure_seconds: float, progress: Callable
+    prepared: PreparedStream,
+    cache: rf.SinkWindowCache,
+    folder: StreamFolder,
+    *,
+    compare: bool,
+    measure_seconds: float,
+    progress: Callable,
 ) -> dict:
     """Stream the clip into the folder; the figures of the report.
 
@@ -50,7 +57,6 @@ def run(
     job, stream, config = prepared.job, prepared.job.stream, prepared.model.config
     device, dtype, grid = prepared.model.device, prepared.model.dtype, config.grid(job.height, job.width)
     twin = PublishedTwin(prepared, grid) if compare else None
-    cache = prepared.new_cache()
     phases: dict[str, float] = defaultdict(float)
 
     def on_phase(phase):

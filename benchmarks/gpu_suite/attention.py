@@ -80,7 +80,7 @@ def fa3(q, k, v, split, num_splits=None):
 
 def deterministic(q, k, v, split):
     """Ours, without cuts of tiles over several multiprocessors."""
-    return lambda: sink_window_attention(q, k, v, deterministic=True)
+    return lambda: sink_window_attention(q, k, v, kv_tokens=k.shape[1], deterministic=True)
 
 
 #: name -> make(q, k, v, tokens of the sink) -> call

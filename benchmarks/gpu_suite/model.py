@@ -18,7 +18,7 @@ import time
 
 import torch
 from reward_forcing.config import ModelConfig, StreamConfig
-from reward_forcing.model import CausalWanModel
+from reward_forcing.models import CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
 
 import rf_kernels as rf
@@ -46,19 +46,18 @@ class Ours:
 
     def step(self, latent: torch.Tensor) -> None:
         """One chunk in a single forward."""
-        plan = self.cache.begin(self.frames)
-        self.model(latent.transpose(1, 2), self.t, self.text, self.cache, plan)
-        self.cache.commit(plan)
+        with self.cache.chunk(self.frames) as chunk:
+            self.model(latent.transpose(1, 2), self.t, self.text, chunk)
 
     def open(self) -> None:
-        self.plan = self.cache.begin(self.frames)
+        self.chunk = self.cache.open(self.frames)
 
     def close(self) -> None:
-        self.plan.appended[:] = [True] * len(self.cache)
-        self.cache.commit(self.plan)
+        self.chunk.mark_written()  # what the replay of a graph cannot note down
+        self.chunk.commit()
 
     def forward(self) -> torch.Tensor:
-        return self.model(self.x, self.t, self.text, self.cache, self.plan)
+        return self.model(self.x, self.t, self.text, self.chunk)
 
     def chunks(self):
         """An endless stream, a chunk a ``next``."""
@@ -161,7 +160,7 @@ class Published:
 
 
 def same_attention(q, k, v):
-    return rf.sink_window_attention(q, k, v)
+    return rf.sink_window_attention(q, k, v, kv_tokens=k.shape[1])
 
 
 class Bench:

@@ -70,6 +70,11 @@ inline const char* dtype_text(ScalarType t) {
   }
 }
 
+// Neither machine: a compiler traces, and there is nothing to compute.
+inline bool is_meta(const Tensor& t) {
+  return !t.is_cpu() && !t.is_cuda();
+}
+
 inline std::string device_text(const Tensor& t) {
   return t.is_cpu() ? std::string("cpu")
                     : concat(t.is_cuda() ? "cuda:" : "device ", static_cast<int>(t.get_device_index()));
@@ -134,6 +139,7 @@ inline void check_last_dim_contiguous(const char* op, const char* arg, const Ten
 // [first, one past last) byte that a strided tensor can touch.
 inline std::pair<const char*, const char*> byte_range(const Tensor& t) {
   const char* lo = static_cast<const char*>(t.const_data_ptr());
+  if (lo == nullptr) return {lo, lo};  // a meta tensor, while a compiler traces
   const char* hi = lo;
   const int64_t size = static_cast<int64_t>(t.element_size());
   for (int64_t i = 0; i < t.dim(); ++i) {

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <tuple>
 
 namespace rf {
 namespace {
@@ -20,9 +21,13 @@ bool strict() {
   return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
-// "op|backend|fallback or direct|reason" of this thread's last call; empty fields before the first.
-std::string last_dispatch() {
-  return concat(last.op, "|", last.backend, "|", last.fallback ? "fallback" : "direct", "|", last.reason);
+// This thread's last call: the addresses of op, backend and reason, which are literals of this library
+// (PyTorch's stable ABI loses the memory of a string that is returned), and whether it was a fallback.
+std::tuple<int64_t, int64_t, int64_t, bool> last_dispatch() {
+  const auto address = [](const char* text) {
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(text));
+  };
+  return {address(last.op), address(last.backend), address(last.reason), last.fallback};
 }
 
 std::string cuda_problem_text() {

@@ -42,6 +42,7 @@ void record_fallback(const char* op, const char* backend, const char* reason);
 // they took, a literal; a build without a CUDA part refuses CUDA tensors.
 template <typename Cpu, typename Cuda>
 void run_where_tensors_are(const char* op, const Tensor& like, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+  if (is_meta(like)) return;
   if (like.is_cpu()) return record_dispatch(op, "cpu", cpu());
 #if defined(RF_WITH_CUDA)
   const int32_t device = like.get_device_index();

@@ -7,7 +7,8 @@ namespace rf::dmd_gradient {
 
 // Elements of a sample that are reduced together. Fixed, so that neither threads nor neighbours change a bit:
 // inside a tile a tree of depth 11, over the tiles of a sample a running sum in double. 11 roundings of 2^-24
-// bound the error of a float32 sum of positive terms by 6.6e-7.
+// bound the error of a float32 sum of positive terms by 6.6e-7. The distances are summed in double
+// throughout: those of finite data can exceed float32.
 constexpr int kTile = 2048;
 
 // Elements in one 16-byte access of the narrower of the two storage types.

@@ -33,6 +33,16 @@ A tile_sum(A* term) {
   return term[0];
 }
 
+// The same tree in double: the distances of finite data may add up to more than the largest float.
+template <typename A>
+double wide_tile_sum(const A* term) {
+  alignas(64) double sum[kTile / 2];
+  for (int e = 0; e < kTile / 2; ++e) sum[e] = static_cast<double>(term[e]) + term[e + kTile / 2];
+  for (int half = kTile / 4; half > 0; half /= 2)
+    for (int e = 0; e < half; ++e) sum[e] += sum[e + half];
+  return sum[0];
+}
+
 struct Tile {
   int64_t b, begin;
   int size;
@@ -69,7 +79,7 @@ void measure_tile(const Params& p, int64_t index) {
     if (p.mask.data != nullptr) selected += count_selected<kChunk>(p, tile.b, i, n);
   }
   if (p.normalize) zero_from(distance, tile.size);
-  static_cast<A*>(p.distance_sum)[index] = p.normalize ? tile_sum(distance) : A(0);
+  p.distance_sum[index] = p.normalize ? wide_tile_sum(distance) : 0.0;
   static_cast<magnitude_t<A>*>(p.peak)[index] = peak;
   p.selected[index] = p.mask.data != nullptr ? selected : tile.size;
 }
@@ -117,7 +127,7 @@ void run_as(const Params& p) {
     double distance = 0;
     magnitude_t<A> peak = 0;
     for (int64_t t = b * p.tiles; t < (b + 1) * p.tiles; ++t) {
-      distance += static_cast<const A*>(p.distance_sum)[t];
+      distance += p.distance_sum[t];
       const magnitude_t<A> m = static_cast<const magnitude_t<A>*>(p.peak)[t];
       peak = m > peak ? m : peak;
     }

@@ -38,13 +38,17 @@ __device__ __forceinline__ V warp_max(V v) {
 }
 
 // A power of two of values, as a tree.
-template <int N, typename A>
-__device__ __forceinline__ A tree_sum(const A* v) {
+template <int N, typename S, typename A>
+__device__ __forceinline__ S tree_sum_as(const A* v) {
   if constexpr (N == 1) {
     return v[0];
   } else {
-    return tree_sum<N / 2>(v) + tree_sum<N / 2>(v + N / 2);
+    return tree_sum_as<N / 2, S>(v) + tree_sum_as<N / 2, S>(v + N / 2);
   }
+}
+template <int N, typename A>
+__device__ __forceinline__ A tree_sum(const A* v) {
+  return tree_sum_as<N, A>(v);
 }
 template <typename M>
 __device__ __forceinline__ M warps_max(const M* v) {
@@ -59,6 +63,7 @@ template <typename A>
 struct Shared {
   A first[2][kWarps];
   A second[2][kWarps];
+  double distance[2][kWarps];
   magnitude_t<A> peak[2][kWarps];
   double wide[kWarps];
   long long count[kWarps];
@@ -94,7 +99,7 @@ __device__ __forceinline__ void measure_tile(const Params& p, Shared<A>& shared,
                                              int& selected) {
   constexpr int V = vector_width(sizeof(T), sizeof(P));
   const Tile tile = tile_at(p, index);
-  A sum = 0;
+  double sum = 0;  // the distances of finite data may add up to more than the largest float
   magnitude_t<A> peak = 0;
 #pragma unroll 1
   for (int at = threadIdx.x * V; at < tile.size; at += kThreads * V) {
@@ -104,7 +109,7 @@ __device__ __forceinline__ void measure_tile(const Params& p, Shared<A>& shared,
 #pragma unroll
     for (int k = 0; k < V; ++k) distance[k] = A(0);
     estimate<T, P, V>(p, tile.b, i, n, p.normalize, difference, distance);
-    sum += tree_sum<V>(distance);
+    sum += tree_sum_as<V, double>(distance);
     const magnitude_t<A> m = peak_of<V>(p, tile.b, i, n, difference);
     peak = m > peak ? m : peak;
     selected += p.mask.data != nullptr ? count_selected<V>(p, tile.b, i, n) : n;
@@ -119,12 +124,12 @@ __device__ __forceinline__ void measure_tile(const Params& p, Shared<A>& shared,
   peak = warp_max(peak);
   const int row = index & 1;
   if (threadIdx.x % 32 == 0) {
-    shared.first[row][threadIdx.x / 32] = sum;
+    shared.distance[row][threadIdx.x / 32] = sum;
     shared.peak[row][threadIdx.x / 32] = peak;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    static_cast<A*>(p.distance_sum)[index] = tree_sum<kWarps>(shared.first[row]);
+    p.distance_sum[index] = tree_sum<kWarps>(shared.distance[row]);
     static_cast<magnitude_t<A>*>(p.peak)[index] = warps_max(shared.peak[row]);
   }
 }
@@ -148,7 +153,7 @@ __device__ __forceinline__ Normalizer<A> sample_normalizer(const Params& p, Shar
   magnitude_t<A> peak = 0;
 #pragma unroll 4
   for (int64_t t = threadIdx.x; t < p.tiles; t += kThreads) {
-    distance += __ldcg(static_cast<const A*>(p.distance_sum) + b * p.tiles + t);
+    distance += __ldcg(p.distance_sum + b * p.tiles + t);
     const magnitude_t<A> m = __ldcg(static_cast<const magnitude_t<A>*>(p.peak) + b * p.tiles + t);
     peak = m > peak ? m : peak;
   }

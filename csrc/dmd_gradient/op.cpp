@@ -73,11 +73,11 @@ Broadcast checked_broadcast(const char* arg, const Tensor& t, const Tensor& x, S
 Tensor make_workspace(const Tensor& x, Params& p, int64_t acc_bytes) {
   const int64_t tiles = p.batch * p.tiles > 0 ? p.batch * p.tiles : 1;
   const int64_t column = (tiles * acc_bytes + 7) / 8 * 8, samples = (p.batch * 4 + 7) / 8 * 8;
-  Tensor workspace = torch::stable::new_empty(x, {8 * tiles + 4 * column + samples + 8}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(x, {16 * tiles + 3 * column + samples + 8}, ScalarType::Byte);
   char* at = static_cast<char*>(workspace.mutable_data_ptr());
   p.selected = reinterpret_cast<int64_t*>(at);
-  p.distance_sum = at += 8 * tiles;
-  p.peak = at += column;
+  p.distance_sum = reinterpret_cast<double*>(at += 8 * tiles);
+  p.peak = at += 8 * tiles;
   p.loss_sum = at += column;
   p.norm_sum = at += column;
   p.drop = reinterpret_cast<int32_t*>(at += column);
@@ -91,11 +91,9 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
                      const OptionalTensor& fake_uncond_in, const OptionalTensor& real_uncond_in,
                      double fake_guidance, double real_guidance, const OptionalTensor& x_t_in,
                      const OptionalTensor& sigma, const OptionalTensor& weight, const OptionalTensor& mask,
-                     bool normalize, double eps, std::string nan, std::string reduction,
-                     bool scale_gradient) {
+                     bool normalize, double eps, int64_t nan, int64_t reduction, bool scale_gradient) {
   Params p;
   p.dtype = checked_dtype(kOp, "x", x_in);
-  RF_CHECK_ARG(x_in.is_cpu() || x_in.is_cuda(), kOp, "x", "a tensor on cpu or cuda", device_text(x_in));
   RF_CHECK_ARG(x_in.dim() >= 1 && x_in.dim() <= kMaxDims + 1, kOp, "x",
                concat("1 to ", kMaxDims + 1, " dimensions [B, ...]"), shape_text(x_in));
   p.prediction_dtype = checked_dtype(kOp, "fake", fake_in);
@@ -130,10 +128,9 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
   if (weight) p.weight = checked_broadcast("weight", *weight, x_in, acc, true, width);
   if (mask) p.mask = checked_broadcast("mask", *mask, x_in, ScalarType::Bool, true, width);
   RF_CHECK_ARG(std::isfinite(eps) && eps >= 0, kOp, "eps", "a finite number >= 0", eps);
-  RF_CHECK_ARG(nan == "published" || nan == "sample" || nan == "raise", kOp, "nan",
-               "\"published\", \"sample\" or \"raise\"", '"', nan, '"');
-  RF_CHECK_ARG(reduction == "mean" || reduction == "sum" || reduction == "none", kOp, "reduction",
-               "\"mean\", \"sum\" or \"none\"", '"', reduction, '"');
+  RF_CHECK_ARG(nan >= 0 && nan <= 2, kOp, "nan", "0 (published), 1 (sample) or 2 (raise)", nan);
+  RF_CHECK_ARG(reduction >= 0 && reduction <= 2, kOp, "reduction", "0 (mean), 1 (sum) or 2 (none)",
+               reduction);
 
   const Tensor x = torch::stable::contiguous(x_in);
   p.batch = x.size(0);
@@ -150,9 +147,9 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
   p.real_guidance = real_guidance;
   p.eps = eps;
   p.normalize = normalize;
-  p.mean = reduction == "mean";
+  p.mean = static_cast<Reduction>(reduction) == Reduction::kMean;
   p.scale_gradient = scale_gradient;
-  p.nan_rule = nan == "published" ? NanRule::kPublished : NanRule::kSample;
+  p.nan_rule = static_cast<NanRule>(nan);
 
   const int64_t shape_b[] = {p.batch};
   Tensor gradient = torch::stable::new_empty(x, x.sizes());
@@ -176,13 +173,14 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
        {p.x, p.fake, p.real, p.fake_uncond, p.real_uncond, p.x_t, static_cast<const void*>(p.gradient)})
     p.vectorised = p.vectorised && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 
+  if (is_meta(x)) return {gradient, loss, sample_loss, gradient_norm, normalizer, dropped, scale};
   run_where_tensors_are(
       kOp, x, [&] { return run_cpu(p); },
       [&](void* stream) {
         check_cuda(kOp, run_cuda(p, stream));
         return "CUDA tensors";
       });
-  if (nan == "raise") {  // the only mode that waits for the device
+  if (p.nan_rule == NanRule::kRaise) {  // the only mode that waits for the device
     const Tensor host = x.is_cpu()
                             ? dropped
                             : torch::stable::to(dropped, std::nullopt, std::nullopt,
@@ -199,6 +197,9 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
   m.impl("dmd_gradient", TORCH_BOX(&rf::dmd_gradient::dmd_gradient));
+}
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, Meta, m) {
+  m.impl("traced_dmd_gradient", TORCH_BOX(&rf::dmd_gradient::dmd_gradient));
 }
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
   m.impl("dmd_gradient", TORCH_BOX(&rf::dmd_gradient::dmd_gradient));

@@ -9,7 +9,9 @@ namespace rf::dmd_gradient {
 
 constexpr int kMaxDims = 8;
 
-enum class NanRule : int32_t { kPublished, kSample };
+// The codes of the schema; kRaise is kSample for a kernel, and an error after it.
+enum class NanRule : int32_t { kPublished, kSample, kRaise };
+enum class Reduction : int32_t { kMean, kSum, kNone };
 
 // A tensor broadcast to one sample [M], merged to as few dimensions as its strides allow; the last one varies
 // fastest. No dimension: one value for the sample.
@@ -42,13 +44,13 @@ struct Params {
   int64_t* dropped = nullptr;     // []
   void* scale = nullptr;          // [] A: 1 / N ("mean"; 0 where N = 0), else 1
   // workspace, one entry per tile of the batch
-  void* distance_sum = nullptr;  // [B * tiles] A: sum |x - real|
-  void* peak = nullptr;          // [B * tiles] magnitude_t<A>: largest |fake - real|
-  int64_t* selected = nullptr;   // [B * tiles] selected elements (CUDA: one entry per block)
-  void* loss_sum = nullptr;      // [B * tiles] A: sum w m d^2
-  void* norm_sum = nullptr;      // [B * tiles] A: sum |d|
-  int32_t* drop = nullptr;       // [B], CUDA: 1 where the sample is dropped
-  uint32_t* ticket = nullptr;    // CUDA: blocks that have finished
+  double* distance_sum = nullptr;  // [B * tiles] sum |x - real|
+  void* peak = nullptr;            // [B * tiles] magnitude_t<A>: largest |fake - real|
+  int64_t* selected = nullptr;     // [B * tiles] selected elements (CUDA: one entry per block)
+  void* loss_sum = nullptr;        // [B * tiles] A: sum w m d^2
+  void* norm_sum = nullptr;        // [B * tiles] A: sum |d|
+  int32_t* drop = nullptr;         // [B], CUDA: 1 where the sample is dropped
+  uint32_t* ticket = nullptr;      // CUDA: blocks that have finished
 
   int64_t batch = 0;        // B
   int64_t sample_size = 0;  // M

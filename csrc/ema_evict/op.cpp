@@ -232,6 +232,7 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
   p.alpha_stride_token = alpha.dim() == 2 ? alpha.stride(1) : 0;
   p.skip_nonfinite = skip_nonfinite;
 
+  if (is_meta(k_cache)) return;
   if (k_cache.is_cpu()) check_values(p, schedule, alpha);
   if (k_cache.numel() == 0 || sink_frames == 0) {
     record_dispatch(kOp, k_cache.is_cpu() ? "cpu" : "cuda", "nothing to do");
@@ -250,6 +251,9 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
   m.impl("ema_evict", TORCH_BOX(&rf::ema_evict::evict));
+}
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, Meta, m) {
+  m.impl("traced_ema_evict", TORCH_BOX(&rf::ema_evict::evict));
 }
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {
   m.impl("ema_evict", TORCH_BOX(&rf::ema_evict::evict));

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "csrc/math/host_device.h"
 
@@ -27,9 +28,12 @@ RF_HD double log_acc(double x) {
   return ::log(x);
 }
 
-// The larger LSE is taken out first, so nothing overflows; a NaN on either side is a NaN in all three.
+// The larger LSE is taken out first, so nothing overflows; a NaN on either side is a NaN in all three. An LSE
+// of -inf is a set without weight: no key, or none whose logit is above -inf.
 template <typename A>
 RF_HD LseMerge<A> lse_merge(A lse0, A lse1) {
+  constexpr A kEmpty = -std::numeric_limits<A>::infinity();
+  if (lse0 == kEmpty && lse1 == kEmpty) return {A(0), A(0), kEmpty};
   const A top = lse0 > lse1 ? lse0 : lse1;
   const A e0 = exp_acc(lse0 - top);
   const A e1 = exp_acc(lse1 - top);

@@ -1,6 +1,7 @@
 // rope_append and rope: every check of the arguments, the outputs, and the choice of the backend.
 #include <cmath>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "csrc/common/dispatch.h"
@@ -124,16 +125,18 @@ void check_cache(const char* arg, const Tensor& cache, const Tensor& k) {
 void check_slot_values(const Tensor& slots, const Params& p, int64_t frames) {
   const int64_t capacity = p.frame_tokens > 0 ? p.cache_tokens / p.frame_tokens : INT32_MAX;
   const int64_t samples = slots.dim() == 2 ? slots.size(0) : 1;
+  std::unordered_map<int64_t, int64_t> frame_of;
+  frame_of.reserve(static_cast<size_t>(frames));
   for (int64_t b = 0; b < samples; ++b) {
     const int32_t* row = p.slots + b * p.slots_batch_stride;
+    frame_of.clear();
     for (int64_t f = 0; f < frames; ++f) {
       const int64_t slot = row[f * p.slots_stride];
       RF_CHECK_ARG(slot >= 0 && slot < capacity, kRopeAppend, "slots",
                    concat("frame slots in [0, ", capacity, ")"), slot, " for frame ", f);
-      for (int64_t g = 0; g < f; ++g)
-        RF_CHECK_ARG(row[g * p.slots_stride] != slot, kRopeAppend, "slots",
-                     "a slot of its own for every frame of a sample", "slot ", slot, " for frames ", g,
-                     " and ", f);
+      const auto [first, is_new] = frame_of.emplace(slot, f);
+      RF_CHECK_ARG(is_new, kRopeAppend, "slots", "a slot of its own for every frame of a sample", "slot ",
+                   slot, " for frames ", first->second, " and ", f);
     }
   }
 }
@@ -285,6 +288,12 @@ STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
   m.impl("rope", TORCH_BOX(&rf::rope_append::rope));
   m.impl("rope_append", TORCH_BOX(&rf::rope_append::rope_append));
   m.impl("rope_append_check", TORCH_BOX(&rf::rope_append::rope_append_check));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, Meta, m) {
+  m.impl("traced_rope", TORCH_BOX(&rf::rope_append::rope));
+  m.impl("traced_rope_append", TORCH_BOX(&rf::rope_append::rope_append));
+  m.impl("traced_rope_append_check", TORCH_BOX(&rf::rope_append::rope_append_check));
 }
 
 // Registered in every build: without a CUDA part the call says so.

@@ -1,4 +1,6 @@
 // CPU: PyTorch's flash attention for the CPU per interval of keys; merge and sums are ours.
+#include <limits>
+
 #include "csrc/common/aten.h"
 #include "csrc/common/dispatch.h"
 #include "csrc/math/lse_merge.h"
@@ -31,6 +33,20 @@ Tensor pad_rows(const Tensor& t, int64_t dim) {
   std::vector<int64_t> padding(2 * static_cast<size_t>(t.dim() - dim), 0);
   padding.back() = kMinQueries - t.size(dim);  // pairs (before, after), last dimension first
   return torch::stable::pad(t, padding);
+}
+
+// The same with copies of the last row: of a row of zeros and an infinite key the logit would be NaN, and so
+// the whole gradient of that key. With a gradient of zero a copy has no weight in it.
+Tensor repeat_last_row(const Tensor& t, int64_t dim) {
+  const int64_t rows = t.size(dim);
+  if (rows >= kMinQueries) return t;
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes[static_cast<size_t>(dim)] = kMinQueries;
+  const Tensor padded = new_empty(t, sizes);
+  Tensor first = slice(padded, dim, 0, rows), others = slice(padded, dim, rows, kMinQueries);
+  copy_(first, t);
+  copy_(others, slice(t, dim, rows - 1, rows));
+  return padded;
 }
 
 // t itself where it is aligned, else a copy.
@@ -67,14 +83,14 @@ void run_units(bool single, const F& f) {
 
 // ---- One interval of keys. The kernels take [B, H, S, D] by strides: a transposed view, no copy.
 
-Attended forward(const Tensor& queries, const Tensor& k, const Tensor& v, double softmax_scale) {
+Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, double softmax_scale) {
   const Tensor q = pad_rows(queries, 1);
   const int64_t batch = q.size(0), heads = q.size(2), rows = queries.size(1);
   if (!samples_align(q) || !samples_align(k)) {
     const Attended all{new_empty(queries, queries.sizes()),
                        new_empty(queries, {batch, heads, rows}, lse_dtype(queries))};
     for (int64_t b = 0; b < batch; ++b) {
-      const Attended one = forward(sample(queries, b), sample(k, b), sample(v, b), softmax_scale);
+      const Attended one = attend_keys(sample(queries, b), sample(k, b), sample(v, b), softmax_scale);
       set_sample(all.out, b, one.out);
       set_sample(all.lse, b, one.lse);
     }
@@ -92,7 +108,7 @@ Attended forward(const Tensor& queries, const Tensor& k, const Tensor& v, double
 
 Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& k, const Tensor& v,
                    const Attended& whole, double softmax_scale) {
-  const Tensor q = pad_rows(queries, 1);
+  const Tensor q = repeat_last_row(queries, 1);
   const int64_t batch = q.size(0), rows = queries.size(1);
   if (!samples_align(q) || !samples_align(k)) {
     const Gradients all{new_empty(queries, queries.sizes()), new_empty(k, k.sizes()),
@@ -111,7 +127,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& 
     grad = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", 3,
                      transpose(align(pad_rows(grad_out, 1)), 1, 2), transpose(align(q), 1, 2),
                      transpose(align(k), 1, 2), transpose(align(v), 1, 2),
-                     transpose(pad_rows(whole.out, 1), 1, 2), pad_rows(whole.lse, 2),
+                     transpose(pad_rows(whole.out, 1), 1, 2), repeat_last_row(whole.lse, 2),
                      /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::optional<Tensor>(),
                      std::optional<double>(softmax_scale));
   });
@@ -147,6 +163,46 @@ void for_each_row(const Tensor& t, const F& f) {
   });
 }
 
+// Whether every logit of a query is -inf, the kernel having said that their softmax is empty or has lse = 0:
+// in the latter case the largest logit is in [-log(keys), 0].
+template <typename T>
+bool sees_nothing(const T* q, const Rows<const T>& k, int64_t b, int64_t head, int64_t keys, int64_t dim,
+                  double softmax_scale) {
+  using A = acc_t<T>;
+  for (int64_t t = 0; t < keys; ++t) {
+    const T* key = k.at(b, t, head);
+    A logit = 0;
+    for (int64_t d = 0; d < dim; ++d) logit += to_acc(q[d]) * to_acc(key[d]);
+    if (logit * static_cast<A>(softmax_scale) > A(-1e6)) return false;
+  }
+  return true;
+}
+
+// The kernel gives a query whose logits are all -inf out = 0, which is right, and lse = 0: that becomes -inf.
+template <typename T>
+void mark_empty(const Tensor& queries, const Tensor& keys, double softmax_scale, const Attended& result) {
+  using A = acc_t<T>;
+  const int64_t heads = queries.size(2), dim = queries.size(3), group = heads / keys.size(2);
+  const auto q = read_rows<T>(queries), k = read_rows<T>(keys), out = read_rows<T>(result.out);
+  const auto lse = write_rows<A>(result.lse);
+  for_each_row(queries, [&](int64_t b, int64_t n) {
+    for (int64_t h = 0; h < heads; ++h) {
+      if (*lse.at(b, h, n) != A(0)) continue;
+      const T* y = out.at(b, n, h);
+      bool zero = true;
+      for (int64_t d = 0; d < dim && zero; ++d) zero = to_acc(y[d]) == A(0);
+      if (zero && sees_nothing(q.at(b, n, h), k, b, h / group, keys.size(1), dim, softmax_scale))
+        *lse.at(b, h, n) = -std::numeric_limits<A>::infinity();
+    }
+  });
+}
+
+Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
+  const Attended result = attend_keys(q, k, v, softmax_scale);
+  with_dtype(checked_dtype(kOp, "q", q), [&]<typename T>() { mark_empty<T>(q, k, softmax_scale, result); });
+  return result;
+}
+
 template <typename T>
 void merge_typed(const Attended& first, const Attended& second, const Attended& rows) {
   using A = acc_t<T>;
@@ -169,8 +225,7 @@ void merge_typed(const Attended& first, const Attended& second, const Attended& 
 }
 
 void merge(const Attended& first, const Attended& second, const Attended& rows) {
-  with_dtype(checked_dtype(kOp, "q", rows.out),
-             [&]<typename T>() { merge_typed<T>(first, second, rows); });
+  with_dtype(checked_dtype(kOp, "q", rows.out), [&]<typename T>() { merge_typed<T>(first, second, rows); });
 }
 
 template <typename S, typename T>

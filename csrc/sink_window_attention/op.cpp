@@ -47,12 +47,14 @@ void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
 // Every query sees the first kv_tokens keys.
 std::vector<QueryChunk> dense_prefix(const Tensor& q, const Tensor& k, std::optional<int64_t> kv_tokens,
                                      int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
-  const int64_t tokens = k.size(1), valid = kv_tokens.value_or(tokens);
-  RF_CHECK_ARG(valid >= 0 && valid <= tokens, kOp, "kv_tokens",
-               concat("0 to T = ", tokens, ", the tokens of k"), valid);
   RF_CHECK_ARG(num_sink_tokens == 0, kOp, "num_sink_tokens", "0 without `chunk_ends`", num_sink_tokens);
   RF_CHECK_ARG(!num_window_tokens.has_value(), kOp, "num_window_tokens", "None without `chunk_ends`",
                *num_window_tokens);
+  RF_CHECK_ARG(kv_tokens.has_value(), kOp, "kv_tokens",
+               "the number of valid tokens at the start of k and v, or `chunk_ends`", "None");
+  const int64_t tokens = k.size(1), valid = *kv_tokens;
+  RF_CHECK_ARG(valid >= 0 && valid <= tokens, kOp, "kv_tokens",
+               concat("0 to T = ", tokens, ", the tokens of k"), valid);
   KeyIntervals keys;
   push_interval(keys, 0, valid);
   return {{0, q.size(1), keys}};
@@ -149,6 +151,16 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optio
   return {result.out, result.lse};
 }
 
+// While a compiler traces: the checks.
+std::tuple<Tensor, Tensor> forward_traced(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
+                                          double softmax_scale,
+                                          std::optional<std::vector<int64_t>> chunk_ends,
+                                          int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
+                                          bool deterministic) {
+  check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+  return {q, q};
+}
+
 template <const Backend& (*choose)(const Problem&)>
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
                                             Tensor lse, std::optional<int64_t> kv_tokens,
@@ -182,6 +194,10 @@ STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CPU, m) {
   m.impl("sink_window_attention", TORCH_BOX(&rf::sink_window_attention::forward_cpu));
   m.impl("sink_window_attention_backward",
          TORCH_BOX(&rf::sink_window_attention::backward<&rf::sink_window_attention::choose_cpu>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rf_kernels, Meta, m) {
+  m.impl("traced_sink_window_attention", TORCH_BOX(&rf::sink_window_attention::forward_traced));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CUDA, m) {

@@ -1,7 +1,6 @@
 #include "csrc/sink_window_attention/portable.h"
 
 #include <limits>
-
 namespace rf::sink_window_attention {
 namespace {
 
@@ -22,6 +21,12 @@ bool is_dense(const Problem& p) {
 
 Tensor keys(const Tensor& kv, const KeyIntervals& intervals, int i) {
   return slice(kv, 1, intervals.begin[i], intervals.end[i]);
+}
+
+// For the backward kernels, which form exp(logit - lse): a query that sees nothing has no weights.
+Tensor without_empty(const Tensor& lse) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  return replace_infinities(lse, kInf, kInf);
 }
 
 }  // namespace
@@ -68,13 +73,14 @@ Gradients attend_backward(const Tensor& grad_out, const Problem& p, const Attend
   Gradients grad{new_empty(p.q, p.q.sizes()), new_zeros(p.k, p.k.sizes(), sum_dtype),
                  new_zeros(p.v, p.v.sizes(), sum_dtype)};
   if (!is_empty(p)) {
+    const Tensor lse = without_empty(whole.lse);
     for (const QueryChunk& chunk : p.chunks) {
       Tensor dq = slice(grad.q, 1, chunk.begin, chunk.end);
       if (chunk.keys.count == 0) fill_(dq, 0.0);
       const Tensor q = slice(p.q, 1, chunk.begin, chunk.end);
       const Tensor dout_rows = slice(dout, 1, chunk.begin, chunk.end);
       const Attended rows{slice(whole.out, 1, chunk.begin, chunk.end),
-                          contiguous(slice(whole.lse, 2, chunk.begin, chunk.end))};
+                          contiguous(slice(lse, 2, chunk.begin, chunk.end))};
       for (int i = 0; i < chunk.keys.count; ++i) {
         const Gradients part = backend.backward(dout_rows, q, keys(p.k, chunk.keys, i),
                                                 keys(p.v, chunk.keys, i), rows, p.softmax_scale);

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <array>
+#include <limits>
+#include <optional>
 #include <vector>
 
+#include "csrc/common/aten.h"
 #include "csrc/common/torch_stable.h"
 #include "csrc/math/key_intervals.h"
 
@@ -31,7 +34,8 @@ struct Gradients {
   Tensor q, k, v;  // of the shapes of q, k, v
 };
 
-// What a device gives: dense attention of q over all of k and v, and the two reductions around it.
+// What a device gives: dense attention of q over all of k and v, and the two reductions around it. A query
+// whose logits are all -inf gets out = 0 and lse = -inf, as one that sees no key.
 struct Backend {
   Attended (*forward)(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale);
   // With the LSE and output of *all* keys, each interval's gradients are its share of the whole: they add up.
@@ -54,6 +58,13 @@ inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t end) {
   if (begin == 0 && end == t.size(dim)) return t;
   Tensor view = t;  // another handle of the same tensor: narrow() takes a mutable one
   return torch::stable::narrow(view, dim, begin, end - begin);
+}
+
+// t with other values for its infinities.
+inline Tensor replace_infinities(const Tensor& t, double positive, double negative) {
+  const std::optional<double> nan = std::numeric_limits<double>::quiet_NaN(), above = positive,
+                              below = negative;
+  return call_aten("aten::nan_to_num", "", 1, t, nan, above, below)[0];
 }
 
 inline ScalarType lse_dtype(const Tensor& q) {

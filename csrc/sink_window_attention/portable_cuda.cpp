@@ -1,4 +1,6 @@
 // CUDA on PyTorch's own kernels: flash for half precision, memory-efficient for float. Host code only.
+#include <limits>
+
 #include "csrc/common/aten.h"
 #include "csrc/sink_window_attention/portable.h"
 
@@ -39,6 +41,29 @@ Tensor library_view(const Tensor& t, int64_t dim) {
   return slice(transpose(t, 1, 2), 3, 0, dim);
 }
 
+// ---- A query whose logits are all -inf: each kernel has its own way to say so.
+
+Tensor where(const Tensor& mask, const Tensor& yes, const Tensor& no) {
+  return call_aten("aten::where", "self", 1, mask, yes, no)[0];
+}
+
+// Flash: out = 0 and lse = +inf, which it also gives for a NaN; there out is NaN in every column.
+Tensor flash_lse(const Tensor& out, const Tensor& lse) {
+  Tensor column = slice(out, 3, 0, 1);
+  const Tensor first =
+      torch::stable::to(torch::stable::squeeze(transpose(column, 1, 2), 3), ScalarType::Float);
+  return where(call_unary("aten::isposinf", lse), subtract(first, lse), lse);
+}
+
+// Efficient: an infinite lse, and out = 0 * (1 / 0) in some versions of PyTorch.
+Attended efficient_result(const Tensor& out, const Tensor& lse) {
+  const Tensor empty = call_unary("aten::isinf", lse);
+  Tensor none = new_empty(lse, {1});
+  torch::stable::fill_(none, -std::numeric_limits<double>::infinity());
+  return {where(unsqueeze(transpose(empty, 1, 2), 3), torch::stable::new_zeros(out, {1}), out),
+          where(empty, none, lse)};
+}
+
 Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
   // -> output, softmax_logsumexp, rng_state, unused, debug_attn_mask.
   // (aten::_scaled_dot_product_flash_attention returns numbers among its tensors, and torch_call_dispatcher
@@ -48,7 +73,7 @@ Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, double
                                 /*cum_seq_k=*/std::optional<Tensor>(), /*max_q=*/q.size(1),
                                 /*max_k=*/k.size(1), /*dropout_p=*/0.0, /*is_causal=*/false,
                                 /*return_debug_mask=*/false, std::optional<double>(softmax_scale));
-  return {slice(result[0], 3, 0, q.size(3)), result[1]};
+  return {slice(result[0], 3, 0, q.size(3)), flash_lse(result[0], result[1])};
 }
 
 Gradients backward_flash(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -90,7 +115,8 @@ Attended forward_efficient(const Tensor& q, const Tensor& k, const Tensor& v, do
                                 kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
                                 /*attn_bias=*/std::optional<Tensor>(), /*compute_log_sumexp=*/true,
                                 /*dropout_p=*/0.0, /*is_causal=*/false, std::optional<double>(softmax_scale));
-  return {library_view(result[0], q.size(3)), slice(result[1], 2, 0, q.size(1))};  // its LSE has padded rows
+  const Tensor lse = slice(result[1], 2, 0, q.size(1));  // it has padded rows
+  return efficient_result(library_view(result[0], q.size(3)), lse);
 }
 
 Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -114,8 +140,11 @@ Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tens
 // rounded once, by the copy.
 void merge(const Attended& first, const Attended& second, const Attended& rows) {
   const Tensor lse = call_aten("aten::logaddexp", "", 1, first.lse, second.lse)[0];
-  const auto weighted = [&lse](const Attended& part) {
-    const Tensor weight = unsqueeze(transpose(call_unary("aten::exp", subtract(part.lse, lse)), 1, 2), 3);
+  // Where both are empty, exp(-inf - 0) is the weight 0.
+  const Tensor reference = replace_infinities(lse, std::numeric_limits<double>::infinity(), 0.0);
+  const auto weighted = [&reference](const Attended& part) {
+    const Tensor weight =
+        unsqueeze(transpose(call_unary("aten::exp", subtract(part.lse, reference)), 1, 2), 3);
     return call_aten("aten::mul", "Tensor", 1, part.out, weight)[0];
   };
   Tensor out_rows = rows.out, lse_rows = rows.lse;

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._files import check_archive, check_header, storages_are_records
 from .config import ModelConfig
-from .model import BidirectionalWanModel, CausalWanModel
+from .models import BidirectionalWanModel, CausalWanModel
 
 #: Entries of a training checkpoint that may hold a model, in the order they are looked for.
 ENTRIES = ("generator", "generator_ema", "model")

@@ -182,11 +182,11 @@ class StreamConfig:
         return self.local_attn_size - self.sink_frames
 
     def policy(self):
-        """The ``sink_policy`` argument of ``rf_kernels.SinkWindowCache``."""
+        """The ``sink`` argument of ``rf_kernels.SinkWindowCache``."""
         if self.sink_policy == "none" or self.sink_frames == 0:
             return rf.NoSink()
         if self.sink_policy == "static":
-            return rf.StaticSink()
+            return rf.StaticSink(rephase=True)
         return rf.EMASink(self.alpha, state=self.sink_state)
 
     @classmethod

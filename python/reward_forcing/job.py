@@ -18,7 +18,7 @@ import rf_kernels as rf
 from ._check import expect
 from .checkpoint import CheckpointError, build_model, infer_config, read_checkpoint, read_safetensors
 from .config import ModelConfig, StreamConfig
-from .model import CausalWanModel
+from .models import CausalWanModel
 from .pipeline import Chunk, StreamingPipeline
 
 _WHO = "StreamJob"

@@ -75,7 +75,7 @@ def dmd_loss(
     fake_guidance: float = 0.0,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    **options,
+    options: rf.DMDOptions | None = None,
 ) -> Tensor:
     """Distribution matching distillation (DMD2, arXiv 2405.14867), differentiable in x alone.
 
@@ -89,7 +89,7 @@ def dmd_loss(
             not 0.
         noise: as x. t: ``[B]``.
         weight: per sample, frame or element. mask: bool, True where an element counts.
-        options: further arguments of ``rf_kernels.dmd_loss`` (``normalize``, ``nan``, ``eps``).
+        options: normaliser and NaN rule; default ``rf.DMDOptions()``.
     """
     with torch.no_grad():
         x_t = scheduler.add_noise(x, noise, t)
@@ -106,7 +106,7 @@ def dmd_loss(
         fake_guidance=fake_guidance,
         weight=weight,
         mask=mask,
-        **options,
+        options=rf.DMDOptions() if options is None else options,
     )
 
 

@@ -1,15 +1,19 @@
 """dmd_gradient, dmd_loss, reward_weight: the distribution-matching gradient with guidance, reward weight, mask and NaN rule."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._backend import argument_error, build_info, check_tensors, choice, invoke, number, ops, register_fake
+from .._backend import argument_error, check_tensors, choice, flag, invoke, number, ops, register_fake
 from ..profiling import nvtx_annotated
 
 _OP = "dmd_gradient"
+# The codes of csrc/dmd_gradient/params.h: a string would leak a few bytes a call in PyTorch's stable ABI.
+_NAN_RULES = {"published": 0, "sample": 1, "raise": 2}
+_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 class DMDAux(NamedTuple):
@@ -35,10 +39,45 @@ def reward_weight(r: Tensor, beta: float) -> Tensor:
     """
     if not isinstance(r, Tensor) or not r.is_floating_point():
         raise argument_error("reward_weight", "r", "a floating-point tensor", getattr(r, "dtype", type(r).__name__))
-    if not math.isfinite(number("reward_weight", "beta", beta)):
+    beta = number("reward_weight", "beta", beta)
+    if not math.isfinite(beta):
         raise argument_error("reward_weight", "beta", "a finite number", beta)
     r = r.detach()
     return torch.exp(beta * r.to(_acc_dtype(r.dtype)))
+
+
+@dataclass(frozen=True)
+class DMDOptions:
+    """How ``dmd_gradient`` and ``dmd_loss`` compute what their tensors do not say.
+
+    Args:
+        guidance: "self_forcing": v = c + s (c - u), none at s = 0 (CausVid, Self-Forcing, Reward Forcing; their 3.0 is 4.0 of the
+            other). "dmd2": v = u + s (c - u), none at s = 1.
+        normalize, eps: False divides by 1 (``x`` is then not read). A sample whose divisor is 0 has d = 0.
+        nan: "sample" (default): a sample whose d (or weight) is not finite in every element, in the predictions' dtype, gets
+            gradient 0 and is counted in ``dropped``; N does not change. "published": NaN -> 0, +-inf -> the largest finite
+            number of the predictions' dtype, element by element, a zero divisor included (the loss may then overflow).
+            "raise": an ArgumentError instead of a dropped sample; the only mode that waits for the device.
+        reduction: "mean": divided by N, the selected elements of the whole batch. "sum", "none": the divisor N is 1, the
+            gradient is w m d ("none" for ``dmd_gradient`` alone).
+    """
+
+    guidance: str = "self_forcing"
+    normalize: bool = True
+    eps: float = 0.0
+    nan: str = "sample"
+    reduction: str = "mean"
+
+    def __post_init__(self):
+        choice("DMDOptions", "guidance", ("self_forcing", "dmd2"), self.guidance)
+        choice("DMDOptions", "nan", _NAN_RULES, self.nan)
+        choice("DMDOptions", "reduction", _REDUCTIONS, self.reduction)
+        flag("DMDOptions", "normalize", self.normalize)
+        if not 0 <= number("DMDOptions", "eps", self.eps) < math.inf:
+            raise argument_error("DMDOptions", "eps", "a finite number >= 0", self.eps)
+
+
+_DEFAULT = DMDOptions()
 
 
 @nvtx_annotated
@@ -49,18 +88,13 @@ def dmd_gradient(
     real: Tensor,
     fake_uncond: Tensor | None = None,
     real_uncond: Tensor | None = None,
-    real_guidance: float | None = None,
     fake_guidance: float | None = None,
-    guidance: str = "self_forcing",
+    real_guidance: float | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    normalize: bool = True,
-    eps: float = 0.0,
-    nan: str = "sample",
-    prediction: str = "x0",
     x_t: Tensor | None = None,
     sigma: Tensor | None = None,
-    reduction: str = "mean",
+    options: DMDOptions = _DEFAULT,
     return_aux: bool = False,
 ):
     """Gradient of the distribution-matching loss on the generator's output ``x`` (DMD, arXiv 2311.18828, eq. 7-8; Re-DMD, arXiv
@@ -76,37 +110,26 @@ def dmd_gradient(
             for all predictions and ``x_t``).
         fake_uncond, real_uncond: unconditional predictions. Not read where g = 0.
         fake_guidance, real_guidance: the scale s of the convention; default: no guidance.
-        guidance: "self_forcing": v = c + s (c - u), none at s = 0 (CausVid, Self-Forcing, Reward Forcing; their 3.0 is 4.0 of the
-            other). "dmd2": v = u + s (c - u), none at s = 1.
         weight: [B], [B, F], or as many dimensions as ``x`` (size 1 broadcasts); used in float32 (float64 for float64 ``x``).
             See ``reward_weight``.
         mask: bool, shapes as ``weight``; True selects. It acts on gradient, loss and N, not on the normaliser.
-        normalize, eps: False divides by 1 (``x`` is then not read). A sample whose divisor is 0 has d = 0.
-        nan: "sample" (default): a sample whose d (or weight) is not finite in every element, in the predictions' dtype, gets
-            gradient 0 and is counted in ``dropped``; N does not change. "published": NaN -> 0, +-inf -> the largest finite number of
-            the predictions' dtype, element by element, a zero divisor included (the loss may then overflow). "raise": an
-            ArgumentError instead of a dropped sample; the only mode that waits for the device.
-        prediction: "x0", or "flow": x0 = x_t - sigma * prediction, for every prediction.
-        x_t, sigma: for "flow": the noisy input [B, ...] and its noise level, [B] or [B, F].
-        reduction: "mean": as above. "sum", "none": the divisor N is 1, the gradient is w m d.
+        x_t, sigma: where the predictions are flows, x0 = x_t - sigma * prediction for each of them: the noisy input [B, ...] and
+            its noise level, [B] or [B, F]. Without them the predictions are x0.
+        options: a ``DMDOptions``: convention of guidance, normaliser, NaN rule, reduction.
         return_aux: also return a ``DMDAux``.
 
     Returns:
         gradient, shape and dtype of ``x``, without graph; or (gradient, DMDAux). N = 0: gradient and loss are 0.
 
-    Arithmetic is float32 (float64 for float64 ``x``); sums have two levels, fixed tiles in float32 and their sums in float64, so
-    results do not depend on threads, and norms and ``reduction="none"`` not on the other samples. Nothing is mutated. Inputs that
-    are not contiguous are copied. Raises ArgumentError for a wrong call, before anything is computed.
+    Arithmetic is float32 (float64 for float64 ``x``); sums have two levels, fixed tiles in float32 (the normaliser's in float64)
+    and their sums in float64, so results do not depend on threads, and norms and ``reduction="none"`` not on the other samples.
+    Nothing is mutated. Inputs that are not contiguous are copied. Raises ArgumentError for a wrong call, before anything is
+    computed.
     """
-    choice(_OP, "reduction", ("mean", "sum", "none"), reduction)
-    _check_tensors(x, fake, real, fake_uncond, real_uncond, weight, mask, x_t, sigma)
+    inputs = _Inputs(x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma)
     with torch.no_grad():
-        arguments = _arguments(
-            x, fake, real, fake_uncond, real_uncond, real_guidance, fake_guidance, guidance, weight, mask, normalize, eps, nan,
-            prediction, x_t, sigma, reduction, True,
-        )  # fmt: skip
-        gradient, *aux, _ = invoke(ops.dmd_gradient.default, *arguments)
-    return (gradient, DMDAux(*aux)) if return_aux else gradient
+        gradient, *aux = _launch(inputs, options, scale_gradient=True)
+    return (gradient, DMDAux(*aux)) if flag(_OP, "return_aux", return_aux) else gradient
 
 
 @nvtx_annotated
@@ -117,18 +140,13 @@ def dmd_loss(
     real: Tensor,
     fake_uncond: Tensor | None = None,
     real_uncond: Tensor | None = None,
-    real_guidance: float | None = None,
     fake_guidance: float | None = None,
-    guidance: str = "self_forcing",
+    real_guidance: float | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    normalize: bool = True,
-    eps: float = 0.0,
-    nan: str = "sample",
-    prediction: str = "x0",
     x_t: Tensor | None = None,
     sigma: Tensor | None = None,
-    reduction: str = "mean",
+    options: DMDOptions = _DEFAULT,
     return_aux: bool = False,
 ):
     """The distribution-matching loss as a scalar that is differentiable in ``x``, and in ``x`` alone::
@@ -136,32 +154,33 @@ def dmd_loss(
         loss = sum( w m (x - stop(x - d))^2 ) / (2 N)        d loss / d x = w m d / N
 
     Arguments as in ``dmd_gradient`` (same launch; loss and gradient come out together, backward is one multiplication); every
-    other argument is a constant of the loss, as its definition says. ``reduction``: "mean" or "sum" (N = 1). For float16 ``x`` the
-    division by N waits for backward, so that a scaled loss keeps small gradients out of the subnormal range. Returns the loss, [],
-    float32 (float64 for float64 ``x``); or (loss, DMDAux). Differentiating twice raises.
+    other argument is a constant of the loss, as its definition says. ``options.reduction``: "mean" or "sum" (N = 1). For float16
+    ``x`` the division by N waits for backward, so that a scaled loss keeps small gradients out of the subnormal range. Returns
+    the loss, [], float32 (float64 for float64 ``x``); or (loss, DMDAux). Differentiating twice raises.
     """
-    choice(_OP, "reduction", ("mean", "sum"), reduction)
-    _check_tensors(x, fake, real, fake_uncond, real_uncond, weight, mask, x_t, sigma)
-    fixed = [None if t is None else t.detach() for t in (fake, real, fake_uncond, real_uncond)]
-    weight, x_t, sigma = (None if t is None else t.detach() for t in (weight, x_t, sigma))
-    arguments = _arguments(
-        x, *fixed, real_guidance, fake_guidance, guidance, weight, mask, normalize, eps, nan, prediction, x_t, sigma, reduction,
-        x.dtype != torch.float16,
-    )  # fmt: skip
-    _, loss, *aux, _ = invoke(ops.dmd_gradient.default, *arguments)
-    return (loss, DMDAux(loss.detach(), *aux)) if return_aux else loss
+    if isinstance(options, DMDOptions):
+        choice("dmd_loss", "options.reduction", ("mean", "sum"), options.reduction)
+    inputs = _Inputs(x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma)
+    constants = _Inputs(x, *(t.detach() if isinstance(t, Tensor) else t for t in inputs[1:]))
+    scale_gradient = isinstance(x, Tensor) and x.dtype != torch.float16
+    loss, *aux = _launch(constants, options, scale_gradient=scale_gradient)[1:]
+    return (loss, DMDAux(loss.detach(), *aux)) if flag("dmd_loss", "return_aux", return_aux) else loss
 
 
-def _check_tensors(x, fake, real, fake_uncond, real_uncond, weight, mask, x_t, sigma):
-    optional = {
-        "fake_uncond": fake_uncond,
-        "real_uncond": real_uncond,
-        "weight": weight,
-        "mask": mask,
-        "x_t": x_t,
-        "sigma": sigma,
-    }
-    check_tensors(_OP, {"x": x, "fake": fake, "real": real}, optional)
+class _Inputs(NamedTuple):
+    """The tensors and scales of a call, as they were given."""
+
+    x: Tensor
+    fake: Tensor
+    real: Tensor
+    fake_uncond: Tensor | None
+    real_uncond: Tensor | None
+    fake_guidance: float | None
+    real_guidance: float | None
+    weight: Tensor | None
+    mask: Tensor | None
+    x_t: Tensor | None
+    sigma: Tensor | None
 
 
 def _acc_dtype(dtype):
@@ -177,70 +196,37 @@ def _coefficient(which, scale, uncond, guidance):
     return number(_OP, which, scale) - (1.0 if guidance == "dmd2" else 0.0)
 
 
-def _arguments(
-    x, fake, real, fake_uncond, real_uncond, real_guidance, fake_guidance, guidance, weight, mask, normalize, eps, nan, prediction,
-    x_t, sigma, reduction, scale_gradient,
-):  # fmt: skip
-    """What only Python can see (strings, conventions), into the arguments of the registered op."""
-    choice(_OP, "guidance", ("self_forcing", "dmd2"), guidance)
-    choice(_OP, "prediction", ("x0", "flow"), prediction)
-    for name, value in (("x_t", x_t), ("sigma", sigma)):
-        if (value is not None) != (prediction == "flow"):
-            expected = 'a tensor, with prediction="flow"' if value is None else 'None, with prediction="x0"'
-            raise argument_error(_OP, name, expected, "None" if value is None else "a tensor")
-    g_fake = _coefficient("fake_guidance", fake_guidance, fake_uncond, guidance)
-    g_real = _coefficient("real_guidance", real_guidance, real_uncond, guidance)
+def _launch(inputs: _Inputs, options: DMDOptions, *, scale_gradient: bool) -> list[Tensor]:
+    """Gradient, loss and what DMDAux holds, from the registered op."""
+    if not isinstance(options, DMDOptions):
+        raise argument_error(_OP, "options", "a DMDOptions", type(options).__name__)
+    x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma = inputs
+    optional = {
+        "fake_uncond": fake_uncond,
+        "real_uncond": real_uncond,
+        "weight": weight,
+        "mask": mask,
+        "x_t": x_t,
+        "sigma": sigma,
+    }
+    check_tensors(_OP, {"x": x, "fake": fake, "real": real}, optional)
+    g_fake = _coefficient("fake_guidance", fake_guidance, fake_uncond, options.guidance)
+    g_real = _coefficient("real_guidance", real_guidance, real_uncond, options.guidance)
     acc = _acc_dtype(x.dtype)
     weight = weight.to(acc) if weight is not None and weight.is_floating_point() else weight
     sigma = sigma.to(acc) if sigma is not None and sigma.is_floating_point() else sigma
-    return (
-        x, fake, real, fake_uncond, real_uncond, g_fake, g_real, x_t, sigma, weight, mask, bool(normalize),
-        number(_OP, "eps", eps), nan, reduction, scale_gradient,
-    )  # fmt: skip
-
-
-def supports(dtype: torch.dtype = torch.float32, prediction_dtype: torch.dtype | None = None, device="cpu"):
-    """(True, backend) or (False, reason), without touching a device."""
-    prediction_dtype = prediction_dtype or dtype
-    kind = torch.device(device).type
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return False, f"x of dtype {dtype}: float64, float32, bfloat16 or float16"
-    if prediction_dtype not in (dtype, torch.float32):
-        return False, f"predictions of dtype {prediction_dtype} with x of {dtype}: the dtype of x, or float32"
-    if kind == "cpu":
-        return True, "cpu"
-    if kind == "cuda":
-        archs = build_info()["cuda_archs"]
-        return (True, f"cuda ({archs})") if archs else (False, "this build has no CUDA part (built without nvcc)")
-    return False, f"device {kind}: cpu or cuda"
-
-
-def cost(
-    shape,
-    dtype: torch.dtype = torch.float32,
-    prediction_dtype: torch.dtype | None = None,
-    *,
-    fake_uncond: bool = False,
-    real_uncond: bool = True,
-    flow: bool = False,
-    normalize: bool = True,
-    weight_elements: int = 0,
-    mask_elements: int = 0,
-) -> dict:
-    """FLOPs and the floor in bytes: every input read once, the gradient written once."""
-    elements = math.prod(shape)
-    predictions = 2 + fake_uncond + real_uncond + (flow and normalize)
-    size, prediction_size = dtype.itemsize, (prediction_dtype or dtype).itemsize
-    bytes_ = elements * (size * (1 + normalize) + prediction_size * predictions)
-    bytes_ += weight_elements * _acc_dtype(dtype).itemsize + mask_elements
-    # guided: 3 each; difference, division, coefficient and product, two terms and their sums: 8; distance and its sum: 2; flow: 3
-    flops = elements * (3 * (fake_uncond + real_uncond) + 8 + 2 * normalize + 3 * flow)
-    return {"flops": flops, "bytes": bytes_}
-
-
-for _function in (dmd_gradient, dmd_loss):
-    _function.supports = supports
-    _function.cost = cost
+    results = invoke(
+        ops.dmd_gradient.default,
+        *(x, fake, real, fake_uncond, real_uncond, g_fake, g_real, x_t, sigma, weight, mask),
+        *(
+            options.normalize,
+            float(options.eps),
+            _NAN_RULES[options.nan],
+            _REDUCTIONS[options.reduction],
+            scale_gradient,
+        ),
+    )
+    return list(results[:-1])
 
 
 @register_fake("dmd_gradient")
@@ -258,21 +244,32 @@ def _fake(x, fake, *arguments):
     )
 
 
+class _Once(torch.autograd.Function):
+    """dx, bound to x and to the gradient of the loss by a node that raises: without it a second derivative of the loss would be 0."""
+
+    @staticmethod
+    def forward(ctx, dx, grad_loss, x):
+        return dx.view_as(dx)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("rf_kernels.dmd_loss: its gradient is not differentiable (no double backward)")
+
+
 def _setup_context(ctx, inputs, output):
     gradient, _, *aux, scale = output
     ctx.mark_non_differentiable(gradient, *aux, scale)
     ctx.scaled = inputs[-1]
-    ctx.save_for_backward(gradient, scale)
+    ctx.save_for_backward(gradient, scale, inputs[0])
 
 
-@torch.autograd.function.once_differentiable
 def _backward(ctx, _gradient, grad_loss, *_):
-    gradient, scale = ctx.saved_tensors
-    factor = grad_loss if ctx.scaled else grad_loss * scale
-    if type(factor) is Tensor and factor.is_cpu and factor.item() == 1:
-        dx = gradient  # backward() of the loss itself: nothing to multiply by, and on the CPU looking costs nothing
-    else:
+    gradient, scale, x = ctx.saved_tensors
+    with torch.no_grad():
+        factor = grad_loss if ctx.scaled else grad_loss * scale
         dx = gradient * factor  # 0-dim: applied in the arithmetic type, one rounding to the gradient's dtype
+    if torch.is_grad_enabled():  # create_graph=True
+        dx = _Once.apply(dx, grad_loss, x)
     return dx, *([None] * 15)
 
 

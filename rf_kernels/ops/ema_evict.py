@@ -4,12 +4,23 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import argument_error, as_list, choice, invoke, ops, refuse_grad, register_fake
+from .._backend import (
+    argument_error,
+    choice,
+    integer,
+    integers,
+    invoke,
+    number,
+    ops,
+    refuse_grad,
+    refuse_negative,
+    register_fake,
+    wrote,
+)
 from ..profiling import nvtx_annotated
 
 STATES = {"compensated": 0, "float32": 1, "published": 2}
 NONFINITE = {"skip": True, "propagate": False}
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @nvtx_annotated
@@ -80,14 +91,23 @@ def ema_evict(
     """
     choice("ema_evict", "state", STATES, state)
     choice("ema_evict", "on_nonfinite", NONFINITE, on_nonfinite)
-    refuse_grad("ema_evict", k_cache=k_cache, v_cache=v_cache, k_state=k_state, k_state_lo=k_state_lo, v_state=v_state)
+    written = {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k_state": k_state,
+        "k_state_lo": k_state_lo,
+        "v_state": v_state,
+        "skipped": skipped,
+    }
+    refuse_grad("ema_evict", **written, turns=turns, alpha=alpha)
+    refuse_negative("ema_evict", **written)
     if not isinstance(alpha, torch.Tensor):
-        if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        if not 0 <= number("ema_evict", "alpha", alpha) <= 1:
             raise argument_error("ema_evict", "alpha", "a number in [0, 1], or a tensor", repr(alpha))
         device = k_cache.device if isinstance(k_cache, torch.Tensor) else "cpu"
         alpha = torch.full((), alpha, dtype=torch.float64, device=device)
     invoke(
-        ops.ema_evict,
+        ops.ema_evict.default,
         k_cache,
         v_cache,
         k_state,
@@ -96,88 +116,15 @@ def ema_evict(
         schedule,
         turns,
         alpha,
-        frame_tokens,
-        as_list("ema_evict", "temporal", temporal),
+        integer("ema_evict", "frame_tokens", frame_tokens),
+        integers("ema_evict", "temporal", temporal),
         STATES[state],
         NONFINITE[on_nonfinite],
         skipped,
     )
+    wrote(*written.values())
 
 
 @register_fake("ema_evict")
 def _fake(*args):
     return None
-
-
-def _half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-def supports(
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    head_dim: int = 128,
-    temporal: Sequence[int] = (0, 1, 2),
-    temporal_pairs: int = 0,
-) -> tuple[bool, str]:
-    """Whether ``ema_evict`` serves such a cache, and how (or why not). Looks at no GPU."""
-    if dtype not in _DTYPES:
-        return False, f"dtype {dtype}: float64, float32, bfloat16 or float16 are supported"
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        return False, f"device {kind}: there are a CPU and a CUDA backend"
-    if head_dim < 1 or 2 * temporal_pairs > head_dim:
-        return False, f"{temporal_pairs} temporal pairs do not fit in head_dim {head_dim}"
-    x0, y0, step = temporal
-    inside = x0 >= 0 and y0 + (temporal_pairs - 1) * step < head_dim
-    if temporal_pairs and not (inside and ((step == 2 and y0 == x0 + 1) or (step == 1 and y0 >= x0 + temporal_pairs))):
-        expected = "neighbours (x0, x0 + 1, 2) or two runs (x0, y0, 1) inside the head"
-        return False, f"temporal dims {tuple(temporal)}: {expected}"
-    width = 8 if kind == "cpu" else 16 // dtype.itemsize
-    span = -(-temporal_pairs // width) * width
-    aligned = head_dim % width == 0 and (
-        temporal_pairs == 0
-        or (x0 % width == 0 and (step == 2 or (y0 % width == 0 and x0 + span <= y0 and y0 + span <= head_dim)))
-    )
-    if not aligned:
-        return True, f"scalar path: head_dim {head_dim} or the place of its temporal pairs is no multiple of {width}"
-    return True, f"vectors of {width} elements" + (" or more" if kind == "cpu" else "")
-
-
-def cost(
-    *,
-    batch: int,
-    sink_frames: int,
-    frame_tokens: int,
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    sources: int | None = None,
-    temporal_pairs: int = 0,
-    state: str = "compensated",
-) -> dict[str, int]:
-    """FLOPs and the least bytes of a call that fuses ``sources`` frames (all sink frames together; default one each)
-    per sample.
-
-    Bytes: source K and V read once; K and V state read and written where a source is fused; the sink's key slots
-    written. With fewer sources than sink frames, the other frames read their key state and write their slot.
-    """
-    sources = sink_frames if sources is None else sources
-    fused = min(sources, sink_frames)
-    frame = batch * frame_tokens * heads * head_dim
-    item = dtype.itemsize
-    if not _half(dtype) or state == "published":
-        k_state, v_read, v_written = item, item, item
-    elif state == "compensated":
-        k_state, v_read, v_written = 2 * item, 2 * item, 2 * item
-    else:
-        k_state, v_read, v_written = 4, 4, 4 + item  # the value slot is written from the float32 state, and not read
-    moved = sources * 2 * item + sink_frames * (k_state + item) + fused * (k_state + v_read + v_written)
-    turned = batch * frame_tokens * heads * temporal_pairs * 6  # four products, two sums a pair
-    flops = sources * 2 * frame * 3 + (sources + sink_frames) * turned
-    return {"flops": flops, "bytes": moved * frame}
-
-
-ema_evict.supports = supports
-ema_evict.cost = cost

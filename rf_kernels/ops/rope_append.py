@@ -5,13 +5,21 @@ from collections.abc import Sequence
 
 import torch
 
-from .._backend import as_list, build_info, choice, invoke, ops, refuse_grad, register_fake
+from .._backend import (
+    choice,
+    integers,
+    invoke,
+    number,
+    ops,
+    refuse_grad,
+    refuse_negative,
+    register_fake,
+    wrote,
+)
 from ..positions import LAYOUTS
 from ..profiling import nvtx_annotated
 
 _NORMS = {None: 0, "model": 1, "head": 2}
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MAX_AXES = 8
 
 
 def _code(op: str, argument: str, table: dict, value) -> int:
@@ -76,9 +84,11 @@ def rope_append(
     the whole cache again in every forward, here a key is rotated once. docs/rope_append.md has the contract and the
     numerics.
     """
-    return _call(
+    q_out = _call(
         ops.rope_append.default, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps
     )
+    wrote(k_cache, v_cache)
+    return q_out
 
 
 def rope_append_check(
@@ -118,10 +128,16 @@ def rope_append_check(
 
 
 def _call(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps):
-    refuse_grad("rope_append", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, q_weight=q_weight, k_weight=k_weight)
+    refuse_grad(
+        "rope_append",
+        **{"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "angles": angles},
+        **{"q_weight": q_weight, "k_weight": k_weight},
+    )
+    refuse_negative("rope_append", k_cache=k_cache, v_cache=v_cache)
     layout = _code("rope_append", "layout", LAYOUTS, layout)
     norm = _code("rope_append", "norm", _NORMS, norm)
-    axes = as_list("rope_append", "axes", axes)
+    axes = integers("rope_append", "axes", axes)
+    eps = number("rope_append", "eps", eps)
     return invoke(op, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps)
 
 
@@ -148,15 +164,16 @@ def rope(
     Raises:
         ArgumentError: a wrong argument.
     """
+    refuse_grad("rope", "it is not differentiable in its angles", angles=angles)
     return invoke(
         ops.rope.default,
         x,
         angles,
-        as_list("rope", "axes", axes),
+        integers("rope", "axes", axes),
         _code("rope", "layout", LAYOUTS, layout),
         weight,
         _code("rope", "norm", _NORMS, norm),
-        eps,
+        number("rope", "eps", eps),
     )
 
 
@@ -213,84 +230,3 @@ def _rope_backward(ctx, grad):
 
 
 torch.library.register_autograd("rf_kernels::rope", _rope_backward, setup_context=_setup_rope)
-
-# ---- what is served, and at what cost -------------------------------------------------------------------------------
-
-
-def _supports(
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    head_dim: int = 128,
-    pairs: Sequence[int] = (),
-    layout: str = "adjacent",
-) -> tuple[bool, str]:
-    """Whether a backend serves heads of this kind, and how (or why not). Needs no GPU.
-
-    Args:
-        pairs: rotated pairs of each axis, as ``RoPE.pairs``; empty: no rotation.
-    """
-    if dtype not in _DTYPES:
-        return False, f"dtype {dtype}: float64, float32, bfloat16 or float16 are supported"
-    if layout not in LAYOUTS:
-        return False, f"layout {layout!r}: {', '.join(LAYOUTS)} are supported"
-    if len(pairs) > _MAX_AXES:
-        return False, f"{len(pairs)} axes: at most {_MAX_AXES} are supported"
-    if head_dim < 1 or 2 * sum(pairs) > head_dim:
-        return False, f"{sum(pairs)} pairs do not fit in head dim {head_dim}"
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return True, "C++ backend"
-    if kind != "cuda":
-        return False, f"device {kind}: there are a CPU and a CUDA backend"
-    if not build_info()["cuda_archs"]:
-        return False, "this build has no CUDA part"
-    width = 16 // dtype.itemsize
-    runs = [head_dim, sum(pairs), *(pairs if layout == "axis_half" else ())]
-    if any(run % width for run in runs):
-        return True, "scalar accesses: head dim or pairs are no multiple of a 16-byte access"
-    return True, "16-byte accesses (where addresses and strides allow them)"
-
-
-def _elements(batch: int, tokens: int, heads: int, head_dim: int, pairs: Sequence[int], norm: bool) -> tuple[int, int]:
-    """Elements of one tensor, and the FLOPs of its norm (square, add, two products) and rotation (6 a pair)."""
-    rows = batch * tokens * heads
-    return rows * head_dim, rows * (4 * head_dim * norm + 6 * sum(pairs))
-
-
-def _rope_append_cost(
-    *,
-    batch: int,
-    tokens: int,
-    q_heads: int,
-    kv_heads: int | None = None,
-    head_dim: int,
-    dtype: torch.dtype,
-    pairs: Sequence[int] = (),
-    norm: bool = True,
-) -> dict[str, int]:
-    """FLOPs and the least bytes of a call: q, k, v read once; q_out, the key and the value slots written once."""
-    kv_heads = q_heads if kv_heads is None else kv_heads
-    q, q_flops = _elements(batch, tokens, q_heads, head_dim, pairs, norm)
-    k, k_flops = _elements(batch, tokens, kv_heads, head_dim, pairs, norm)
-    return {"flops": q_flops + k_flops, "bytes": dtype.itemsize * (2 * q + 4 * k)}
-
-
-def _rope_cost(
-    *,
-    batch: int,
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    pairs: Sequence[int] = (),
-    norm: bool = True,
-) -> dict[str, int]:
-    """FLOPs and the least bytes of a call: x read once, the result written once."""
-    x, flops = _elements(batch, tokens, heads, head_dim, pairs, norm)
-    return {"flops": flops, "bytes": 2 * dtype.itemsize * x}
-
-
-rope_append.supports = rope.supports = _supports
-rope_append.cost = _rope_append_cost
-rope.cost = _rope_cost

@@ -2,12 +2,10 @@
 
 import torch
 
-from .._backend import argument_error, as_list, invoke, ops, register_fake
-from ..profiling import nvtx_annotated
+from .._backend import flag, integer, integers, invoke, number, ops, register_fake
+from ..profiling import nvtx_annotated, when_imported
 
 _OP = "sink_window_attention"
-_MAX_HEAD_DIM = 256
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @nvtx_annotated
@@ -42,8 +40,8 @@ def sink_window_attention(
         q: queries ``[B, Nq, Hq, D]``; float64, float32, bfloat16 or float16 (float64 on CPU only), ``1 <= D <= 256``.
         k: keys ``[B, T, Hkv, D]``, ``Hkv`` dividing ``Hq``: query head ``h`` reads key head ``h // (Hq // Hkv)``.
         v: values, of the shape of ``k``. All three may be strided views with a unit stride in ``D``: nothing is copied.
-        kv_tokens: number of valid tokens at the start of k and v, ``0 .. T`` (default ``T``). Tokens behind it are never read
-            and get zero gradient. With 0, ``out`` is 0 and ``lse`` is ``-inf``.
+        kv_tokens: number of valid tokens at the start of k and v, ``0 .. T``; required without ``chunk_ends``. Tokens behind it
+            are never read and get zero gradient. With 0, ``out`` is 0 and ``lse`` is ``-inf``.
         softmax_scale: factor on the logits, above 0 (default ``D ** -0.5``).
         return_lse: also return the log-sum-exp.
         chunk_ends: ends of the chunks in tokens, ascending; the last is ``Nq = T``. Whole-sequence mode.
@@ -71,19 +69,19 @@ def sink_window_attention(
     if softmax_scale is None:
         known = isinstance(q, torch.Tensor) and q.dim() > 0 and q.shape[-1] > 0
         softmax_scale = q.shape[-1] ** -0.5 if known else 1.0
-    if chunk_ends is not None:
-        chunk_ends = as_list(_OP, "chunk_ends", chunk_ends)
     out, lse = invoke(
-        ops.sink_window_attention,
+        ops.sink_window_attention.default,
         q,
         k,
         v,
-        kv_tokens,
-        softmax_scale,
-        chunk_ends,
-        num_sink_tokens,
-        num_window_tokens,
-        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+        None if kv_tokens is None else integer(_OP, "kv_tokens", kv_tokens),
+        number(_OP, "softmax_scale", softmax_scale),
+        None if chunk_ends is None else integers(_OP, "chunk_ends", chunk_ends),
+        integer(_OP, "num_sink_tokens", num_sink_tokens),
+        None if num_window_tokens is None else integer(_OP, "num_window_tokens", num_window_tokens),
+        torch.are_deterministic_algorithms_enabled()
+        if deterministic is None
+        else flag(_OP, "deterministic", deterministic),
     )
     return (out, lse) if return_lse else out
 
@@ -132,73 +130,31 @@ def _refuse_double_backward(ctx, *grads):
 torch.library.register_autograd("rf_kernels::sink_window_attention_backward", _refuse_double_backward)
 
 
-def supports(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    head_dim: int,
-    heads: int = 1,
-    kv_heads: int | None = None,
-) -> tuple[bool, str]:
-    """Whether a backend serves such a call, and which one or why not. Needs no GPU."""
-    device = torch.device(device).type
-    kv_heads = heads if kv_heads is None else kv_heads
-    if dtype not in _DTYPES:
-        return False, f"dtype {dtype}: float64, float32, bfloat16 and float16 are supported"
-    if not 1 <= head_dim <= _MAX_HEAD_DIM:
-        return False, f"head dim {head_dim}: 1 to {_MAX_HEAD_DIM} are supported"
-    if heads != kv_heads and (kv_heads < 1 or heads % kv_heads):
-        return False, f"{kv_heads} key heads do not divide {heads} query heads"
-    if device == "cpu":
-        return True, "cpu"
-    if device != "cuda":
-        return False, f"device {device}: cpu and cuda are supported"
-    if dtype == torch.float64:
-        return False, "no CUDA attention kernel computes in float64"
-    if dtype == torch.float32:
-        return True, "torch_efficient"
-    if head_dim in (64, 128):
-        return True, "hopper on devices of compute capability 9.0 where the build has it, else torch_flash"
-    return True, "torch_flash"
-
-
-def cost(
-    batch: int,
-    queries: int,
-    heads: int,
-    head_dim: int,
-    *,
-    kv_tokens: int | None = None,
-    kv_heads: int | None = None,
-    chunk_ends: list[int] | tuple[int, ...] | None = None,
-    num_sink_tokens: int = 0,
-    num_window_tokens: int | None = None,
-    element_size: int = 2,
-    backward: bool = False,
-) -> dict[str, int]:
-    """FLOPs of the matrix products (2 per multiply-add) and bytes of q, k, v, out and LSE, each moved once.
-
-    Forward: ``4 * D * H`` FLOPs per visible (query, key) pair. Backward: 2.5 times that (five products, recomputation included).
-    Bytes of the backward: q, k, v, out, grad_out and LSE read, grad_q, grad_k, grad_v written.
-    """
-    kv_heads = heads if kv_heads is None else kv_heads
+def _flops(q, k, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens) -> int:
+    """Of the two matrix products over the visible (query, key) pairs, 2 per multiply-add. q, k: shapes."""
+    batch, queries, heads, dim = q
     if chunk_ends is None:
-        if kv_tokens is None:
-            raise argument_error(_OP, "kv_tokens", "a token count (or `chunk_ends`)", None)
-        pairs, tokens = queries * kv_tokens, kv_tokens
+        pairs = queries * kv_tokens
     else:
-        pairs, tokens, begin = 0, queries, 0
+        pairs = begin = 0
         for end in chunk_ends:
-            window = end if num_window_tokens is None else num_window_tokens
-            pairs += (end - begin) * (min(num_sink_tokens, end) + end - max(min(num_sink_tokens, end), end - window))
+            sink_end = min(num_sink_tokens, end)
+            oldest = 0 if num_window_tokens is None else end - num_window_tokens
+            pairs += (end - begin) * (sink_end + end - max(sink_end, oldest))
             begin = end
-    flops = 4 * batch * heads * head_dim * pairs
-    q_bytes = batch * queries * heads * head_dim * element_size
-    kv_bytes = 2 * batch * tokens * kv_heads * head_dim * element_size
-    lse_bytes = batch * heads * queries * (8 if element_size == 8 else 4)
-    if backward:
-        return {"flops": flops * 5 // 2, "bytes": 4 * q_bytes + 2 * kv_bytes + lse_bytes}
-    return {"flops": flops, "bytes": 2 * q_bytes + kv_bytes + lse_bytes}
+    return 4 * batch * heads * dim * pairs
 
 
-sink_window_attention.supports = supports
-sink_window_attention.cost = cost
+def _register_flops(counter) -> None:
+    """For FlopCounterMode. Five products in the backward, as PyTorch counts its own attention."""
+
+    @counter.register_flop_formula(ops.sink_window_attention)
+    def forward(q, k, v, kv_tokens, scale, ends, sink_tokens, window_tokens, *_, out_shape=None, **__) -> int:
+        return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens)
+
+    @counter.register_flop_formula(ops.sink_window_attention_backward)
+    def backward(grad, q, k, v, out, lse, kv_tokens, scale, ends, sink_tokens, window_tokens, *, out_shape=None) -> int:
+        return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens) * 5 // 2
+
+
+when_imported("torch.utils.flop_counter", _register_flops)

@@ -11,7 +11,10 @@ def _attend(q, k, v, softmax_scale):
     group = heads // k.shape[2] if heads else 1
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
-    out = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(logits, dim=-1), v)
+    # A query whose logits are all -inf has an empty sum: out = 0, lse = -inf, and no gradient.
+    sees = (logits > float("-inf")).any(-1) | logits.isnan().any(-1)
+    weights = torch.softmax(logits.masked_fill(~sees[..., None], 0.0), dim=-1).masked_fill(~sees[..., None], 0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     return out, torch.logsumexp(logits, dim=-1)
 
 

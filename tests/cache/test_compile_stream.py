@@ -13,33 +13,30 @@ MOST_COMPILATIONS = 5
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)])
-def test_a_stream_compiles_a_few_times_and_then_never_again(backend):
+@pytest.mark.parametrize("policy", [rf.EMASink(0.9), rf.StaticSink()], ids=["ema", "static"])
+def test_a_stream_compiles_a_few_times_and_then_never_again(backend, policy):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    eager, compiled = (
-        rf.SinkWindowCache(
-            layers=2, batch=1, heads=2, head_dim=32, grid=(2, 3), sink_frames=2, window_frames=4, sink_policy=rf.EMASink(0.9),
-            rope=rf.RoPE3D.wan(32), dtype=torch.float32,
-        )
-        for _ in range(2)
+    spec = rf.CacheSpec(
+        layers=2, batch=1, heads=2, head_dim=32, grid=(2, 3), sink_frames=2, window_frames=4, rope=rf.RoPE3D.wan(32),
+        dtype=torch.float32, device="cpu",
     )  # fmt: skip
+    eager, compiled = (rf.SinkWindowCache(spec, sink=policy) for _ in range(2))
+    norms = [torch.nn.RMSNorm(64, eps=1e-6).requires_grad_(False) for _ in range(2)]
 
-    def forward(q, k, v, cache, plan):
+    def forward(q, k, v, chunk):
         for layer in range(2):
-            q = cache[layer].append(q, k, v, plan)
-            q = rf.sink_window_attention(q, cache[layer].k, cache[layer].v, kv_tokens=plan.kv_tokens)
+            q = chunk.attend(layer, q, k, v, q_norm=norms[0], k_norm=norms[1])
         return q
 
     counter = CompileCounterWithBackend(backend)
     compiled_forward = torch.compile(forward, fullgraph=True, backend=counter)
     counts = []
     for _ in range(12):
-        plans = eager.begin(2), compiled.begin(2)
-        for _ in range(2):
-            data = [torch.randn(1, 12, 2, 32) for _ in range(3)]
-            assert_equal_bits(compiled_forward(*data, compiled, plans[1]), forward(*data, eager, plans[0]))
-        eager.commit(plans[0])
-        compiled.commit(plans[1])
+        with eager.chunk(2) as expected, compiled.chunk(2) as found:
+            for _ in range(2):
+                data = [torch.randn(1, 12, 2, 32) for _ in range(3)]
+                assert_equal_bits(compiled_forward(*data, found), forward(*data, expected))
         counts.append(counter.frame_count)
     assert_equal_bits(compiled.k, eager.k)
     assert_equal_bits(compiled.v, eager.v)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from chip import build
@@ -17,7 +18,9 @@ def test_dense_prefix(name, policy):
     check(make_inputs(DENSE[name]), policy=policy)
 
 
-@pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
+@pytest.mark.parametrize(
+    "variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64", "bf16_64_polynomial", "fp16_64_polynomial"]
+)
 @pytest.mark.parametrize("sizes", [(200, 611), (193, 129), (64, 513)], ids=str)
 def test_dtypes_and_head_dims(variant, sizes):
     check(make_inputs(Case(*sizes, heads=2, variant=variant)), policy="tma_late", seed=2)
@@ -89,6 +92,31 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours():
             a, b = a.transpose(1, 2), b.transpose(1, 2)
         assert_equal_bits(a[:, rows], b[:, rows])
         assert not torch.equal(a, b)
+
+
+def test_exponentials_by_polynomial():
+    """Rounded to bfloat16 they err by no more than the special function unit's, which are exact within 2 ulp of float32."""
+    x = np.r_[np.linspace(-30, 8, 2_000_001), np.linspace(-126, -30, 200_001)].astype(np.float32)
+    exact = torch.from_numpy(np.exp2(x.astype(np.float64)))
+
+    def error(values):
+        rounded = torch.from_numpy(values.astype(np.float32)).bfloat16().double()
+        return float((rounded / exact - 1).abs().max())
+
+    polynomial = build.load().exp2_polynomial(x)
+    assert error(polynomial) <= error(exact.numpy() * (1 + 2.0**-22))
+    assert float((torch.from_numpy(polynomial).double() / exact - 1).abs().max()) < 2.9e-4
+    edges = build.load().exp2_polynomial(np.float32([-np.inf, -1e30, -127, 0, 1, 8, np.nan]))
+    assert edges[:-1].tolist() == [0, 0, 0, 1, 2, 256] and np.isnan(edges[-1])
+
+
+def test_a_score_that_is_nan_stays_nan_whoever_computes_its_exponential():
+    """Key 0 is in a block of the polynomial, key 8 in one of the special function unit."""
+    for key in (0, 8):
+        inputs = make_inputs(Case(70, 300, num_sms=1, variant="bf16_64_polynomial"))
+        inputs.k[:, key, :, 0] = float("nan")
+        out, lse, _ = run(inputs)
+        assert out.isnan().all() and lse.isnan().all()
 
 
 def test_large_values_and_identical_keys():

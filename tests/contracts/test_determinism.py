@@ -150,7 +150,8 @@ class DmdGradient:
             "weight": weight,
             "mask": mask,
         }
-        gradient, aux = rf.dmd_gradient(x, **options, reduction="none", return_aux=True)
+        unscaled = rf.DMDOptions(reduction="none")
+        gradient, aux = rf.dmd_gradient(x, **options, options=unscaled, return_aux=True)
         leaf = x.clone().requires_grad_()
         loss = rf.dmd_loss(leaf, **options)
         loss.backward()
@@ -226,12 +227,11 @@ def test_streams(policy, threads):
         everything = make_cache(policy, batch=batch, dtype=torch.bfloat16, heads=4, head_dim=64, grid=(4, 8))
         results = []
         for chunk in range(5):
-            plan = cache.begin(2)
             inputs = [draw(everything, 2, 10 * chunk + layer) for layer in range(2)]
             if sample is not None:
                 inputs = [[t[sample : sample + 1] for t in qkv] for qkv in inputs]
-            results += forward(cache, plan, inputs)
-            cache.commit(plan)
+            with cache.chunk(2) as opened:
+                results += forward(opened, inputs)
         return results, [t for t in seen_of(cache)]
 
     threads(1)

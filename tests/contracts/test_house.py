@@ -129,7 +129,7 @@ def test_one_op_one_name_the_same_homes(op):
     assert not [home for home in homes if not (ROOT / home).is_file()]
     sources = [path for path in tracked("*.h", "*.cpp", "*.cu", under=f"csrc/{op}")]
     assert not [path.name for path in sources if f"namespace rf::{op}" not in path.read_text()]
-    assert "m.def(" in (ROOT / "csrc/ops.cpp").read_text() and f"{op}(" in (ROOT / "csrc/ops.cpp").read_text()
+    assert re.search(rf'"{op}",\s+"\(', (ROOT / "csrc/ops.cpp").read_text()), "no schema line"
 
 
 def test_files_read_in_one_sitting():
@@ -176,6 +176,8 @@ def test_sink_alone_is_no_name():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.arg] if isinstance(node, ast.arg) else [node.id] if isinstance(node, ast.Name) else []
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if name in ("sink", "sinks")]
+    # The one exception: the policy that a cache is made with.
+    wrong = [place for place in wrong if not place.startswith("rf_kernels/cache/cache.py:")]
     assert not wrong, "\n".join(wrong)
 
 

@@ -213,7 +213,8 @@ def test_dmd_gradient(elements):
     sampled = torch.tensor([0, 2**30, 2**31 - 4097, elements - 2, elements - 1])
     fakes, reals = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).to(DTYPE), torch.tensor([4.0, 4.0, 4.0, 4.0, 4.0]).to(DTYPE)
     x[0, sampled], real[0, sampled] = fakes, reals
-    gradient, aux = rf.dmd_gradient(x, fake=x, real=real, normalize=False, reduction="none", return_aux=True)
+    options = rf.DMDOptions(normalize=False, reduction="none")
+    gradient, aux = rf.dmd_gradient(x, fake=x, real=real, options=options, return_aux=True)
     assert torch.equal(gradient[0, sampled], fakes - reals)
     assert not bool(gradient[0, sampled[1:] - 2].any()) and not bool(gradient[0, 1:4096].any())
     assert float(aux.loss) == float((fakes - reals).double().square().sum() / 2)

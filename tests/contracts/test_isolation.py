@@ -21,9 +21,10 @@ class ModelFailed(Exception):
 def tagged(cache, frames, seed, tag):
     """Random q and k; every value is the tag."""
     g = torch.Generator().manual_seed(seed)
-    size = (cache.batch, frames * cache.frame_tokens, cache.heads, cache.head_dim)
-    q, k = (torch.randn(size, generator=g).to(cache.dtype) for _ in range(2))
-    return q, k, torch.full(size, tag, dtype=cache.dtype)
+    spec = cache.spec
+    size = (spec.batch, frames * spec.frame_tokens, spec.heads, spec.head_dim)
+    q, k = (torch.randn(size, generator=g).to(spec.dtype) for _ in range(2))
+    return q, k, torch.full(size, tag, dtype=spec.dtype)
 
 
 def tolerance(dtype):
@@ -32,17 +33,17 @@ def tolerance(dtype):
     return 12 * torch.finfo(dtype).eps
 
 
-def forward(cache, plan, seed, tag, fail_after=None):
+def forward(chunk, seed, tag, fail_after=None):
     """All layers once, giving way before each; raises after layer ``fail_after``."""
-    for layer in range(len(cache)):
+    cache = chunk.cache
+    for layer in range(cache.spec.layers):
         yield None
-        q, k, v = tagged(cache, plan.frames, seed + layer, tag)
-        q = cache[layer].append(q, k, v, plan)
-        out, lse = rf.sink_window_attention(
-            q, cache[layer].k, cache[layer].v, kv_tokens=plan.kv_tokens, return_lse=True
-        )
+        q, k, v = tagged(cache, chunk.frames, seed + layer, tag)
+        q = chunk.append(layer, q, k, v)
+        k, v, tokens = chunk.kv(layer)
+        out, lse = rf.sink_window_attention(q, k, v, kv_tokens=tokens, return_lse=True)
         worst = float((out.double() / tag - 1).abs().max())
-        assert worst <= tolerance(cache.dtype), f"stream {tag}: a value a factor {worst} away from its tag"
+        assert worst <= tolerance(cache.spec.dtype), f"stream {tag}: a value a factor {worst} away from its tag"
         yield fingerprint(out, lse)
         if layer == fail_after:
             raise ModelFailed
@@ -61,18 +62,18 @@ def session(number, events):
         frames, seed = choose.randint(1, 3), 1000 * number + 10 * event
         if kind == "reset":
             cache.reset()
-            assert not any(bool(t.any()) for t in (cache.k, cache.v, cache.skipped_tokens, *cache._states().values()))
+            assert not any(bool(t.any()) for t in (cache.k, cache.v, *cache._sink.tensors.values()))
             tag = -tag
             continue
-        plan = cache.begin(frames, undo=kind == "rollback")
+        chunk = cache.open(frames, undo=kind == "rollback")
         if kind in ("rollback", "retry", "abandon"):
             before = fingerprint(*seen_of(cache))
             try:
-                yield from forward(cache, plan, seed, tag, fail_after=choose.randint(0, len(cache) - 1))
+                yield from forward(chunk, seed, tag, fail_after=choose.randint(0, cache.spec.layers - 1))
             except ModelFailed:
                 pass
             if kind == "rollback":
-                cache.rollback(plan)
+                chunk.rollback()
                 assert fingerprint(*seen_of(cache)) == before
                 continue
             if kind == "abandon":  # the user goes; the next one takes the cache over
@@ -82,12 +83,12 @@ def session(number, events):
         if kind == "refused":
             q, k, v = tagged(cache, frames, seed, tag)
             with pytest.raises(rf.ArgumentError):
-                cache[len(cache) - 1].append(q, k.double(), v, plan)
+                chunk.append(cache.spec.layers - 1, q, k.double(), v)
         for i in range(2):
-            yield from forward(cache, plan, seed + i, tag)
-        cache.commit(plan)
-        n = cache.frame_tokens
-        window = cache.v[:, :, min(cache.sink_frames * n, cache.kv_tokens) : cache.kv_tokens]
+            yield from forward(chunk, seed + i, tag)
+        chunk.commit()
+        spec = cache.spec
+        window = cache.v[:, :, min(spec.sink_frames * spec.frame_tokens, cache.kv_tokens) : cache.kv_tokens]
         assert bool((window == tag).all())
         if cache.kv_tokens:
             fused = cache.sink_state(0)[1].double()
@@ -146,12 +147,8 @@ def test_streams_on_threads_of_their_own():
 def test_a_number_of_another_stream_is_noticed():
     """The check itself: one value of a neighbour in a valid slot."""
     cache = make_cache("static", layers=1)
-    for chunk in range(2):
-        plan = cache.begin(1)
-        if chunk == 1:
-            cache.v[0, 0, 0] = 70.0 * 1.25
-            with pytest.raises(AssertionError, match="away from its tag"):
-                list(forward(cache, plan, chunk, 70.0))
-        else:
-            list(forward(cache, plan, chunk, 70.0))
-            cache.commit(plan)
+    with cache.chunk(1) as chunk:
+        list(forward(chunk, 0, 70.0))
+    cache.v[0, 0, 0] = 70.0 * 1.25
+    with pytest.raises(AssertionError, match="away from its tag"), cache.chunk(1) as chunk:
+        list(forward(chunk, 1, 70.0))

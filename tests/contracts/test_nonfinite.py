@@ -8,7 +8,7 @@ import torch
 from helpers.promise_tools import DTYPES, assert_all_equal_bits, draw, everything_of, make_cache, seen_of
 
 import rf_kernels as rf
-from rf_kernels.testing import assert_equal_bits
+from rf_kernels.testing import assert_equal_bits, fingerprint
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 STATES = ("compensated", "float32", "published")
@@ -18,46 +18,47 @@ def run(cache, injections=(), *, chunks=9, frames=2, leave_out=(), repeat=False)
     """A stream. ``injections``: (chunk, layer, which of k and v, index, value). ``leave_out``: frames that the sink shall not absorb
     (a plan with a count of 0). ``repeat``: the caller runs a bad chunk again with finite tensors before it commits."""
     for chunk in range(chunks):
-        plan = cache.begin(frames)
-        for e in set(plan.leaving) & set(leave_out):
-            plan.schedule[cache.ring.absorber(e), 1] = 0
-        for forward in range(2):
-            for layer in range(len(cache)):
-                inputs = draw(cache, frames, 100 * chunk + layer)
-                for at, in_layer, which, index, value in injections:
-                    if (at, in_layer) == (chunk, layer) and not (repeat and forward):
-                        inputs[which][index] = value
-                cache[layer].append(*inputs, plan)
-        try:
-            cache.commit(plan)
-        except rf.NonFiniteError:
-            cache.commit(plan)
+        with cache.chunk(frames) as opened:
+            for e in set(opened.plan.leaving) & set(leave_out):
+                opened.plan.schedule[(e - cache.spec.sink_frames) % cache.spec.sink_frames, 1] = 0
+            for forward in range(2):
+                for layer in range(cache.spec.layers):
+                    inputs = draw(cache, frames, 100 * chunk + layer)
+                    for at, in_layer, which, index, value in injections:
+                        if (at, in_layer) == (chunk, layer) and not (repeat and forward):
+                            inputs[which][index] = value
+                    opened.append(layer, *inputs)
     return cache
 
 
 def injection(cache, choose, chunks, frames):
     """One bad element in a frame that is no sink frame and has left by the end."""
-    n = cache.frame_tokens
-    last = chunks * frames - cache.window_frames - 1
-    frame = choose.randint(cache.sink_frames, last)
+    n = cache.spec.frame_tokens
+    last = chunks * frames - cache.spec.window_frames - 1
+    frame = choose.randint(cache.spec.sink_frames, last)
     token = choose.randrange(n)
-    index = (choose.randrange(cache.batch), (frame % frames) * n + token, choose.randrange(2), choose.randrange(16))
-    which, layer = choose.choice((1, 2)), choose.randrange(len(cache))
+    index = (
+        choose.randrange(cache.spec.batch),
+        (frame % frames) * n + token,
+        choose.randrange(2),
+        choose.randrange(16),
+    )
+    which, layer = choose.choice((1, 2)), choose.randrange(cache.spec.layers)
     return frame, token, (frame // frames, layer, which, index, choose.choice(BAD))
 
 
-def check_skip(dtype, state, seed, on_nonfinite="skip", alpha=0.9):
+def check_skip(dtype, state, seed, alpha=0.9):
     choose = random.Random(seed)
     settings = {"dtype": dtype, "batch": 2, "window_frames": choose.choice((3, 4))}
 
-    def cache(mode=on_nonfinite):
-        return make_cache(rf.EMASink(alpha, state=state, on_nonfinite=mode), **settings)
+    def cache():
+        return make_cache(rf.EMASink(alpha, state=state), **settings)
 
     chunks, frames = 9, 2
     frame, token, bad = injection(cache(), choose, chunks, frames)
     layer, sample = bad[1], bad[3][0]
     clean, found, without = run(cache()), run(cache(), [bad]), run(cache(), leave_out=[frame])
-    absorbing = (frame - 2) % 2 * clean.frame_tokens + token  # the sink token that would have absorbed the bad one
+    absorbing = (frame - 2) % 2 * clean.spec.frame_tokens + token  # the sink token that would have absorbed the bad one
     for ours, theirs, absent in zip(seen_of(found), seen_of(clean), seen_of(without), strict=True):
         assert bool(ours.isfinite().all())
         expected = theirs.clone()
@@ -67,11 +68,10 @@ def check_skip(dtype, state, seed, on_nonfinite="skip", alpha=0.9):
     assert not bool(clean.skipped_tokens.any())
 
 
-@pytest.mark.parametrize("mode", ["skip", "raise"])
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_bad_element_leaves_no_trace_but_its_own_absence(dtype, state, mode):
-    check_skip(dtype, state, seed=STATES.index(state), on_nonfinite=mode)
+def test_a_bad_element_leaves_no_trace_but_its_own_absence(dtype, state):
+    check_skip(dtype, state, seed=STATES.index(state))
 
 
 @pytest.mark.heavy
@@ -90,13 +90,13 @@ def test_a_whole_chunk_of_nan_and_its_absence(state):
     found = run(make_cache(policy, dtype=torch.bfloat16), everything)
     without = run(make_cache(policy, dtype=torch.bfloat16), leave_out=[2 * chunk, 2 * chunk + 1])
     assert_all_equal_bits(seen_of(found), seen_of(without))
-    assert found.skipped_tokens.tolist() == [frames * found.frame_tokens] * 2
+    assert found.skipped_tokens.tolist() == [frames * found.spec.frame_tokens] * 2
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("on_nonfinite", ["skip", "propagate", "raise"])
 def test_a_chunk_that_is_run_again_leaves_nothing_at_all(on_nonfinite, state):
-    """The plan of a chunk writes the same slots again: also a sink frame can be mended so, before the commit."""
+    """A chunk's forwards write the same slots again: also a sink frame can be mended so, before the commit."""
     policy = rf.EMASink(0.9, state=state, on_nonfinite=on_nonfinite)
     for chunk in (0, 1, 4):
         bad = [(chunk, layer, which, ..., float("nan")) for layer in range(2) for which in (0, 1, 2)]
@@ -117,34 +117,46 @@ def test_propagate_is_seen_in_the_same_elements_and_no_others():
     assert not bool(found.skipped_tokens.any())
 
 
-def test_raise_names_the_frames_and_raises_again_after_a_rollback():
-    cache = make_cache(rf.EMASink(0.9, on_nonfinite="raise"), undo_frames=2)
+def nonfinite_stream(**more):
+    """A cache of which two tokens of the frames 2 and 3 are not finite, and leave with the next chunk; and a chunk's forward."""
+    cache = make_cache(rf.EMASink(0.9, on_nonfinite="raise"), **more)
 
-    def chunk(number, bad=False):
-        plan = cache.begin(2, undo=True)
+    def write(chunk, number, bad=False):
         for layer in range(2):
             q, k, v = draw(cache, 2, number)
             k[0, 1, 0, 0] = float("nan") if bad else 0.0
-            cache[layer].append(q, k, v, plan)
-        return plan
+            chunk.append(layer, q, k, v)
 
     for number in range(3):
-        cache.commit(chunk(number, bad=number == 1))
-    before = everything_of(cache)
+        with cache.chunk(2) as chunk:
+            write(chunk, number, bad=number == 1)
+    return cache, write
+
+
+def test_raise_names_the_frames_and_takes_the_chunk_back():
+    cache, write = nonfinite_stream(undo_frames=2)
+    before, host = fingerprint(*seen_of(cache)), everything_of(cache)[1]
     for attempt in range(3):
-        plan = chunk(10 + attempt)
-        with pytest.raises(rf.NonFiniteError, match=r"2 tokens of the frames \[2, 3\]"):
-            cache.commit(plan)
-        assert cache.next_frame == 6 and cache._plan is plan
-        cache.rollback(plan)
-        after = everything_of(cache)
-        # The save area and the plan's buffers were used; everything that a stream consists of is as before.
-        assert after[1] == before[1] and cache.skipped_tokens.tolist() == [0, 0]
-    plan = chunk(20)
+        with (
+            pytest.raises(rf.NonFiniteError, match=r"2 tokens of the frames \[2, 3\]"),
+            cache.chunk(2, undo=True) as chunk,
+        ):
+            write(chunk, 10 + attempt)
+        assert fingerprint(*seen_of(cache)) == before and everything_of(cache)[1] == host
+        assert cache.next_frame == 6 and cache.skipped_tokens.tolist() == [0, 0]
+
+
+def test_raise_without_undo_closes_the_stream_until_it_is_reset():
+    cache, write = nonfinite_stream()
+    chunk = cache.open(2)
+    write(chunk, 10)
     with pytest.raises(rf.NonFiniteError):
-        cache.commit(plan)
-    cache.commit(plan)  # accepted
-    cache.commit(chunk(21))
+        chunk.commit()
+    with pytest.raises(rf.StreamClosedError, match="closed by a failed commit in the frames 6..8"):
+        cache.open(1)
+    cache.reset()
+    with cache.chunk(2) as chunk:
+        write(chunk, 0)
 
 
 # ---- no sample of a batch is touched by another's ------------------------------------------------------------------------------------
@@ -198,7 +210,8 @@ def batch_ema_evict(q, k, v):
 
 def batch_dmd(nan):
     def call(q, k, v):
-        gradient, aux = rf.dmd_gradient(q, fake=k, real=v, reduction="none", nan=nan, return_aux=True)
+        options = rf.DMDOptions(reduction="none", nan=nan)
+        gradient, aux = rf.dmd_gradient(q, fake=k, real=v, options=options, return_aux=True)
         return gradient, aux.gradient_norm, aux.normalizer, aux.per_sample_loss
 
     return call

@@ -15,6 +15,7 @@ from helpers.promise_tools import (
     make_cache,
     poison_of,
     seen_of,
+    states_of,
 )
 
 import rf_kernels as rf
@@ -48,7 +49,9 @@ def check_dense(dtype, head_dim, tokens, queries, lengths):
     q, k, v, grad_out = attention_inputs(dtype, tokens, queries, head_dim)
     for kv_tokens in lengths:
         clean = attend((q, k, v), grad_out, kv_tokens=kv_tokens)
-        exact = attend((q, k[:, :kv_tokens].clone(), v[:, :kv_tokens].clone()), grad_out)  # nothing there to see
+        exact = attend(
+            (q, k[:, :kv_tokens].clone(), v[:, :kv_tokens].clone()), grad_out, kv_tokens=kv_tokens
+        )  # nothing there to see
         for in_k, in_v in PAIRS:
             bad_k, bad_v = k.clone(), v.clone()
             bad_k[:, kv_tokens:], bad_v[:, kv_tokens:] = poison_of(in_k, dtype), poison_of(in_v, dtype)
@@ -122,8 +125,8 @@ def fill(value, *tensors):
 
 
 def poison_dead(cache, plan, value):
-    """Everything that no rule says is read from here on, right after ``begin``."""
-    n = cache.frame_tokens
+    """Everything that no rule says is read from here on, right after the chunk is opened."""
+    n = cache.spec.frame_tokens
     part = {j: cache.k[:, :, j * n : (j + 1) * n] for j in range(cache.ring.length)}
     part_v = {j: cache.v[:, :, j * n : (j + 1) * n] for j in range(cache.ring.length)}
     for slot in range(cache.ring.length):
@@ -135,31 +138,27 @@ def poison_dead(cache, plan, value):
             fused |= set(sources[:count])
             plan.schedule[j, 2 + count :] = 2**31 - 1
             plan.turns[j, count:-1] = poison_of(value, plan.turns.dtype)
-            if cache._state_ready:
+            if not plan.first:
                 fill(value, part[j])  # the sink's key slots are written from the state, never read
-        if not cache._state_ready:
-            fill(value, cache.k_state, cache.k_state_lo, cache.v_state)
+        if plan.first:
+            fill(value, *states_of(cache).values())
     for slot in set(plan.slots.tolist()) - fused:
         fill(value, part[slot], part_v[slot])  # frames that leave and are fused into nothing
-    fill(value, *(cache._undo or {}).values())
+    fill(value, *cache._undo.values())
 
 
 def check_stream(policy, dtype, value, chunks, seed):
     choose = random.Random(seed)
     batch = choose.randint(1, 2)
     clean, poisoned = (make_cache(policy, dtype=dtype, batch=batch, undo_frames=3) for _ in range(2))
-    fill(
-        value, poisoned.k, poisoned.v, poisoned.k_state, poisoned.k_state_lo, poisoned.v_state, *poisoned._undo.values()
-    )
+    fill(value, poisoned.k, poisoned.v, *states_of(poisoned).values(), *poisoned._undo.values())
     for chunk in range(chunks):
         frames = choose.randint(1, 3)
-        plans = clean.begin(frames), poisoned.begin(frames)
-        poison_dead(poisoned, plans[1], value)
-        for i in range(2):
-            inputs = [draw(clean, frames, 100 * chunk + 10 * i + layer) for layer in range(2)]
-            assert_all_equal_bits(forward(poisoned, plans[1], inputs), forward(clean, plans[0], inputs))
-        clean.commit(plans[0])
-        poisoned.commit(plans[1])
+        with clean.chunk(frames) as expected, poisoned.chunk(frames) as found:
+            poison_dead(poisoned, found.plan, value)
+            for i in range(2):
+                inputs = [draw(clean, frames, 100 * chunk + 10 * i + layer) for layer in range(2)]
+                assert_all_equal_bits(forward(found, inputs), forward(expected, inputs))
         assert_all_equal_bits(seen_of(poisoned), seen_of(clean))
     assert clean.next_frame > clean.ring.length  # frames have left
     assert_all_equal_bits([poisoned.skipped_tokens], [clean.skipped_tokens])

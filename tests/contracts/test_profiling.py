@@ -28,20 +28,20 @@ def ranges(monkeypatch):
     return seen
 
 
-def cache_of(**more):
-    return rf.SinkWindowCache(
+def cache_of():
+    spec = rf.CacheSpec(
         layers=1, batch=1, heads=1, head_dim=16, grid=(1, 2), sink_frames=1, window_frames=1, rope=rf.RoPE3D.wan(16),
-        dtype=torch.float32, **more,
+        dtype=torch.float32, device="cpu",
     )  # fmt: skip
+    return rf.SinkWindowCache(spec, sink=rf.EMASink())
 
 
 def test_every_public_op_opens_a_range(ranges):
     x = torch.randn(1, 2, 1, 16)
     cache = cache_of()
     for _ in range(3):
-        plan = cache.begin(1)
-        rf.sink_window_attention(cache[0].append(x, x, x, plan), cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens)
-        cache.commit(plan)
+        with cache.chunk(1) as chunk:
+            chunk.attend(0, x, x, x)
     rf.rope(x, angles=None, axes=())
     rf.dmd_gradient(x, fake=x, real=-x)
     rf.dmd_loss(x.requires_grad_(), fake=x.detach(), real=-x.detach()).backward()
@@ -54,13 +54,13 @@ def test_every_public_op_opens_a_range(ranges):
 def test_a_range_closes_when_the_op_refuses(ranges):
     with pytest.raises(rf.ArgumentError):
         rf.sink_window_attention(*[torch.zeros(1, 2, 1, 8)] * 3, kv_tokens=9)
-    rf.sink_window_attention(*[torch.zeros(1, 2, 1, 8)] * 3)
+    rf.sink_window_attention(*[torch.zeros(1, 2, 1, 8)] * 3, kv_tokens=2)
     assert [depth for _, _, depth in ranges] == [0, 0]
 
 
 def test_pipeline_phases_contain_the_ops(ranges):
     from reward_forcing.config import ModelConfig, StreamConfig
-    from reward_forcing.model import CausalWanModel
+    from reward_forcing.models import CausalWanModel
     from reward_forcing.pipeline import StreamingPipeline
 
     config = ModelConfig(

@@ -2,6 +2,7 @@
 before anything is written. The ops' calls are in tests/helpers/refusals.py, those of the cache here."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -77,7 +78,18 @@ def values_of(table):
 
 @pytest.mark.parametrize("name, wrong", values_of(refusals.CONFIGURATIONS))
 def test_wrong_configurations(name, wrong):
-    refused(lambda: rf.SinkWindowCache(**(refusals.World().cache | {name.split(".")[0]: wrong})), name)
+    world = refusals.World()
+    policy = wrong if name.startswith("sink") and name != "sink_frames" else world.sink
+    change = {name: wrong} if policy is world.sink else {}
+    refused(lambda: rf.SinkWindowCache(rf.CacheSpec(**(world.cache | change)), sink=policy), name)
+
+
+def test_the_right_configuration_passes():
+    world = refusals.World()
+    assert rf.SinkWindowCache(rf.CacheSpec(**world.cache), sink=world.sink).nbytes
+    refused(lambda: rf.SinkWindowCache(world.cache, sink=world.sink), "spec")
+    with pytest.raises(TypeError, match="sink"):
+        rf.SinkWindowCache(rf.CacheSpec(**world.cache))
 
 
 @pytest.mark.parametrize("name, wrong", values_of(refusals.POLICIES))
@@ -103,43 +115,45 @@ def full_cache(**more):
     return cache
 
 
-def plans_that_are_no_good(cache):
-    """(what it is, plan): none of them is the open plan of ``cache``."""
-    rolled_back = cache.begin(1)
-    cache.rollback(rolled_back)
-    other = full_cache()
-    committed = other.begin(2)
-    for layer in range(2):
-        other[layer].append(*draw(other, 2, layer), committed)
-    other.commit(committed)
-    copied = copy.copy(cache.begin(1))
-    cache.reset()
-    for chunk in range(4):
-        step(cache, 2, chunk)
-    return {
-        "rolled back": rolled_back,
-        "of another cache": other.begin(2),
-        "of another cache, committed": committed,
-        "from before a reset": copied,
-        "None": None,
-        "an integer": 3,
-        "a dict": {},
-    }
-
-
-@pytest.mark.parametrize("use", ["append", "commit", "rollback"])
-@pytest.mark.parametrize("with_open_plan", [False, True])
-def test_wrong_plans(use, with_open_plan):
+def ended_chunks():
+    """(how it ended, the chunk, the caches that must not change)."""
     cache = full_cache()
-    plans = plans_that_are_no_good(cache)
-    if with_open_plan:
-        plans["a copy of the open one"] = copy.copy(cache.begin(1))
-    q, k, v = draw(cache, 1, 0)
-    calls = {"append": lambda plan: cache[0].append(q, k, v, plan), "commit": cache.commit, "rollback": cache.rollback}
+    rolled_back = cache.open(1)
+    rolled_back.rollback()
+    yield "rolled back", rolled_back, cache
+    with cache.chunk(2) as committed:
+        for layer in range(2):
+            committed.append(layer, *draw(cache, 2, layer))
+    yield "committed", committed, cache
+    voided = cache.open(1)
+    cache.reset()
+    yield "voided by a reset or load", voided, cache
+    with pytest.raises(ZeroDivisionError), cache.chunk(1) as broken:
+        broken.append(0, *draw(cache, 1, 0))
+        raise ZeroDivisionError
+    yield "ended by an exception (ZeroDivisionError)", broken, cache
+
+
+@pytest.mark.parametrize("use", ["attend", "append", "kv", "commit", "rollback", "mark_written", "__enter__"])
+def test_ended_chunks(use):
+    for how, chunk, cache in ended_chunks():
+        arguments = {"attend": (0, *draw(cache, 1, 0)), "append": (0, *draw(cache, 1, 0)), "kv": (0,)}.get(use, ())
+        before = everything_of(cache)
+        refused(lambda use=use, chunk=chunk, arguments=arguments: getattr(chunk, use)(*arguments), "self")
+        assert everything_of(cache) == before
+        assert how in repr(chunk) and not chunk.is_open
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 0.0, "0", None, True])
+def test_wrong_layers(layer):
+    cache = full_cache()
+    chunk = cache.open(1)
     before = everything_of(cache)
-    for name, plan in plans.items():
-        refused(lambda plan=plan: calls[use](plan), "plan")
-        assert everything_of(cache) == before, name
+    for use in (chunk.attend, chunk.append):
+        refused(lambda use=use: use(layer, *draw(cache, 1, 0)), "layer")
+    refused(lambda: chunk.kv(layer), "layer")
+    refused(lambda: chunk.kv(1), "layer")  # nothing has been written there
+    assert everything_of(cache) == before
 
 
 APPENDS = {
@@ -156,8 +170,6 @@ APPENDS = {
     "q: on meta": lambda q, k, v: (q.to("meta"), k, v),
     "v: on meta": lambda q, k, v: (q, k, v.to("meta")),
     "q: batch of 2": lambda q, k, v: (q.repeat(2, 1, 1, 1), k, v),
-    "q: requires grad": lambda q, k, v: (q.clone().requires_grad_(), k, v),
-    "v: requires grad": lambda q, k, v: (q, k, v.clone().requires_grad_()),
     "k: strided": lambda q, k, v: (q, refusals.strided(k), v),
     "v: None": lambda q, k, v: (q, k, None),
     "q: a list": lambda q, k, v: ([1], k, v),
@@ -166,8 +178,14 @@ APPENDS = {
 OPTIONS = {
     "norm": ("none", 1),
     "eps": (-1.0, "x"),
-    "k_weight": (torch.ones(3), torch.ones(32).double(), torch.ones(32, device="meta"), 1.0),
-    "q_weight": (torch.ones(2, 16), torch.ones(32).requires_grad_()),
+    "k_weight": (torch.ones(3), torch.ones(32).double(), torch.ones(32, device="meta")),
+    "q_weight": (torch.ones(2, 16),),
+    "k_norm": (
+        1.0,
+        torch.nn.LayerNorm(32),
+        torch.nn.RMSNorm(32, elementwise_affine=False),
+        torch.nn.RMSNorm(32, eps=1e-3),
+    ),
 }
 
 
@@ -176,37 +194,70 @@ OPTIONS = {
 def test_wrong_appends_leave_the_sink_alone(wrong, first):
     """Also when the append of this chunk would fuse leaving frames before it writes."""
     cache = full_cache()
-    plan = cache.begin(2)
+    chunk = cache.open(2)
     inputs = draw(cache, 2, 9)
     if not first:
-        cache[1].append(*inputs, plan)
-    before = everything_of(cache)
-    refused(lambda: cache[1].append(*APPENDS[wrong](*inputs), plan))
-    assert everything_of(cache) == before
-    cache[1].append(*inputs, plan)
+        chunk.append(1, *inputs)
+    before, bad = everything_of(cache), APPENDS[wrong](*inputs)
+    refused(lambda: chunk.append(1, *bad))
+    refused(lambda: chunk.attend(1, *bad))
+    leaf = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in bad]
+    refused(lambda: chunk.attend(1, *leaf))
+    assert everything_of(cache) == before and chunk.written is not first
+    chunk.append(1, *inputs)
     assert everything_of(cache) != before or not first
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "q_norm", "k_norm"])
+def test_an_append_that_would_drop_a_gradient(name):
+    cache = full_cache()
+    chunk, before = cache.open(2), everything_of(cache)
+    call = dict(zip("qkv", draw(cache, 2, 9), strict=True)) | {"q_norm": torch.ones(32), "k_norm": torch.ones(32)}
+    call[name] = call[name].clone().requires_grad_()
+    refused(lambda: chunk.append(0, **call), name.replace("norm", "weight"))
+    assert everything_of(cache)[0] == before[0] and not chunk.written
+    with torch.no_grad():
+        chunk.append(0, **call)
+
+
+@pytest.mark.parametrize(
+    "change", [{"softmax_scale": 0.0}, {"softmax_scale": "x"}, {"softmax_scale": float("inf")}, {"q": 3}]
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_the_attention_would_refuse_is_refused_before_the_append(change, grad):
+    cache = full_cache()
+    chunk, before = cache.open(2), everything_of(cache)
+    q, k, v = (t.requires_grad_(grad) for t in draw(cache, 2, 9))
+    if "q" in change:
+        q, change = q.repeat(1, 1, 2, 1)[:, :, : change["q"]], {}
+    refused(lambda: chunk.attend(0, q, k, v, **change), next(iter(change), "q"))
+    assert everything_of(cache) == before and not chunk.written
 
 
 @pytest.mark.parametrize("name, wrong", values_of(OPTIONS))
 def test_wrong_options_of_an_append(name, wrong):
     cache = full_cache()
-    plan = cache.begin(2)
+    chunk = cache.open(2)
     before = everything_of(cache)
-    good = {"q_weight": torch.ones(32), "k_weight": torch.ones(32)}
-    refused(lambda: cache[0].append(*draw(cache, 2, 9), plan, **(good | {name: wrong})), name)
+    good = {"q_norm": torch.nn.RMSNorm(32, eps=1e-6).requires_grad_(False), "k_norm": torch.ones(32)}
+    call = good | {name.replace("weight", "norm"): wrong}
+    for use in (chunk.append, chunk.attend):
+        with torch.no_grad():
+            refused(lambda use=use: use(0, *draw(cache, 2, 9), **call), name)
     assert everything_of(cache) == before
 
 
 @pytest.mark.parametrize("where", ["k", "v", "k_state", "k_state_lo", "v_state", "other layer's state"])
 def test_inputs_in_the_memory_of_the_cache(where):
     cache = full_cache()
-    plan = cache.begin(2)
+    chunk = cache.open(2)
     q, k, v = draw(cache, 2, 9)
     layer = 1 if where.startswith("other") else 0
-    inside = getattr(cache, "k_state" if where.startswith("other") else where)[layer][:, : 2 * cache.frame_tokens]
+    named = {"k": cache.k, "v": cache.v, **cache._sink.tensors}
+    inside = named["k_state" if where.startswith("other") else where][layer][:, : 2 * cache.spec.frame_tokens]
     before = everything_of(cache)
-    refused(lambda: cache[0].append(q, k, inside, plan))
-    refused(lambda: cache[0].append(q, inside, v, plan))
+    refused(lambda: chunk.append(0, q, k, inside))
+    refused(lambda: chunk.attend(0, q, inside, v))
     assert everything_of(cache) == before
 
 
@@ -214,23 +265,25 @@ def test_wrong_chunks():
     cache = full_cache()
     before = everything_of(cache)
     for frames in (0, -1, 5, 2**40, 1.0, True, None, "2", [1]):
-        refused(lambda frames=frames: cache.begin(frames), "frames")
-    refused(lambda: cache.begin(3, undo=True), "undo")
+        refused(lambda frames=frames: cache.open(frames), "frames")
+    refused(lambda: cache.chunk(3, undo=True), "undo")
+    for path in (None, 3, b"x".hex, ["x"]):
+        refused(lambda path=path: cache.save(path), "path")
+        refused(lambda path=path: cache.load(path), "path")
     assert everything_of(cache) == before
-    plan = cache.begin(1)
+    chunk = cache.open(1)
     before = everything_of(cache)
     for call in (
-        lambda: cache.begin(1),
-        lambda: cache.begin(1, undo=True),
+        lambda: cache.open(1),
+        lambda: cache.chunk(1, undo=True),
         cache.state_dict,
         lambda: cache.save("nowhere"),
+        lambda: copy.copy(cache),
     ):
         refused(call, "self")
-    refused(lambda: cache.commit(plan), "plan")
-    cache[1].append(*draw(cache, 1, 0), plan)
+    chunk.append(1, *draw(cache, 1, 0))
     before = everything_of(cache)
-    refused(lambda: cache.commit(plan), "plan")
-    refused(lambda: cache.rollback(plan), "plan")
+    refused(chunk.rollback, "self")
     assert everything_of(cache) == before
 
 
@@ -256,7 +309,6 @@ def states_that_do_not_fit(good):
     )
     yield from (with_meta(**{name: "x"}) for name in meta)
     yield from (with_meta(next_frame=x) for x in (-1, 1, 2.0, True, None))
-    yield from (with_meta(state_ready=x) for x in (False, 1, None))
     for name, t in tensors.items():
         wrong = [
             t.to("meta"),
@@ -297,3 +349,71 @@ def test_files_that_are_cut_off(tmp_path, length):
     before = everything_of(cache)
     refused(lambda: cache.load(path), "path")
     assert everything_of(cache) == before
+
+
+# ---- under torch.compile -----------------------------------------------------------------------------------------------------------
+
+# One wrong call for each way of finding out: in Python, of the C++ checks while tracing, and of values while running.
+COMPILED = [
+    ("rope", "axes", lambda c: c.update(axes=[0.5])),
+    ("rope", "weight", lambda c: c.update(weight=c["weight"][:3])),
+    ("rope_append", "v_cache", lambda c: c.update(v_cache=c["v_cache"].half())),
+    ("rope_append", "layout", lambda c: c.update(layout="other")),
+    ("ema_evict", "k_state_lo", lambda c: c.update(k_state_lo=None)),
+    ("sink_window_attention", "kv_tokens", lambda c: c.update(kv_tokens=4.7)),
+    ("sink_window_attention", "kv_tokens", lambda c: c.update(kv_tokens=10)),
+    ("sink_window_attention", "kv_tokens", lambda c: c.pop("kv_tokens")),
+    ("sink_window_attention", "v", lambda c: c.update(v=c["v"][:, :3])),
+    ("dmd_gradient", "real", lambda c: c.update(real=c["real"][:, :1])),
+    ("dmd_loss", "weight", lambda c: c.update(weight=c["weight"][:1].repeat(5))),
+]
+
+
+@pytest.mark.parametrize("function, argument, edit", COMPILED)
+def test_what_tracing_can_find_is_an_argument_error(function, argument, edit):
+    world = refusals.World()
+    call = getattr(world, function)
+    edit(call)
+    before = fingerprint(*world.tensors())
+    torch._dynamo.reset()
+    refused(lambda: torch.compile(lambda c: getattr(rf, function)(**c), backend="aot_eager")(call), argument)
+    torch._dynamo.reset()
+    whole = torch.compile(lambda c: getattr(rf, function)(**c), backend="aot_eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=f"argument `{argument}`"
+    ):  # fullgraph: Dynamo's own type, our text
+        whole(call)
+    assert fingerprint(*world.tensors()) == before
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_only_the_values_tell_keeps_its_text(fullgraph):
+    call = refusals.World().rope_append
+    call["slots"] = torch.tensor([1, 99], dtype=torch.int32)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"rf_kernels\.rope_append: argument `slots`: expected .+, found 99"):
+        torch.compile(lambda c: rf.rope_append(**c), backend="aot_eager", fullgraph=fullgraph)(call)
+
+
+def test_sizes_that_vary_are_checked_at_run_time():
+    q = torch.zeros(1, 8, 1, 8)
+    torch._dynamo.reset()
+    attend = torch.compile(
+        lambda n: rf.sink_window_attention(q, q, q, kv_tokens=n), fullgraph=True, backend="aot_eager"
+    )
+    for n in (3, 4, 5):
+        attend(n)
+    with pytest.raises(RuntimeError, match=r"argument `kv_tokens`: expected 0 to T = 8, .+ found 9"):
+        attend(9)
+
+
+def test_slots_of_many_frames_are_checked_in_linear_time():
+    """100,000 frames: minutes where the check grows with their square."""
+    frames = 100_000
+    call = {name: torch.zeros(1, frames, 1, 2) for name in ("q", "k", "v", "k_cache", "v_cache")}
+    slots = torch.arange(frames, dtype=torch.int32)
+    began = time.perf_counter()
+    rf.rope_append(**call, slots=slots, norm=None)
+    slots[-1] = 5
+    refused(lambda: rf.rope_append(**call, slots=slots, norm=None), "slots")
+    assert time.perf_counter() - began < 2

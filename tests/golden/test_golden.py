@@ -5,6 +5,7 @@ of the recorded numbers, under the same tolerance (docs/compatibility.md says wh
 (``RF_GOLDEN_DIR``): cases by kind, sizes from their hyper-parameters, bounds from their tolerance texts.
 """
 
+import dataclasses
 import re
 
 import pytest
@@ -28,7 +29,7 @@ from reward_forcing import (
     StreamingPipeline,
 )
 from reward_forcing.losses import critic_flow_loss, dmd_loss, re_dmd_loss, sid_loss, warp_timesteps
-from reward_forcing.model.blocks import CausalSelfAttention
+from reward_forcing.models.blocks import CausalSelfAttention
 from torch import Tensor
 
 import rf_kernels as rf
@@ -72,8 +73,8 @@ def test_no_kind_is_left_out():
 def reference_attention(monkeypatch):
     """Call it to have ``CausalWanModel`` attend by ``StreamingReference.self_attention`` instead of the ops from then on."""
 
-    def forward(self, x, layer, plan):
-        return layer.self_attention(x, dict(self.named_parameters()), self.heads, self.eps)
+    def forward(self, x, layer, chunk):
+        return chunk.layers[layer].self_attention(x, dict(self.named_parameters()), self.heads, self.eps)
 
     def use():
         monkeypatch.setattr(CausalSelfAttention, "forward", forward)
@@ -101,7 +102,7 @@ def test_self_attention_stream(case, dtype, state):
     )
     layer = CausalSelfAttention(config).to(run_dtype)
     layer.load_state_dict(case.weights(), strict=True)
-    cache = rf.SinkWindowCache(
+    spec = rf.CacheSpec(
         layers=1,
         batch=hyper["batch"],
         heads=hyper["num_heads"],
@@ -109,10 +110,11 @@ def test_self_attention_stream(case, dtype, state):
         grid=geometry.grid,
         sink_frames=geometry.sink_frames,
         window_frames=geometry.window_frames,
-        sink_policy=geometry.sink_policy(state),
         rope=config.rope,
         dtype=run_dtype,
+        device="cpu",
     )
+    cache = rf.SinkWindowCache(spec, sink=geometry.sink_policy(state))
     reference = geometry.reference()
     weights = dict(case.weights())
 
@@ -120,16 +122,16 @@ def test_self_attention_stream(case, dtype, state):
     recorded_k, recorded_v = tensors.get("cache_k"), tensors.get("cache_v")
     for call in calls:
         if call.opens:
-            plan = cache.begin(call.frames)
+            chunk = cache.open(call.frames)
             reference.begin(call.frames)
         length = call.frames * n
         x, pad = tensors["x"][call.index, :, :length], (0, 0, 0, tensors["x"].shape[2] - length)
-        outputs.append(torch.nn.functional.pad(layer(x.to(run_dtype), cache[0], plan), pad))
+        outputs.append(torch.nn.functional.pad(layer(x.to(run_dtype), 0, chunk), pad))
         y = reference.self_attention(x, weights, hyper["num_heads"], hyper["eps"])
         expected.append(torch.nn.functional.pad(y, pad))
         if not call.closes:
             continue
-        cache.commit(plan)
+        chunk.commit()
         label, bound = f"after call {call.index}", case.tolerance(dtype, "caches")
         if case.documents_bug:
             exact_state = (dtype, state) != ("bf16", "published")  # that one loses the average to rounding, on purpose
@@ -186,15 +188,15 @@ def run_model_stream(case: Case, model: CausalWanModel, cache, calls: list[Call]
     tensors = case.tensors
     latent, timestep = tensors["latent"].to(model.dtype), tensors["timestep"]
     text = model.text_keys(tensors["context"].to(model.dtype))
-    outputs, chunk = [], 0
+    outputs, committed = [], 0
     for call in calls:
         if call.opens:
-            plan = cache.begin(call.frames)
-        outputs.append(model(latent[call.index], timestep[call.index], text, cache, plan))
+            chunk = cache.open(call.frames)
+        outputs.append(model(latent[call.index], timestep[call.index], text, chunk))
         if call.closes:
-            cache.commit(plan)
-            after_chunk(chunk)
-            chunk += 1
+            chunk.commit()
+            after_chunk(committed)
+            committed += 1
     return torch.stack(outputs)
 
 
@@ -208,18 +210,18 @@ def test_causal_model_stream(case, dtype, state, reference_attention):
     calls = list(recorded_calls(case, [frames] * len(tensors["latent"])))
     geometry = Geometry.of(case, tensors["final_cache_k"].shape[2], total_frames(calls))
     model = load(CausalWanModel(ModelConfig.from_dict(hyper)), case, run_dtype)
-    cache = model.new_cache(
-        hyper["batch"],
+    spec = model.cache_spec(
         *tensors["latent"].shape[4:],
+        batch=hyper["batch"],
         sink_frames=geometry.sink_frames,
         window_frames=geometry.window_frames,
-        sink_policy=geometry.sink_policy(state),
     )
+    cache = rf.SinkWindowCache(spec, sink=geometry.sink_policy(state))
     bound, prefix = case.tolerance(dtype, "caches"), "bf16." if dtype == "bf16" else ""
     compared = not case.documents_bug and (dtype != "bf16" or state == "published")
 
     def after_chunk(chunk):
-        for layer in range(len(cache)) if compared and geometry.sink_frames else ():
+        for layer in range(cache.spec.layers) if compared and geometry.sink_frames else ():
             for ours, name in zip(raw_sink(cache, layer), ("sink_k", "sink_v"), strict=True):
                 golden = tensors[prefix + name][chunk, layer]
                 bound.check(ours, golden[:, : ours.shape[1]], f"{prefix}{name} of layer {layer} after chunk {chunk}")
@@ -235,7 +237,7 @@ def test_causal_model_stream(case, dtype, state, reference_attention):
         case.check(dtype, "out", outputs, golden)
     if dtype == "bf16":
         return
-    for layer in range(len(cache)):
+    for layer in range(cache.spec.layers):
         golden_k, golden_v = tensors["final_cache_k"][layer], tensors["final_cache_v"][layer]
         check_against_raw_cache(bound, cache, layer, golden_k, golden_v, f"layer {layer} at the end")
     for ours, name in zip(
@@ -294,14 +296,14 @@ def test_streaming_pipeline(case, dtype, state, reference_attention):
         stream = ReferenceStream(geometry, len(model.blocks), hyper["batch"])
         case.tolerance(dtype, "latents").check(latents, roll_out(case, exact, stream), "latents of our rule")
         bound, exact_state = case.tolerance(dtype, "caches"), (dtype, state) != ("bf16", "published")
-        for layer in range(len(cache)):
-            check_against_reference(bound, cache, layer, stream[layer], f"layer {layer}", sink_state=exact_state)
+        for layer in range(cache.spec.layers):
+            check_against_reference(bound, cache, layer, stream.layers[layer], f"layer {layer}", sink_state=exact_state)
         return
     goldens = {"float64": ["latents_f64"], "float32": ["latents_f64", "latents_f32"], "bf16": ["bf16.latents"]}[dtype]
     for golden in goldens:
         case.check(dtype, "latents", latents, golden)
     bound = case.tolerance(dtype, "caches")
-    for layer in range(len(cache)) if dtype != "bf16" else ():
+    for layer in range(cache.spec.layers) if dtype != "bf16" else ():
         golden_k, golden_v = tensors["final_cache_k"][layer], tensors["final_cache_v"][layer]
         check_against_raw_cache(bound, cache, layer, golden_k, golden_v, f"layer {layer} at the end")
 
@@ -320,9 +322,9 @@ def test_every_forward_of_a_rollout(case, monkeypatch):
     model = load(CausalWanModel(ModelConfig.from_dict(hyper)), case, torch.float64)
     trace, forward = [], CausalWanModel.forward
 
-    def traced(self, x, t, text, cache, plan):
-        flow = forward(self, x, t, text, cache, plan)
-        trace.append((x.transpose(1, 2), t, flow.transpose(1, 2), plan.t_begin))
+    def traced(self, x, t, text, chunk):
+        flow = forward(self, x, t, text, chunk)
+        trace.append((x.transpose(1, 2), t, flow.transpose(1, 2), chunk.first_frame))
         return flow
 
     monkeypatch.setattr(CausalWanModel, "forward", traced)
@@ -438,7 +440,8 @@ def test_dmd(case, nan):
     """
     scorers, tensors = Scorers(case), dict(case.tensors)
     x, mask = tensors["x"].to(scorers.dtype).requires_grad_(), tensors.get("mask")
-    arguments = {**scorers.dmd_arguments(), "mask": None if mask is None else mask.bool(), "nan": nan}
+    arguments = {**scorers.dmd_arguments(), "mask": None if mask is None else mask.bool()}
+    arguments["options"] = rf.DMDOptions(nan=nan)
     if case.kind == "re_dmd":
         loss = re_dmd_loss(x, reward=tensors["MQ"].to(scorers.dtype), beta=case.hyper["beta"], **arguments)
     else:
@@ -470,11 +473,11 @@ def test_dmd_gradient(case):
         if (scorer := scorer_arguments[name]) is not None
     }
     options = {name: scorer_arguments[name] for name in ("real_guidance", "fake_guidance")}
-    options |= {"nan": "published", "reduction": "none", "return_aux": True}
-    grad, aux = rf.dmd_gradient(x, **predictions, **options)
+    published = rf.DMDOptions(nan="published", reduction="none")
+    grad, aux = rf.dmd_gradient(x, **predictions, **options, options=published, return_aux=True)
     case.check(scorers.dtype, "grad", grad, "grad")
     case.tolerance(scorers.dtype, "grad").check(aux.gradient_norm.double().mean(), tensors["grad_norm_log"], "norm")
-    grad, _ = rf.dmd_gradient(x, **predictions, **options, normalize=False)
+    grad = rf.dmd_gradient(x, **predictions, **options, options=dataclasses.replace(published, normalize=False))
     case.check(scorers.dtype, "grad", grad, "grad_unnormalised")
 
 

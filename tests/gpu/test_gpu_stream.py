@@ -19,10 +19,10 @@ from helpers.gpu_tools import (
     no_synchronisation,
     poisoned_memory,
 )
-from helpers.promise_tools import POLICIES, make_cache
+from helpers.promise_tools import POLICIES, make_cache, states_of
 from helpers.rope_append_case import inputs as append_inputs
 from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
-from reward_forcing.model.blocks import CausalSelfAttention
+from reward_forcing.models.blocks import CausalSelfAttention
 
 import rf_kernels as rf
 from benchmarks.gpu_suite import model as model_stage
@@ -46,9 +46,8 @@ class Stream:
         self.model, self.device = model, device
         self.text = model.text_keys(self.draw(1, 8, 16, seed=1))
         policy = rf.EMASink(0.9, state=state)
-        self.cache = model.new_cache(
-            1, *LATENT[3:], sink_frames=3, window_frames=LENGTH - 3, sink_policy=policy, undo_frames=FRAMES
-        )
+        spec = model.cache_spec(*LATENT[3:], sink_frames=3, window_frames=LENGTH - 3, undo_frames=FRAMES)
+        self.cache = rf.SinkWindowCache(spec, sink=policy)
         self.x = self.draw(*LATENT, seed=2)
         self.t = torch.full((1, 1), 1000.0, device=device)
 
@@ -61,16 +60,16 @@ class Stream:
         self.x.copy_(self.draw(*LATENT, seed=seed))
         self.t.fill_(float(seed % 1000))
 
-    def forward(self, plan):
-        return self.model(self.x, self.t, self.text, self.cache, plan)
+    def forward(self, opened):
+        return self.model(self.x, self.t, self.text, opened)
 
     def chunk(self, number, forwards=2):
         """One committed chunk; the outputs of its forwards."""
-        plan, results = self.cache.begin(FRAMES), []
-        for i in range(forwards):
-            self.load(100 * number + i)
-            results.append(self.forward(plan).clone())
-        self.cache.commit(plan)
+        results = []
+        with self.cache.chunk(FRAMES) as opened:
+            for i in range(forwards):
+                self.load(100 * number + i)
+                results.append(self.forward(opened).clone())
         return results
 
     def fill(self):
@@ -111,28 +110,28 @@ def test_captured_forward_follows_the_stream(device, dtype):
     eager, graphed = Stream(model, device), Stream(model, device)
     for stream in (eager, graphed):
         stream.fill()
-    current = []  # the plan: replays on the CPU are calls, and need it
+    current = []  # the chunk: replays on the CPU are calls, and need it
 
-    plan = graphed.cache.begin(FRAMES, undo=True)
-    current[:] = [plan]
-    graphed.forward(plan)  # warm-up: library handles, workspaces
+    opened = graphed.cache.open(FRAMES, undo=True)
+    graphed.forward(opened)  # warm-up: library handles, workspaces
+    opened.rollback()
+    current[:] = [graphed.cache.open(FRAMES, undo=True)]
+    first = Captured(lambda: graphed.forward(current[0]), device)  # nothing of the chunk has been evicted yet
     repeat = Captured(lambda: graphed.forward(current[0]), device)
-    plan.evicted[:] = [False] * len(graphed.cache)
-    first = Captured(lambda: graphed.forward(current[0]), device)
-    graphed.cache.rollback(plan)
+    current[0].rollback()
 
     for number in range(10, 18 if device == "cuda" else 13):
         expected = eager.chunk(number, forwards=3)
-        plan = graphed.cache.begin(FRAMES)
-        current[:] = [plan]
+        opened = graphed.cache.open(FRAMES)
+        current[:] = [opened]
         for i, graph in enumerate((first, repeat, repeat)):
             graphed.load(100 * number + i)
             assert_equal_bits(graph.replay(), expected[i])
-        plan.appended[:] = [True] * len(graphed.cache)  # what a replayed append cannot note down
-        graphed.cache.commit(plan)
+        opened.mark_written()  # what a replayed append cannot note down
+        opened.commit()
     assert_equal_bits(graphed.cache.k, eager.cache.k)
     assert_equal_bits(graphed.cache.v, eager.cache.v)
-    for layer in range(len(eager.cache)):
+    for layer in range(eager.cache.spec.layers):
         for ours, theirs in zip(graphed.cache.sink_state(layer), eager.cache.sink_state(layer), strict=True):
             assert_equal_bits(ours, theirs)
 
@@ -260,24 +259,17 @@ def test_new_memory_full_of_nan_changes_nothing(device, dtype):
 def test_slots_that_were_never_written_are_never_seen(device, policy):
     """A stream in a cache full of NaN, from its first chunk on, against one in a clean cache."""
     clean, poisoned = (make_cache(policy, dtype=torch.bfloat16, head_dim=64, device=device) for _ in range(2))
-    for tensor in (poisoned.k, poisoned.v, poisoned.k_state, poisoned.k_state_lo, poisoned.v_state):
-        if tensor is not None:
-            tensor.fill_(float("nan"))
+    for tensor in (poisoned.k, poisoned.v, *states_of(poisoned).values()):
+        tensor.fill_(float("nan"))
+    tokens = 2 * clean.spec.frame_tokens
     for chunk in range(6):
-        plans = [cache.begin(2) for cache in (clean, poisoned)]
-        for layer in range(len(clean)):
-            g = torch.Generator().manual_seed(10 * chunk + layer)
-            qkv = [torch.randn(1, 2 * clean.frame_tokens, 2, 64, generator=g).bfloat16().to(device) for _ in range(3)]
-            results = []
-            for cache, plan in zip((clean, poisoned), plans, strict=True):
-                q = cache[layer].append(*qkv, plan)
-                out = rf.sink_window_attention(q, cache[layer].k, cache[layer].v, kv_tokens=plan.kv_tokens)
-                results += [q, out]
-            assert bool(results[1].isfinite().all())
-            assert_equal_bits(results[2], results[0])
-            assert_equal_bits(results[3], results[1])
-        for cache, plan in zip((clean, poisoned), plans, strict=True):
-            cache.commit(plan)
+        with clean.chunk(2) as expected, poisoned.chunk(2) as found:
+            for layer in range(clean.spec.layers):
+                g = torch.Generator().manual_seed(10 * chunk + layer)
+                qkv = [torch.randn(1, tokens, 2, 64, generator=g).bfloat16().to(device) for _ in range(3)]
+                out = expected.attend(layer, *qkv)
+                assert bool(out.isfinite().all())
+                assert_equal_bits(found.attend(layer, *qkv), out)
     assert clean.next_frame > clean.ring.length
 
 
@@ -312,7 +304,7 @@ def test_work_goes_to_the_current_stream(device, dtype):
 def test_order_within_a_stream_is_kept(device):
     """Inputs that are written late on a stream of its own are the ones that the op reads."""
     late = [torch.randn(1, n, 2, 128, device=device).bfloat16() for n in (130, 300, 300)]
-    expected = rf.sink_window_attention(*late)
+    expected = rf.sink_window_attention(*late, kv_tokens=300)
     for _ in range(3):
         q, k, v = (torch.full_like(t, float("nan")) for t in late)
         if device == "cuda":
@@ -321,7 +313,7 @@ def test_order_within_a_stream_is_kept(device):
             busy(device, seconds=0.1)
             for target, source in zip((q, k, v), late, strict=True):
                 target.copy_(source)
-            out = rf.sink_window_attention(q, k, v)
+            out = rf.sink_window_attention(q, k, v, kv_tokens=300)
             if device == "cuda":
                 torch.cuda.current_stream().synchronize()
         assert_equal_bits(out, expected)
@@ -366,10 +358,9 @@ def test_streaming_never_waits_for_the_device(device):
     chunks = pipeline.stream(noise, torch.zeros(1, 8, 16, device=device).bfloat16(), cache=cache)
     next(chunks)
     with no_synchronisation(device):
-        plan = stream.cache.begin(FRAMES)
-        for _ in range(2):
-            stream.forward(plan)
-        stream.cache.commit(plan)
+        with stream.cache.chunk(FRAMES) as opened:
+            for _ in range(2):
+                stream.forward(opened)
         produced = list(chunks)
     assert len(produced) == 4 and all(bool(chunk.latents.isfinite().all()) for chunk in produced)
 
@@ -391,11 +382,10 @@ def test_a_wait_would_be_noticed():
     cache = make_cache(rf.EMASink(0.9, on_nonfinite="raise"), device="cuda", dtype=torch.bfloat16, head_dim=64)
     with no_synchronisation("cuda"), pytest.raises(RuntimeError, match="synchroniz"):
         for _ in range(6):
-            plan = cache.begin(2)
-            qkv = [torch.zeros(1, 2 * cache.frame_tokens, 2, 64, device="cuda").bfloat16() for _ in range(3)]
-            for layer in range(len(cache)):
-                cache[layer].append(*qkv, plan)
-            cache.commit(plan)
+            qkv = [torch.zeros(1, 2 * cache.spec.frame_tokens, 2, 64, device="cuda").bfloat16() for _ in range(3)]
+            with cache.chunk(2) as chunk:
+                for layer in range(cache.spec.layers):
+                    chunk.append(layer, *qkv)
 
 
 # ---- the published code's recorded streams --------------------------------------------------------------------------
@@ -421,25 +411,25 @@ def test_recorded_stream(device, case: Case, dtype):
     layer = CausalSelfAttention(config)
     layer.load_state_dict(case.weights(), strict=True)
     layer = layer.to(device, run_dtype)
-    cache = rf.SinkWindowCache(
+    spec = rf.CacheSpec(
         layers=1, batch=hyper["batch"], heads=hyper["num_heads"], head_dim=hyper["head_dim"], grid=geometry.grid,
-        sink_frames=geometry.sink_frames, window_frames=geometry.window_frames,
-        sink_policy=geometry.sink_policy("compensated"), rope=config.rope, dtype=run_dtype, device=device,
+        sink_frames=geometry.sink_frames, window_frames=geometry.window_frames, rope=config.rope, dtype=run_dtype, device=device,
     )  # fmt: skip
+    cache = rf.SinkWindowCache(spec, sink=geometry.sink_policy("compensated"))
     reference, weights = geometry.reference(), dict(case.weights())
     outputs, ruled = [], []
     for call in calls:
         if call.opens:
-            plan = cache.begin(call.frames)
+            opened = cache.open(call.frames)
             reference.begin(call.frames)
         given = x[call.index, :, : call.frames * n]
         pad = (0, 0, 0, x.shape[2] - call.frames * n)
-        y = layer(given.to(device, run_dtype), cache[0], plan).cpu()
+        y = layer(given.to(device, run_dtype), 0, opened).cpu()
         outputs.append(torch.nn.functional.pad(y, pad))
         if case.documents_bug:
             y = reference.self_attention(given, weights, hyper["num_heads"], hyper["eps"])
             ruled.append(torch.nn.functional.pad(y, pad))
         if call.closes:
-            cache.commit(plan)
+            opened.commit()
     expected = torch.stack(ruled) if case.documents_bug else tensors[recorded]
     case.tolerance(dtype, "out").check(torch.stack(outputs), expected, "out")

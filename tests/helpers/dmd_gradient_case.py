@@ -1,5 +1,7 @@
 """Calls of dmd_gradient for its tests: inputs, weights and masks of every shape, and the comparison with the oracle."""
 
+import dataclasses
+
 import torch
 
 import rf_kernels as rf
@@ -7,6 +9,7 @@ from rf_kernels.reference.dmd_gradient import dmd_gradient as oracle
 from rf_kernels.testing import assert_within_eager
 
 SHAPE = (3, 4, 5, 6, 7)  # 840 elements a sample: one tile with a tail, frames that are no multiple of a vector
+OPTIONS = [field.name for field in dataclasses.fields(rf.DMDOptions)]
 LONG = (2, 3, 4, 19, 23)  # 5,244: three tiles, the last one ragged
 
 
@@ -19,16 +22,29 @@ def made(shape, dtype=torch.float32, prediction=None, seed=0, flow=False):
     kw |= {"fake_guidance": 1.5, "real_guidance": 3.0}
     x = draw(dtype)
     if flow:
-        kw |= {"prediction": "flow", "x_t": draw(prediction), "sigma": torch.rand(shape[:2], generator=g)}
+        kw |= {"x_t": draw(prediction), "sigma": torch.rand(shape[:2], generator=g)}
     return x, kw
 
 
 def as_oracle(kw, dtype=torch.float64):
     """The same arguments for the oracle in another dtype."""
     out = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kw.items()}
-    out.pop("prediction", None)
     out["limit"] = torch.finfo(kw["fake"].dtype).max
     return out
+
+
+def _called(function, x, arguments):
+    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+    return function(x, **arguments, options=rf.DMDOptions(**options))
+
+
+def gradient_of(x, **arguments):
+    """``rf.dmd_gradient``, the fields of its options among the arguments."""
+    return _called(rf.dmd_gradient, x, arguments)
+
+
+def loss_of(x, **arguments):
+    return _called(rf.dmd_loss, x, arguments)
 
 
 def weights(shape, seed=1):
@@ -53,7 +69,7 @@ def masks(shape, seed=2):
 
 def check(x, kw, **extra):
     """Every output within twice eager PyTorch's own error in the arithmetic type, plus one rounding to the dtype of x."""
-    gradient, aux = rf.dmd_gradient(x, **kw, **extra, return_aux=True)
+    gradient, aux = gradient_of(x, **kw, **extra, return_aux=True)
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     extra = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in extra.items()}
     exact = oracle(x.double(), **as_oracle(kw), **extra)
@@ -74,4 +90,4 @@ def registered(x, kw, **extra):
     """Positional arguments of the registered op."""
     names = "fake real fake_uncond real_uncond fake_guidance real_guidance x_t sigma weight mask".split()
     values = {"fake_guidance": 0.0, "real_guidance": 0.0} | kw | extra
-    return (x, *(values.get(n) for n in names), True, 0.0, "sample", "mean", x.dtype != torch.float16)
+    return (x, *(values.get(n) for n in names), True, 0.0, 1, 0, x.dtype != torch.float16)

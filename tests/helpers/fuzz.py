@@ -18,12 +18,14 @@ import traceback
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 import torch.nn.functional as F
 
 import rf_kernels as rf
+from helpers.attention_case import HALF_LSE
+from helpers.dmd_gradient_case import gradient_of, loss_of
 from rf_kernels.reference import ema_evict as ref_ema
 from rf_kernels.reference import rope_append as ref_rope
 from rf_kernels.reference.dmd_gradient import dmd_gradient as ref_dmd
@@ -307,7 +309,7 @@ def fuzz_sink_window_attention(draw):
     )
     heads, queries = kv_heads * draw.integer(1, 3), draw.integer(1, 40)
     tokens = draw.choice((draw.integer(1, 20), draw.integer(21, 120)))
-    options = {"kv_tokens": draw.choice((None, draw.integer(1, tokens)))}
+    options = {"kv_tokens": draw.choice((tokens, draw.integer(1, tokens)))}
     if draw.chance():
         queries = tokens
         cuts = sorted(draw.random.sample(range(1, tokens), draw.integer(0, min(5, tokens - 1))))
@@ -353,8 +355,7 @@ def fuzz_sink_window_attention(draw):
 
     ours = run(rf.sink_window_attention, (q, k, v))
     exact = run(ref_attention, (q.double(), k.double(), v.double()))
-    # In half precision PyTorch's kernel for the CPU has an approximate exp: exp(0) = 1 - 5.34e-5.
-    lse_bound = 2.0**-14 if draw.half else 0.0
+    lse_bound = HALF_LSE if draw.half else 0.0
     if draw.exact:
         # The gradients of q and k are sums of p (1 - p): zero in real numbers alone.
         for name, i in (("out", 0), ("gradient of v", 4)):
@@ -440,7 +441,7 @@ def fuzz_dmd_gradient(draw):
     call["normalize"] = not draw.exact and draw.chance(0.8)
     call["eps"] = 0.0 if special == "silent" else draw.choice((0.0, 1e-3))
     call["nan"] = "sample" if special else draw.choice(("sample", "published"))
-    gradient, aux = rf.dmd_gradient(x, **call, **({"prediction": "flow"} if flow else {}), return_aux=True)
+    gradient, aux = gradient_of(x, **call, return_aux=True)
     limit = {"limit": torch.finfo(prediction).max}
     exact = ref_dmd(x.double(), **doubled(call), **limit)
     wide = {
@@ -455,11 +456,11 @@ def fuzz_dmd_gradient(draw):
         ulps = 16.0 if arithmetic == torch.float64 else 6.0
         assert_within_eager(getattr(aux, name), getattr(exact, name), getattr(eager, name).to(arithmetic), ulps=ulps)
     assert int(aux.dropped) == int(exact.dropped) == (special == "dropped")
-    loss_options = {k: v for k, v in call.items() if k != "reduction"} | ({"prediction": "flow"} if flow else {})
+    loss_options = call | {"reduction": "sum"}
     leaf = x.detach().clone().requires_grad_()
-    loss = rf.dmd_loss(leaf, **loss_options, reduction="sum")
+    loss = loss_of(leaf, **loss_options)
     (grad,) = torch.autograd.grad(loss, leaf)
-    assert_equal_bits(grad, rf.dmd_gradient(x, **loss_options, reduction="sum"))
+    assert_equal_bits(grad, gradient_of(x, **loss_options))
     draw.check_surroundings()
 
 
@@ -473,51 +474,57 @@ def fuzz_stream(draw):
     settings = {
         "layers": draw.integer(1, 2), "batch": draw.integer(1, 2), "heads": heads, "head_dim": head_dim, "grid": grid,
         "sink_frames": sink_frames, "window_frames": window, "undo_frames": sink_frames + window,
-        "sink_policy": {"ema": rf.EMASink(alpha), "static": rf.StaticSink(), "none": rf.NoSink()}[policy],
         "dtype": draw.dtype if draw.exact else torch.float64, "rope": None if draw.exact else rf.RoPE3D.wan(head_dim),
+        "device": "cpu",
     }  # fmt: skip
-    cache = rf.SinkWindowCache(**settings)
+    policies = {"ema": rf.EMASink(alpha), "static": rf.StaticSink(rephase=True), "none": rf.NoSink()}
+
+    def new_cache():
+        return rf.SinkWindowCache(rf.CacheSpec(**settings), sink=policies[policy])
+
+    cache = new_cache()
     # bfloat16 has 8 bits: an integer below 4 can be halved five times beside another.
     longest = 4 if draw.exact else 10
     references = [
         StreamingReference(grid=grid, sink_frames=sink_frames, window_frames=window, policy=policy, alpha=alpha)
-        for _ in range(cache.layers)
+        for _ in range(cache.spec.layers)
     ]
 
     def inputs(frames):
-        size = (cache.batch, frames * cache.frame_tokens, heads, head_dim)
-        return [[draw.numbers(size, cache.dtype, largest=3) for _ in range(3)] for _ in references]
+        size = (cache.spec.batch, frames * cache.spec.frame_tokens, heads, head_dim)
+        return [[draw.numbers(size, cache.spec.dtype, largest=3) for _ in range(3)] for _ in references]
 
     for chunk in range(longest):
         frames = draw.integer(1, min(3, window + max(0, sink_frames - cache.next_frame)))
         if draw.chance(0.2):  # another chunk, given up in the middle
-            plan = cache.begin(frames, undo=True)
-            cache[0].append(*inputs(frames)[0], plan)
-            cache.rollback(plan)
+            given_up = cache.open(frames, undo=True)
+            given_up.append(0, *inputs(frames)[0])
+            given_up.rollback()
         if draw.chance(0.2):
-            saved, cache = cache.state_dict(), rf.SinkWindowCache(**settings)
-            other = cache.begin(1)
+            saved, cache = cache.state_dict(), new_cache()
+            other = cache.open(1)
             for layer, qkv in enumerate(inputs(1)):
-                cache[layer].append(*qkv, other)
+                other.append(layer, *qkv)
             cache.load_state_dict(saved)
-        plan = cache.begin(frames)
+        opened = cache.open(frames)
         for reference in references:
             reference.begin(frames)
         for _ in range(draw.integer(1, 2)):
             for layer, (q, k, v) in enumerate(inputs(frames)):
-                rotated = cache[layer].append(q, k, v, plan)
                 expected = references[layer].attend(q.double(), k, v)
-                if not draw.exact:
-                    out = rf.sink_window_attention(rotated, cache[layer].k, cache[layer].v, kv_tokens=plan.kv_tokens)
+                if draw.exact:
+                    opened.append(layer, q, k, v)
+                else:
+                    out = opened.attend(layer, q, k, v)
                     assert relative_l2(out, expected) < 1e-12, f"chunk {chunk}, layer {layer}"
-        cache.commit(plan)
+        opened.commit()
         if draw.exact:
             check_contents(cache, references)
 
 
 def check_contents(cache, references):
     """Every valid slot holds the frame or average that the rule says, to the bit."""
-    n = cache.frame_tokens
+    n = cache.spec.frame_tokens
     for layer, reference in enumerate(references):
         for held, frames in ((reference.sink_kv, reference.sink_kv), (reference.window_kv, reference.window_kv)):
             for frame in frames:

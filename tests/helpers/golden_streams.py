@@ -3,6 +3,7 @@ to be compared with (tests/golden/README.md, section 10)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,11 @@ class Geometry:
         return cls(grid, sink_frames, visible - sink_frames, policy, hyper["alpha"])
 
     def sink_policy(self, state: str):
-        return {"ema": rf.EMASink(self.alpha, state=state), "static": rf.StaticSink(), "none": rf.NoSink()}[self.policy]
+        return {
+            "ema": rf.EMASink(self.alpha, state=state),
+            "static": rf.StaticSink(rephase=True),
+            "none": rf.NoSink(),
+        }[self.policy]
 
     def stream_config(self, hyper: dict, state: str) -> StreamConfig:
         visible = self.sink_frames + self.window_frames
@@ -62,32 +67,31 @@ class Geometry:
 
 
 class ReferenceStream:
-    """Stands in for a ``SinkWindowCache`` where the whole model runs on the reference: same protocol, no ring."""
-
-    undo_frames = 0
+    """Stands in for a ``SinkWindowCache``, and for each of its chunks, where the whole model runs on the reference: same protocol, no
+    ring."""
 
     def __init__(self, geometry: Geometry, layers: int, batch: int):
-        self.grid, self.batch, self.next_frame = geometry.grid, batch, 0
+        self.spec = SimpleNamespace(grid=geometry.grid, batch=batch, layers=layers, undo_frames=0)
         self.layers = [geometry.reference() for _ in range(layers)]
+        self.next_frame = self.frames = 0
+        self.cache = self
 
-    def __len__(self):
-        return len(self.layers)
-
-    def __getitem__(self, layer):
-        return self.layers[layer]
-
-    def begin(self, frames, undo=False):
+    def open(self, frames, undo=False):
         for layer in self.layers:
             layer.begin(frames)
-        return ReferencePlan(frames)
+        self.frames = frames
+        return self
 
-    def commit(self, plan):
-        self.next_frame += plan.frames
+    chunk = open
 
+    def commit(self):
+        self.next_frame += self.frames
 
-@dataclass(frozen=True)
-class ReferencePlan:
-    frames: int
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.commit()
 
 
 def raw(keys: Tensor, frames: list[int], grid: tuple[int, int]) -> Tensor:
@@ -97,19 +101,19 @@ def raw(keys: Tensor, frames: list[int], grid: tuple[int, int]) -> Tensor:
 
 def held_keys_values(cache: rf.SinkWindowCache, layer: int) -> tuple[list[int], Tensor, Tensor]:
     """The frames outside the sink that a committed cache still holds, their raw keys and values."""
-    end, n = cache.next_frame, cache.frame_tokens
-    frames = list(range(max(cache.sink_frames, end - cache.window_frames), end))
-    slots = [cache.sink_frames + (f - cache.sink_frames) % cache.window_frames for f in frames]
+    end, n = cache.next_frame, cache.spec.frame_tokens
+    frames = list(range(max(cache.spec.sink_frames, end - cache.spec.window_frames), end))
+    slots = [cache.spec.sink_frames + (f - cache.spec.sink_frames) % cache.spec.window_frames for f in frames]
     tokens = torch.cat([torch.arange(s * n, (s + 1) * n) for s in slots]) if slots else torch.arange(0)
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
-    return frames, raw(k, frames, cache.grid) if frames else k.double(), v
+    return frames, raw(k, frames, cache.spec.grid) if frames else k.double(), v
 
 
 def raw_sink(cache: rf.SinkWindowCache, layer: int) -> tuple[Tensor, Tensor]:
     """The sink's state as raw keys and values."""
     k, v = cache.sink_state(layer)
-    frames = list(range(k.shape[1] // cache.frame_tokens))
-    return (raw(k, frames, cache.grid) if frames else k.double()), v
+    frames = list(range(k.shape[1] // cache.spec.frame_tokens))
+    return (raw(k, frames, cache.spec.grid) if frames else k.double()), v
 
 
 def check_against_raw_cache(
@@ -120,13 +124,13 @@ def check_against_raw_cache(
 
     The recorded cache has the sink first, then the newest frames in order; unused capacity is at its end.
     """
-    n, end = cache.frame_tokens, cache.next_frame
+    n, end = cache.spec.frame_tokens, cache.next_frame
     frames, k, v = held_keys_values(cache, layer)
     recorded_end = min(end * n, golden_k.shape[1])
     window = slice(recorded_end - len(frames) * n, recorded_end)
     bound.check(k, golden_k[:, window], f"{label}: window keys")
     bound.check(v, golden_v[:, window], f"{label}: window values")
-    if sink_state and cache.sink_frames:
+    if sink_state and cache.spec.sink_frames:
         k, v = raw_sink(cache, layer)
         bound.check(k, golden_k[:, : k.shape[1]], f"{label}: sink keys")
         bound.check(v, golden_v[:, : v.shape[1]], f"{label}: sink values")
@@ -142,7 +146,7 @@ def check_against_reference(
     if sink_state:
         sink_k, sink_v = raw_sink(cache, layer)
         pairs += [(f"sink frame {j}", kv, j, sink_k, sink_v) for j, kv in reference.sink_kv.items()]
-    n = cache.frame_tokens
+    n = cache.spec.frame_tokens
     for name, (expected_k, expected_v), i, ours_k, ours_v in pairs:
         bound.check(ours_k[:, i * n : (i + 1) * n], expected_k, f"{label}: keys of {name}")
         bound.check(ours_v[:, i * n : (i + 1) * n], expected_v, f"{label}: values of {name}")

@@ -60,7 +60,6 @@ class World:
             "real_guidance": 3.0,
             "weight": randn(2),
             "mask": randn(2, 3) > 0,
-            "prediction": "flow",
             "x_t": randn(2, 3, 4, 5),
             "sigma": torch.rand(2, generator=g),
         }
@@ -77,7 +76,9 @@ class World:
             "rope": rf.RoPE3D.wan(8),
             "dtype": torch.float32,
             "undo_frames": 2,
+            "device": "cpu",
         }
+        self.sink = rf.EMASink()
 
     def tensors(self):
         """All tensors that a call could change."""
@@ -420,11 +421,7 @@ def op_entries():
         for name, wrong in {
             "real_guidance": (None, float("nan"), "x"),
             "fake_guidance": (float("inf"), [1.0]),
-            "eps": (-1.0, float("inf"), None),
-            "nan": ("skip", 1, None),
-            "prediction": ("v", None),
-            "guidance": ("cfg", 1),
-            "reduction": ("batchmean", None, 1),
+            "options": (None, {"nan": "sample"}, rf.DMDOptions),
         }.items():
             for x in wrong:
                 add(op, name, repr(x), value(name, x))
@@ -446,16 +443,17 @@ CONFIGURATIONS = {
     "undo_frames": (-1, 6),
     "dtype": (torch.int32, torch.complex64, None),
     "device": ("nowhere", 1.5),
-    "sink_policy": (rf.NoSink(), "ema", rf.EMASink),
+    "sink": (rf.NoSink(), "ema", rf.EMASink, None),
     "rope": (rf.RoPE3D.wan(64), "wan", rf.RoPE((2,), (1e4,))),
-    "sink_policy.held": (rf.EMASink(held=(2,)), rf.EMASink(held=(-1,))),
-    "sink_policy.alpha": (rf.EMASink([0.5] * 3), rf.EMASink([[0.5]])),
+    "sink.held": (rf.EMASink(held=(2,)), rf.EMASink(held=(-1,))),
+    "sink.alpha": (rf.EMASink([0.5] * 3), rf.EMASink([[0.5]])),
 }
 POLICIES = {
     "alpha": (1.5, -0.1, float("nan"), "x", None, [0.5, 2.0], [[0.5], [0.5, 0.5]]),
     "held": (3, (0.5,), "0"),
     "state": ("fp8", None, []),
     "on_nonfinite": ("ignore", True),
+    "rephase": (1, None, "yes"),
 }
 ROPES = {
     "pairs": ((-1, 2, 2), (1.5, 2, 2)),

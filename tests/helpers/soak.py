@@ -39,7 +39,7 @@ SAMPLE, BATCH, SETTLE = (
 ALL = tuple(range(SINK))
 
 POLICIES = {
-    "static": rf.StaticSink(),
+    "static": rf.StaticSink(rephase=True),
     "static, compensated": rf.EMASink(ALPHA, held=ALL),
     "static, float32": rf.EMASink(ALPHA, held=ALL, state="float32"),
     "EMA, compensated": rf.EMASink(ALPHA),
@@ -174,11 +174,11 @@ def allocations_of(call) -> int:
 def soak(chunks: int, *, seed: int = 0, batch: int = BATCH, plant=None) -> Report:
     """Stream ``chunks`` chunks. ``plant(caches)``, called after each, is for faults that must be found."""
     start = time.perf_counter()
-    options = dict(layers=1, batch=1, heads=HEADS, head_dim=DIM, grid=GRID, sink_frames=SINK, window_frames=WINDOW)
-    caches = {
-        name: rf.SinkWindowCache(**options, sink_policy=policy, rope=rf.RoPE3D.wan(DIM), dtype=torch.bfloat16)
-        for name, policy in POLICIES.items()
-    }
+    spec = rf.CacheSpec(
+        layers=1, batch=1, heads=HEADS, head_dim=DIM, grid=GRID, sink_frames=SINK, window_frames=WINDOW, rope=rf.RoPE3D.wan(DIM),
+        dtype=torch.bfloat16, device="cpu",
+    )  # fmt: skip
+    caches = {name: rf.SinkWindowCache(spec, sink=policy) for name, policy in POLICIES.items()}
     replay, generator = Replay(), torch.Generator().manual_seed(seed)
     shape = (1, FRAMES * GRID[0] * GRID[1], HEADS, DIM)
     scene = torch.randn(
@@ -193,10 +193,8 @@ def soak(chunks: int, *, seed: int = 0, batch: int = BATCH, plant=None) -> Repor
         q, k, v = (scene + torch.randn(shape, generator=generator) for _ in range(3))
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         for name, cache in caches.items():
-            plan = cache.begin(FRAMES)
-            turned = cache[0].append(q, k, v, plan)
-            outputs[name] = rf.sink_window_attention(turned, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens)
-            cache.commit(plan)
+            with cache.chunk(FRAMES) as opened:
+                outputs[name] = opened.attend(0, q, k, v)
         replay.add(k, v)
         return q
 

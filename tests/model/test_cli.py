@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_forcing import cli, job
+from reward_forcing import job
 from reward_forcing.cli import main
 from reward_forcing.folder import OUTPUTS, StreamFolder
 from safetensors.torch import load_file, save_file
+
+import rf_kernels as rf
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = str(ROOT / "tests/golden/model_weights.safetensors")
@@ -140,10 +142,10 @@ def test_a_model_of_unpublished_sizes_asks_for_its_heads(tmp_path, capsys):
 
 def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*_, **__):
-        raise cli.rf.ArgumentError("rf_kernels.rope_append: argument `q`: expected a fault of ours, found one")
+        raise rf.ArgumentError("rf_kernels.rope_append: argument `q`: expected a fault of ours, found one")
 
     monkeypatch.setattr("reward_forcing.pipeline.StreamingPipeline.stream", broken)
-    with pytest.raises(cli.rf.ArgumentError, match="a fault of ours"):
+    with pytest.raises(rf.ArgumentError, match="a fault of ours"):
         main([*SMALL, "--frames", "3", "--out", str(tmp_path)])
 
 
@@ -332,6 +334,25 @@ def test_a_signal_during_preparation_leaves_nothing(tmp_path, capsys, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path):
+    process = Process(tmp_path / "out")
+    maps = Path(f"/proc/{process.popen.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.popen.poll() is None
+    assert process.end(signal.SIGINT) == (130, "reward-forcing: stopped; nothing was written\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_refused_before_pytorch_is_imported():
+    check = (
+        "import sys, reward_forcing.cli as cli\ntry: cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    for words in (["stream", "--frames", "0"], ["stream", "--help"]):
+        run = subprocess.run([sys.executable, "-c", check, *words], env=environment, capture_output=True, text=True)
+        assert run.returncode == (0 if "--help" in words else 2) and run.stderr.count("\n") == ("--help" not in words)
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_chunk(uninterrupted, tmp_path, capsys, monkeypatch):
     def impatient(self, shape, draw=job.ChunkNoise.draw):
         if self.place == 6:
@@ -365,7 +386,7 @@ def test_a_lock_whose_file_has_left_is_taken_anew(tmp_path, monkeypatch):
     with StreamFolder(tmp_path / "out") as held:
         assert (held.part / "lock").exists()
         with (
-            pytest.raises(cli.rf.ArgumentError, match="a folder that no other run writes into"),
+            pytest.raises(rf.ArgumentError, match="a folder that no other run writes into"),
             StreamFolder(held.out),
         ):
             pass

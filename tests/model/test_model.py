@@ -22,7 +22,7 @@ from reward_forcing import (
     read_checkpoint,
 )
 from reward_forcing.losses import critic_flow_loss, dmd_loss, draw_timesteps, sid_loss
-from reward_forcing.model.blocks import sinusoidal_embedding
+from reward_forcing.models.blocks import sinusoidal_embedding
 from reward_forcing.pipeline import chunk_lengths
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,8 +76,9 @@ def test_a_whole_clip_in_one_chunk_is_the_bidirectional_model(name):
     x = noise(batch, config.in_dim, frames, height, width)
     context = noise(batch, config.text_len, config.text_dim, seed=1)
     t = torch.tensor([700.0, 20.0])
-    cache = causal.new_cache(batch, height, width, sink_frames=1, window_frames=4)
-    streamed = causal(x, t[:, None], causal.text_keys(context), cache, cache.begin(frames))
+    spec = causal.cache_spec(height, width, batch=batch, sink_frames=1, window_frames=4)
+    chunk = rf.SinkWindowCache(spec, sink=rf.EMASink()).open(frames)
+    streamed = causal(x, t[:, None], causal.text_keys(context), chunk)
     whole = bidirectional(x, t, bidirectional.text_keys(context))
     assert streamed.shape == (batch, config.out_dim, frames, height, width)
     torch.testing.assert_close(streamed, whole, rtol=1e-10, atol=1e-10)
@@ -104,8 +105,8 @@ def test_time_embedding_is_float64_cosines_then_sines():
 def test_wrong_calls_write_nothing():
     config = tiny()
     model = make(CausalWanModel, config)
-    cache = model.new_cache(1, 4, 4, sink_frames=1, window_frames=3)
-    text, plan = model.text_keys(noise(1, 6, 10)), cache.begin(2)
+    cache = rf.SinkWindowCache(model.cache_spec(4, 4, sink_frames=1, window_frames=3), sink=rf.EMASink())
+    text, chunk = model.text_keys(noise(1, 6, 10)), cache.open(2)
     good, t = noise(1, 4, 2, 4, 4), torch.zeros(1, 2)
     for arguments, name in [
         ((noise(1, 3, 2, 4, 4), t), "`x`"),
@@ -116,12 +117,12 @@ def test_wrong_calls_write_nothing():
         ((good, torch.zeros(2)), "`t`"),
     ]:
         with pytest.raises(rf.ArgumentError, match=name):
-            model(*arguments, text, cache, plan)
+            model(*arguments, text, chunk)
     with pytest.raises(rf.ArgumentError, match="`context`"):
         model.text_keys(noise(1, 7, 10))
-    assert not plan.touched and not cache.k.any()
-    model(good, t, text, cache, plan)
-    assert plan.touched
+    assert not chunk.written and not cache.k.any()
+    model(good, t, text, chunk)
+    assert chunk.written
 
 
 def test_bidirectional_model_is_differentiable():

@@ -36,7 +36,7 @@ def test_body(lanes, dtype, prediction, flow, elements, offset):
     options = dict(fake_uncond=fake_uncond, real_uncond=real_uncond, **({"x_t": x_t} if flow else {}))
     views = {name: g.view.reshape(full) for name, g in dict(fake=fake, real=real, **options).items()}
     if flow:
-        views |= dict(sigma=sigma, prediction="flow")
+        views |= dict(sigma=sigma)
     expected, aux = rf.dmd_gradient(
         x.view.reshape(full), **views, fake_guidance=0.5, real_guidance=3.0, weight=weight.reshape(full),
         mask=mask.reshape(full), return_aux=True,

@@ -506,27 +506,3 @@ def test_refuses_gradients():
         rf.ema_evict(*case.tensors, **case.options)
     with torch.no_grad():
         rf.ema_evict(*case.tensors, **case.options)
-
-
-def test_supports_and_cost():
-    assert rf.ema_evict.supports(dtype=torch.bfloat16, head_dim=128, temporal=(0, 1, 2), temporal_pairs=22)[0]
-    ok, reason = rf.ema_evict.supports(dtype=torch.bfloat16, head_dim=128, temporal=(0, 22, 1), temporal_pairs=22)
-    assert ok and reason.startswith("scalar")
-    assert not rf.ema_evict.supports(dtype=torch.int8)[0]
-    assert not rf.ema_evict.supports(dtype=torch.float32, device="mps")[0]
-    assert not rf.ema_evict.supports(dtype=torch.float32, temporal=(0, 3, 2), temporal_pairs=4)[0]
-    assert not rf.ema_evict.supports(dtype=torch.float32, head_dim=8, temporal_pairs=5)[0]
-    assert not rf.ema_evict.supports(dtype=torch.float32, temporal=(0, 3, 1), temporal_pairs=4)[0]
-    one = dict(batch=1, sink_frames=3, frame_tokens=2, heads=1, head_dim=8, dtype=torch.float32)
-    frame = (
-        2 * 8 * 4
-    )  # bytes: one source's K and V, three key states read and slots written, K and V state read and written once
-    assert rf.ema_evict.cost(**one, sources=1)["bytes"] == frame * (2 + 3 * 2 + 3)
-    # One frame of 2 x 3 x 5 x 16 elements into each of two sink frames, bfloat16, hi + lo: evicted K and V read (4 bytes an
-    # element), K state read and written (8), V slot and lo read and written (8), K slot written (2).
-    cost = rf.ema_evict.cost(
-        batch=2, sink_frames=2, frame_tokens=5, heads=3, head_dim=16, dtype=torch.bfloat16, temporal_pairs=4
-    )
-    elements = 2 * 2 * 5 * 3 * 16
-    assert cost["bytes"] == elements * (4 + 8 + 8 + 2)
-    assert cost["flops"] == 6 * elements + 2 * (2 * 2 * 5 * 3) * 4 * 6

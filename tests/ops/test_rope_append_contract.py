@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.rope_append_case import DTYPES, LAYOUTS, clones, inputs, normal, rope_of
+from helpers.rope_append_case import LAYOUTS, clones, inputs, normal, rope_of
 
 import rf_kernels as rf
 from rf_kernels.reference import rope_append as ref
@@ -158,29 +158,3 @@ def test_dispatch_is_recorded():
     assert rf.last_dispatch()[:3] == ("rope_append", "cpu", False)
     rf.rope(args[0], angles=None, axes=[])
     assert rf.last_dispatch()[:3] == ("rope", "cpu", False)
-
-
-def test_supports():
-    wan = dict(head_dim=128, pairs=(22, 21, 21))
-    for dtype in DTYPES:
-        assert rf.rope_append.supports(dtype=dtype, **wan)[0]
-    cuda = rf.rope_append.supports(dtype=torch.bfloat16, device="cuda", **wan)
-    if rf.build_info()["cuda_archs"]:
-        assert cuda[0] and cuda[1].startswith("16-byte")
-        slow = rf.rope.supports(dtype=torch.bfloat16, device="cuda", layout="axis_half", **wan)
-        assert slow[0] and slow[1].startswith("scalar")
-    else:
-        assert cuda == (False, "this build has no CUDA part")
-    for bad in (dict(dtype=torch.int32), dict(head_dim=64, pairs=(33,)), dict(layout="x"), dict(device="meta")):
-        served, reason = rf.rope.supports(**dict(dtype=torch.float32) | bad)
-        assert not served and reason
-
-
-def test_cost():
-    """Wan2.1-1.3B, one chunk: q, k, v in and out are six times 14.4 MB in bf16."""
-    chunk = dict(batch=1, tokens=4680, head_dim=128, dtype=torch.bfloat16, pairs=(22, 21, 21))
-    elements = 4680 * 12 * 128
-    assert rf.rope_append.cost(q_heads=12, **chunk)["bytes"] == 6 * 2 * elements
-    assert rf.rope_append.cost(q_heads=12, kv_heads=3, **chunk)["bytes"] == 2 * (2 * elements + elements)
-    assert rf.rope.cost(heads=12, **chunk) == {"bytes": 2 * 2 * elements, "flops": 7 * elements}
-    assert rf.rope.cost(heads=12, norm=False, **chunk)["flops"] == 3 * elements

@@ -111,7 +111,8 @@ def test_two_sets_of_keys_are_merged_in_float32_and_rounded_once(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_difference_that_is_the_largest_number_is_finite(dtype):
     limit, zero = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
-    gradient, aux = rf.dmd_gradient(zero, fake=limit, real=zero, normalize=False, reduction="none", return_aux=True)
+    options = rf.DMDOptions(normalize=False, reduction="none")
+    gradient, aux = rf.dmd_gradient(zero, fake=limit, real=zero, options=options, return_aux=True)
     assert aux.dropped == 0
     assert_equal_bits(gradient, limit)
 

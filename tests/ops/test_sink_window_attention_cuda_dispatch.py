@@ -6,7 +6,7 @@ dispatcher); PyTorch's CUDA kernels are stood in for by float64 mathematics unde
 
 import pytest
 import torch
-from helpers.attention_case import DENSE, SINGLE_UNIT, WHOLE, make, make_case, run_with_grads, sdpa
+from helpers.attention_case import DENSE, INF, SINGLE_UNIT, WHOLE, make, make_case, run_with_grads, sdpa
 from torch.utils._pytree import tree_map
 
 import rf_kernels as rf
@@ -32,6 +32,7 @@ def attention_backward(grad_out, q, k, v, out, lse, scale):
     group = q.shape[1] // kv_heads
     g, q64, o = (t.double() for t in (grad_out, q, out))
     k64, v64 = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    assert not bool((lse == -INF).any()), "exp(-inf + inf) is NaN"
     p = torch.exp(q64 @ k64.transpose(-1, -2) * scale - lse.double().unsqueeze(-1))
     ds = p * (g @ v64.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
     dk, dv = (
@@ -53,6 +54,8 @@ def flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debu
     assert cum_q is None and cum_k is None and (max_q, max_k) == (q.shape[1], k.shape[1])
     assert dropout_p == 0 and not is_causal and not return_debug_mask and not any(unused.values())
     out, lse = attention(*(t.transpose(1, 2) for t in (q, k, v)), scale)
+    out = out.masked_fill((lse == -INF).unsqueeze(-1), 0.0)  # an empty softmax, and a NaN: an LSE of +inf
+    lse = lse.masked_fill((lse == -INF) | lse.isnan(), INF)
     empty = torch.empty(0, dtype=torch.int64)
     return out.transpose(1, 2).contiguous(), lse, empty, empty, empty
 
@@ -187,30 +190,57 @@ def test_no_key_is_the_empty_sum():
     assert not set(KERNELS) & set(OnCuda.calls)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["dense", "whole"])
+def test_a_query_without_any_weight_is_the_empty_sum(mode, dtype):
+    """Each kernel says it in its own way: flash out = 0 and lse = +inf, efficient NaN and -inf. A NaN stays one."""
+    seen = (
+        dict(kv_tokens=24) if mode == "dense" else dict(chunk_ends=[8, 16, 24], num_sink_tokens=2, num_window_tokens=5)
+    )
+    inputs = make(dtype, 1, 24, 24, 2, 2, 8)
+    inputs[0].zero_()
+    inputs[1][..., 0] = -1e30
+    inputs[0][:, 9, :, 0] = 1e30  # logits of -inf
+    inputs[0][:, 11] = float("nan")
+    q, k, v = on_cuda(*inputs)
+    out, lse = rf.sink_window_attention(q, k, v, **seen, return_lse=True)
+    others = [i for i in range(24) if i not in (9, 11)]
+    assert not bool(out.inner[:, 9].any()) and bool((lse.inner[..., 9] == -INF).all())
+    assert bool(out.inner[:, 11].isnan().all()) and bool(lse.inner[..., 11].isnan().all())
+    assert bool(out.inner[:, others].isfinite().all()) and bool(lse.inner[..., others].isfinite().all())
+    grad_out = torch.zeros_like(inputs[0])
+    grad_out[:, 9] = 1.0
+    inputs[0][:, 11] = 0.0
+    grads = backward(OnCuda(grad_out), q, k, v, out, OnCuda(lse.inner.nan_to_num(nan=0.0, neginf=-INF)), seen)
+    assert not bool(grads[2].inner.any())
+
+
 def test_float64_is_refused_with_the_reason():
     with pytest.raises(rf.ArgumentError, match="argument `q`: expected .*float64.*, found float64"):
-        rf.sink_window_attention(*on_cuda(*make(torch.float64, 1, 4, 6, 2, 2, 8)))
+        rf.sink_window_attention(*on_cuda(*make(torch.float64, 1, 4, 6, 2, 2, 8)), kv_tokens=6)
     assert not set(KERNELS) & set(OnCuda.calls)
 
 
 def test_devices_must_agree():
     q, k, v = make(torch.float32, 1, 4, 6, 2, 2, 8)
     with pytest.raises(rf.ArgumentError, match="argument `k`: expected a tensor on cuda:.*, found cpu"):
-        rf.sink_window_attention(*on_cuda(q), k, v)
+        rf.sink_window_attention(*on_cuda(q), k, v, kv_tokens=6)
 
 
 def test_strict_refuses_the_fallback(monkeypatch):
     monkeypatch.setenv("RF_STRICT", "1")
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(RuntimeError, match="RF_STRICT=1 forbids the fallback"):
-            rf.sink_window_attention(*on_cuda(*make(dtype, 1, 4, 6, 2, 2, 8)))
+            rf.sink_window_attention(*on_cuda(*make(dtype, 1, 4, 6, 2, 2, 8)), kv_tokens=6)
         assert not set(KERNELS) & set(OnCuda.calls)
-    rf.sink_window_attention(*make(torch.float32, 1, 4, 6, 2, 2, 8))  # the CPU's own backend is no fallback
+    rf.sink_window_attention(
+        *make(torch.float32, 1, 4, 6, 2, 2, 8), kv_tokens=6
+    )  # the CPU's own backend is no fallback
 
 
 def test_the_fallback_says_why_hopper_was_not_taken():
     """Half precision without a Hopper device: PyTorch's kernels, and a reason that names the device, the build or its runtime."""
-    rf.sink_window_attention(*on_cuda(*make(torch.bfloat16, 1, 4, 6, 2, 2, 128)))
+    rf.sink_window_attention(*on_cuda(*make(torch.bfloat16, 1, 4, 6, 2, 2, 128)), kv_tokens=6)
     dispatch = rf.last_dispatch()
     assert dispatch.backend == "torch_flash" and dispatch.fallback
     assert "Hopper" in dispatch.reason or "CUDA runtime of this build" in dispatch.reason

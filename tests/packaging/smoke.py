@@ -9,20 +9,20 @@ def main():
     torch.manual_seed(0)
     heads, head_dim, grid, frames, window = 2, 32, (2, 3), 2, 4
     rope = rf.RoPE3D.wan(head_dim)
-    cache = rf.SinkWindowCache(
+    spec = rf.CacheSpec(
         layers=1, batch=1, heads=heads, head_dim=head_dim, grid=grid, sink_frames=0, window_frames=window,
-        rope=rope, dtype=torch.float64,
+        rope=rope, dtype=torch.float64, device="cpu",
     )  # fmt: skip
-    tokens = frames * cache.frame_tokens
+    cache = rf.SinkWindowCache(spec, sink=rf.NoSink())
+    tokens = frames * spec.frame_tokens
     keys, values, worst = [], [], 0.0
     for _ in range(12):
         q, k, v = (torch.randn(1, tokens, heads, head_dim, dtype=torch.float64) for _ in range(3))
-        plan = cache.begin(frames=frames)
-        rotated = cache[0].append(q, k, v, plan)
-        out = rf.sink_window_attention(rotated, cache[0].k, cache[0].v, kv_tokens=plan.kv_tokens)
-        cache.commit(plan)
-        positions = [range(plan.t_begin, plan.t_end), range(grid[0]), range(grid[1])]
+        with cache.chunk(frames) as chunk:
+            out = chunk.attend(0, q, k, v)
+        positions = [range(chunk.first_frame, chunk.first_frame + frames), range(grid[0]), range(grid[1])]
         angles, axes = rope.table(positions, dtype=torch.float64)
+        rotated = rf.rope(q, angles=angles, axes=axes)
         keys.append(rf.rope(k, angles=angles, axes=axes))
         values.append(v)
         k_all, v_all = torch.cat(keys[-window // frames :], 1), torch.cat(values[-window // frames :], 1)

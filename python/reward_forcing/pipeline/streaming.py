@@ -5,7 +5,6 @@ first chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ import rf_kernels as rf
 
 from .._check import expect
 from ..config import StreamConfig
-from ..model import CausalWanModel
+from ..models import CausalWanModel
 from ..scheduler import FlowMatchScheduler
 from .phases import Phase, PhaseClock
 
@@ -45,18 +44,9 @@ def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bo
     return first + [chunk_frames] * chunks
 
 
-@contextmanager
-def _open_chunk(cache: rf.SinkWindowCache, frames: int) -> Iterator[rf.ChunkPlan]:
-    """The plan of the next chunk, committed at the end; if the chunk fails and the cache can undo, taken back."""
-    undo = frames <= cache.undo_frames
-    plan = cache.begin(frames, undo=undo)
-    try:
-        yield plan
-    except BaseException:
-        if undo:
-            cache.rollback(plan)
-        raise
-    cache.commit(plan)
+def _open_chunk(cache: rf.SinkWindowCache, frames: int) -> rf.Chunk:
+    """The next chunk of a cache; taken back if it fails, where the cache can."""
+    return cache.chunk(frames, undo=frames <= cache.spec.undo_frames)
 
 
 class StreamingPipeline:
@@ -84,17 +74,11 @@ class StreamingPipeline:
         self.timesteps = self.scheduler.warp(steps) if config.warp else [float(t) for t in steps]
 
     def new_cache(self, batch: int, height: int, width: int, **options) -> rf.SinkWindowCache:
-        """An empty cache for streams of latents ``[batch, frames, C, height, width]``, as ``config`` says."""
-        config = self.config
-        return self.model.new_cache(
-            batch,
-            height,
-            width,
-            sink_frames=config.sink_frames,
-            window_frames=config.window_frames,
-            sink_policy=config.policy(),
-            **options,
-        )
+        """An empty cache for streams of latents ``[batch, frames, C, height, width]``, as ``config`` says; ``options`` as for
+        ``CausalWanModel.cache_spec``."""
+        frames = {"sink_frames": self.config.sink_frames, "window_frames": self.config.window_frames}
+        spec = self.model.cache_spec(height, width, batch=batch, **frames, **options)
+        return rf.SinkWindowCache(spec, sink=self.config.policy())
 
     def split(self, clip: Tensor, *, starts_stream: bool = True) -> list[Tensor]:
         """The chunks of a whole clip ``[B, F, C, H, W]``. ``starts_stream``: its first frame is the stream's first."""
@@ -128,7 +112,8 @@ class StreamingPipeline:
             on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every phase.
 
         An exception in the middle of a chunk (also of ``noise_source``) leaves a cache with ``undo_frames`` as it was
-        before that chunk, ready to go on; without, the cache has an open plan and must be ``reset``.
+        before that chunk, ready to go on; so does a commit that finds frames that are not finite. Without ``undo_frames`` the cache
+        has a closed stream and must be ``reset``.
         """
         clock = PhaseClock(on_phase, self.model.device)
         text = self.model.text_keys(context)
@@ -137,14 +122,14 @@ class StreamingPipeline:
             starts = cache is None or cache.next_frame == 0
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
-                with _open_chunk(cache, given.shape[1]) as plan, clock("prefix", index):
-                    self._forward(given, 0.0, text, cache, plan)
+                with _open_chunk(cache, given.shape[1]) as open_chunk, clock("prefix", index):
+                    self._forward(given, 0.0, text, open_chunk)
                 index += 1
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
             first_frame = cache.next_frame
-            with _open_chunk(cache, noise.shape[1]) as plan:
-                latents = self._generate(noise, text, cache, plan, noise_source, clock, index)
+            with _open_chunk(cache, noise.shape[1]) as open_chunk:
+                latents = self._generate(noise, text, open_chunk, noise_source, clock, index)
             yield Chunk(index, first_frame, latents)
             index += 1
 
@@ -159,28 +144,28 @@ class StreamingPipeline:
         expect(latent.dim() == 5, "StreamingPipeline", "noise", "chunks [B, F, C, H, W]", tuple(latent.shape))
         if cache is None:
             return self.new_cache(latent.shape[0], *latent.shape[3:])
-        same = latent.shape[0] == cache.batch
-        expect(same, "StreamingPipeline", "noise", f"the cache's batch of {cache.batch}", latent.shape[0])
+        same = latent.shape[0] == cache.spec.batch
+        expect(same, "StreamingPipeline", "noise", f"the cache's batch of {cache.spec.batch}", latent.shape[0])
         return cache
 
-    def _forward(self, latent: Tensor, t: float, text, cache, plan) -> Tensor:
+    def _forward(self, latent: Tensor, t: float, text, open_chunk: rf.Chunk) -> Tensor:
         """Flow of a chunk ``[B, F, C, H, W]`` at one timestep for all of its frames."""
         timesteps = torch.full((latent.shape[0], 1), t, device=latent.device)
-        return self.model(latent.transpose(1, 2), timesteps, text, cache, plan).transpose(1, 2)
+        return self.model(latent.transpose(1, 2), timesteps, text, open_chunk).transpose(1, 2)
 
     def _generate(
-        self, z: Tensor, text, cache, plan, noise_source: NoiseSource, clock: PhaseClock, index: int
+        self, z: Tensor, text, open_chunk: rf.Chunk, noise_source: NoiseSource, clock: PhaseClock, index: int
     ) -> Tensor:
         """One chunk, from its noise to its clean keys and values in the cache."""
         scheduler, batch = self.scheduler, z.shape[0]
         for step, t in enumerate(self.timesteps):
             with clock("denoise", index, step):
-                flow = self._forward(z, t, text, cache, plan)
+                flow = self._forward(z, t, text, open_chunk)
                 x0 = scheduler.x0_from_flow(flow, z, torch.full((batch,), t, device=z.device))
             if step + 1 < len(self.timesteps):
                 with clock("renoise", index, step):
                     following = torch.full((batch,), self.timesteps[step + 1], device=z.device)
                     z = scheduler.add_noise(x0, noise_source(x0), following)
         with clock("context", index):
-            self._forward(x0, float(self.config.context_noise), text, cache, plan)
+            self._forward(x0, float(self.config.context_noise), text, open_chunk)
         return x0

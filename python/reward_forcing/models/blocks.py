@@ -65,28 +65,22 @@ class Projections(nn.Module):
         """Projected, neither normalised nor rotated: the ops do both."""
         return self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
 
-    def norm_weights(self) -> dict[str, Tensor | None]:
-        """The ops' arguments for the RMSNorm of q and k."""
-        return {"q_weight": getattr(self.norm_q, "weight", None), "k_weight": getattr(self.norm_k, "weight", None)}
-
 
 class CausalSelfAttention(Projections):
     """Self-attention of one chunk over sink, window and itself, through one layer of a ``SinkWindowCache``."""
 
-    def forward(self, x: Tensor, layer: rf.LayerCache, plan: rf.ChunkPlan) -> Tensor:
-        """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into ``layer``."""
+    def forward(self, x: Tensor, layer: int, chunk: rf.Chunk) -> Tensor:
+        """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into the cache's ``layer``."""
         q, k, v = self.raw_qkv(x)
-        q = layer.append(q, k, v, plan, **self.norm_weights(), norm="model", eps=self.eps)
-        y = rf.sink_window_attention(q, layer.k, layer.v, kv_tokens=plan.kv_tokens)
+        y = chunk.attend(layer, q, k, v, q_norm=self.norm_q, k_norm=self.norm_k, norm="model", eps=self.eps)
         return self.o(y.flatten(2))
 
 
 class BidirectionalSelfAttention(Projections):
     """Self-attention over a whole sequence."""
 
-    def _rotate(
-        self, x: Tensor, tokens: int, weight: Tensor | None, angles: Tensor, axes: list[int], layout: str
-    ) -> Tensor:
+    def _rotate(self, x: Tensor, tokens: int, norm: nn.Module, angles: Tensor, axes: list[int], layout: str) -> Tensor:
+        weight = getattr(norm, "weight", None)
         y = rf.rope(x[:, :tokens], angles=angles, axes=axes, layout=layout, weight=weight, norm="model", eps=self.eps)
         return y if tokens == x.shape[1] else torch.cat((y, x[:, tokens:]), dim=1)
 
@@ -95,9 +89,8 @@ class BidirectionalSelfAttention(Projections):
         position.
         """
         q, k, v = self.raw_qkv(x)
-        weights = self.norm_weights()
-        q = self._rotate(q, tokens, weights["q_weight"], angles, axes, layout)
-        k = self._rotate(k, tokens, weights["k_weight"], angles, axes, layout)
+        q = self._rotate(q, tokens, self.norm_q, angles, axes, layout)
+        k = self._rotate(k, tokens, self.norm_k, angles, axes, layout)
         return self.o(rf.sink_window_attention(q, k, v, kv_tokens=tokens).flatten(2))
 
 

@@ -1,4 +1,4 @@
-"""Chunk plans: what a chunk of frames does to the cache, computed on the host from integers that the host already knows.
+"""Geometry of a cache and of its chunks, computed on the host from integers that the host already knows.
 
 The arithmetic of slots and positions is here, in one place, in plain integers. Notation: S sink frames, W window frames,
 L = S + W, n tokens a frame; a chunk is the frames [t_begin, t_end) of the stream.
@@ -6,17 +6,115 @@ L = S + W, n tokens a frame; a chunk is the frames [t_begin, t_end) of the strea
 - slot of frame f:      f while f < S, then S + (f - S) mod W              (nothing in the cache moves)
 - attended prefix:      min(t_end, L) * n tokens                            (softmax does not care about the order of keys)
 - frames that leave:    e = f - W for every new frame f >= L: the slot that e leaves is the slot that f takes
-- sink frame that absorbs e:  j = (e - S) mod S
 - position shift of the sink:  max(0, t_end - L): seen from the window, sink frame j stays at distance L - j
   (Reward Forcing, arXiv 2512.04678, gives the sink positions 0..S-1 and the window the positions that follow)
+
+What the sink does with the frames that leave is its policy's business (sinks.py).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ._backend import argument_error
+from .._backend import argument_error
+from ..positions import RoPE, table_dtype
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What a cache is made for. Checked when it is written down.
+
+    Args:
+        layers, batch, heads, head_dim: as in the model (``heads`` are key/value heads; queries may have a multiple of them).
+        grid: tokens of a frame along its spatial axes, e.g. ``(30, 52)``; n = their product.
+        sink_frames, window_frames: S and W in latent frames; sink and window together are what a query sees (L = S + W).
+        rope: positions of ``(frame, *grid)``, ``RoPE3D.wan(head_dim)`` for Wan; None for keys without positions.
+        dtype, device: of keys and values.
+        undo_frames: frames of the largest chunk that ``chunk(frames, undo=True)`` may be asked for (its save area is allocated with
+            the cache).
+    """
+
+    layers: int
+    batch: int
+    heads: int
+    head_dim: int
+    grid: Sequence[int]
+    sink_frames: int
+    window_frames: int
+    rope: RoPE | None
+    dtype: torch.dtype
+    device: torch.device | str
+    undo_frames: int = 0
+    # What follows from them, as plain attributes: they are read in compiled code.
+    #: n.
+    frame_tokens: int = field(init=False, repr=False, compare=False)
+    ring: "Ring" = field(init=False, repr=False, compare=False)
+    layout: str = field(init=False, repr=False, compare=False)
+    #: Where the temporal pairs lie in a head, see ``RoPE.temporal_dims``.
+    temporal_dims: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        op, grid, rope = "CacheSpec", self.grid, self.rope
+        if not isinstance(grid, Sequence) or not all(map(is_integer, grid)):
+            raise argument_error(op, "grid", "a sequence of integers", repr(grid))
+        grid = tuple(grid)
+        least = {
+            "layers": 1,
+            "batch": 1,
+            "heads": 1,
+            "head_dim": 1,
+            "sink_frames": 0,
+            "window_frames": 0,
+            "undo_frames": 0,
+        }
+        for name, value, bound in [
+            *((n, getattr(self, n), b) for n, b in least.items()),
+            ("grid", min(grid, default=1), 1),
+        ]:
+            if not is_integer(value) or value < bound:
+                raise argument_error(op, name, f"an integer >= {bound}", repr(value))
+        length = self.sink_frames + self.window_frames
+        if length < 1:
+            raise argument_error(op, "sink_frames + window_frames", "an integer >= 1", 0)
+        if self.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise argument_error(op, "dtype", "float64, float32, bfloat16 or float16", self.dtype)
+        if rope is not None:
+            if not isinstance(rope, RoPE):
+                raise argument_error(op, "rope", "a RoPE or None", repr(rope))
+            if len(rope.pairs) != 1 + len(grid):
+                raise argument_error(op, "rope", f"{1 + len(grid)} axes (frame, *grid)", f"{len(rope.pairs)} axes")
+            if rope.temporal_axis not in (0, None) or (rope.temporal_axis is None and rope.pairs[0]):
+                raise argument_error(op, "rope", "temporal_axis 0, or None with pairs[0] = 0", rope)
+            if rope.rotated_dims > self.head_dim:
+                raise argument_error(op, "rope", f"at most {self.head_dim} rotated dims", rope.rotated_dims)
+        if self.undo_frames > length:
+            raise argument_error(op, "undo_frames", f"at most {length}", self.undo_frames)
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise argument_error(op, "device", "a device", repr(self.device)) from None
+        followed = {
+            "grid": grid,
+            "device": device,
+            "frame_tokens": math.prod(grid),
+            "ring": Ring(self.sink_frames, self.window_frames),
+            "layout": "adjacent" if rope is None else rope.layout,
+            "temporal_dims": (0, 1, 2) if rope is None or not rope.temporal_pairs else rope.temporal_dims,
+        }
+        for name, value in followed.items():
+            object.__setattr__(self, name, value)
+
+    def zeros(self, tokens: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``[layers, B, tokens, H, D]`` of zeros on the device, of the cache's dtype unless another is named."""
+        size = (self.layers, self.batch, tokens, self.heads, self.head_dim)
+        return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -41,10 +139,6 @@ class Ring:
         """Frames that leave the window when the chunk [t_begin, t_end) comes in, ascending."""
         return range(max(t_begin, self.length) - self.window_frames, max(t_end, self.length) - self.window_frames)
 
-    def absorber(self, frame: int) -> int:
-        """Sink frame that absorbs a leaving frame (undefined without sink frames)."""
-        return (frame - self.sink_frames) % self.sink_frames
-
     def shift(self, t_end: int) -> int:
         """Frames by which the sink's positions have moved when the newest frame is t_end - 1."""
         return max(0, t_end - self.length)
@@ -59,7 +153,7 @@ class Ring:
         new = t_end - max(t_begin, self.sink_frames)
         if new > self.window_frames:
             raise argument_error(
-                "SinkWindowCache.begin",
+                "SinkWindowCache.open",
                 "frames",
                 f"at most {self.window_frames - max(t_begin, self.sink_frames) + t_begin} frames "
                 f"(chunk starts at frame {t_begin}, window of {self.window_frames})",
@@ -67,42 +161,54 @@ class Ring:
             )
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ChunkPlan:
-    """One chunk's plan, from ``SinkWindowCache.begin`` to ``commit`` or ``rollback``.
+    """What one chunk does, as its ops take it. ``chunk.plan``; the same for every forward of the chunk.
 
     Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens`` (length of the valid prefix
-    to attend), ``shift`` (frames by which the sink's positions have moved), ``leaving`` (frames that leave the window).
-    Device tensors, read by the ops, rewritten by the next ``begin``: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``,
+    to attend), ``shift`` (frames by which the sink's positions have moved), ``leaving`` (frames that leave the window), ``sources``
+    (for each sink frame those that it absorbs; None when the sink has nothing to do), ``first`` (no frame has left before).
+    Device tensors, read by the ops, rewritten when the next chunk opens: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``,
     ``schedule`` int32 [S, 2 + E] and ``turns`` [S, E + 1, nt, 2] (None when the sink has nothing to do).
     """
 
-    owner: "object" = field(repr=False)
-    generation: int
+    ring: Ring
     t_begin: int
     t_end: int
     kv_tokens: int
     shift: int
     leaving: range
+    sources: list[list[int]] | None
     slots: torch.Tensor = field(repr=False)
     angles: torch.Tensor | None = field(repr=False)
     axes: list[int] = field(repr=False)
     schedule: torch.Tensor | None = field(repr=False)
     turns: torch.Tensor | None = field(repr=False)
-    undo: bool = False
-    seen_skipped: int = 0
-    open: bool = True
-    evicted: list[bool] = field(default_factory=list, repr=False)
-    appended: list[bool] = field(default_factory=list, repr=False)
 
     @property
     def frames(self) -> int:
         return self.t_end - self.t_begin
 
     @property
-    def touched(self) -> bool:
-        """Whether any layer has been written under this plan."""
-        return any(self.evicted) or any(self.appended)
+    def first(self) -> bool:
+        """Whether this is the first chunk that makes a frame leave. The sink's state is then taken from its slots."""
+        return self.t_begin <= self.ring.length < self.t_end
+
+    @property
+    def pieces(self) -> list[tuple[bool, int, int]]:
+        """The valid slots in order, as runs of (the chunk's own?, first frame, one past the last), frames counted among the chunk's
+        own and among the others."""
+        place = {self.ring.slot(f): i for i, f in enumerate(range(self.t_begin, self.t_end))}
+        runs, others = [], 0
+        for slot in range(min(self.t_end, self.ring.length)):
+            own = slot in place
+            at = place[slot] if own else others
+            others += not own
+            if runs and runs[-1][0] == own and runs[-1][2] == at:
+                runs[-1] = (own, runs[-1][1], at + 1)
+            else:
+                runs.append((own, at, at + 1))
+        return runs
 
 
 class PlanBuffers:
@@ -112,9 +218,10 @@ class PlanBuffers:
     then the turns of the sink. One buffer serves all chunks, so a captured CUDA graph reads each chunk's plan at the same address.
     """
 
-    def __init__(self, ring, grid, rope, dtype, device):
-        self.ring, self.rope = ring, rope
-        self.max_sources = -(-ring.window_frames // ring.sink_frames) if ring.sink_frames else 0
+    def __init__(self, spec: CacheSpec, max_sources: int):
+        ring, grid, rope, device = spec.ring, spec.grid, spec.rope, spec.device
+        dtype = table_dtype(spec.dtype)
+        self.ring, self.rope, self.max_sources = ring, rope, max_sources
         self._pairs_t = rope.temporal_pairs if rope is not None else 0
         S, E = ring.sink_frames, self.max_sources
         spatial = 0
@@ -167,9 +274,9 @@ class PlanBuffers:
             self._views[frames] = (self.ints[:frames], angles, axes, schedule, turns)
         return self._views[frames]
 
-    def upload(self, t_begin, t_end, shift, sources, first):
-        """Write a chunk's integers and angles. ``sources[j]``: leaving frames that sink frame j absorbs, ascending;
-        ``first``: the sink's state is taken from its slots before anything else; ``sources`` None: the sink is left alone."""
+    def upload(self, plan: ChunkPlan) -> None:
+        """Write a chunk's integers and angles."""
+        t_begin, t_end, sources = plan.t_begin, plan.t_end, plan.sources
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % len(self._stages)
         if stage["event"] is not None:
@@ -183,17 +290,22 @@ class PlanBuffers:
         if sources is not None:
             S, E = ring.sink_frames, self.max_sources
             schedule = ints[ring.length :].reshape(S, 2 + E)
-            schedule[:, 0] = first
+            schedule[:, 0] = plan.first
             schedule[:, 1] = [len(frames) for frames in sources]
             for j, frames in enumerate(sources):
                 schedule[j, 2 : 2 + len(frames)] = [ring.slot(e) for e in frames]
             if nt:
                 turns = floats[self._turn_row : self._turn_row + S * (E + 1) * nt].reshape(S, E + 1, nt, 2)
-                turns[:, E] = rope.temporal_table([shift])[0]
+                turns[:, E] = rope.temporal_table([plan.shift])[0]
                 for j, frames in enumerate(sources):
                     if frames:
                         turns[j, : len(frames)] = rope.temporal_table([j - e for e in frames])
-        if stage["event"] is not None:
+        if stage["event"] is None:
+            # Written through numpy, which autograd does not see: a graph that has saved such a view must find out.
+            for tensor in (self.ints, self.floats):
+                if not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+        else:
             self.ints.copy_(stage["ints"], non_blocking=True)
             self.floats[self._temporal_row :].copy_(stage["floats"][self._temporal_row :], non_blocking=True)
             stage["event"].record()

@@ -1,0 +1,11 @@
+"""The KV cache of a stream: its geometry, the chunks that go through it, and what its sink does."""
+
+from .cache import SinkWindowCache, StreamClosedError
+from .chunk import KV, Chunk
+from .plan import CacheSpec, ChunkPlan, Ring
+from .sinks import EMASink, NonFiniteError, NoSink, SinkPolicy, SinkState, StaticSink
+
+__all__ = [
+    "KV", "CacheSpec", "Chunk", "ChunkPlan", "EMASink", "NoSink", "NonFiniteError", "Ring", "SinkPolicy", "SinkState",
+    "SinkWindowCache", "StaticSink", "StreamClosedError",
+]  # fmt: skip

@@ -1,0 +1,270 @@
+"""SinkWindowCache: the KV cache of a stream. Sink first, then a ring; nothing in it ever moves, and every key is rotated once.
+
+    spec = rf.CacheSpec(layers=30, batch=1, heads=12, head_dim=128, grid=(30, 52), sink_frames=3, window_frames=6,
+                        rope=rf.RoPE3D.wan(128), dtype=torch.bfloat16, device="cuda")
+    cache = rf.SinkWindowCache(spec, sink=rf.EMASink(alpha=0.999))
+    with cache.chunk(frames=3) as chunk:                      # commits at the end
+        for each denoising forward, and the one on the clean result:
+            for layer, block in enumerate(blocks):
+                y = chunk.attend(layer, q, k, v, q_norm=..., k_norm=...)
+
+Geometry is in plan.py, the open chunk in chunk.py, what leaves and what absorbs it in sinks.py; docs/cache.md tells the rules with
+their reasons.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backend import ArgumentError, argument_error
+from . import stream_file
+from .chunk import Chunk
+from .plan import CacheSpec, ChunkPlan, PlanBuffers, Ring, is_integer
+from .sinks import SinkPolicy
+
+_OP = "SinkWindowCache"
+
+
+class StreamClosedError(ArgumentError):
+    """A chunk without undo failed after it had written: the stream cannot go on. ``reset`` the cache, or load a stream into it."""
+
+
+class SinkWindowCache:
+    """Keys and values of a stream: ``sink_frames`` at the front, then a ring of ``window_frames``; all memory is allocated here.
+
+    Args:
+        spec: sizes, positions, dtype and device.
+        sink: what happens to frames that leave the window: ``NoSink()``, ``StaticSink()``, ``EMASink(...)``, or a policy of your own
+            (docs/sinks.md).
+
+    Attributes:
+        k, v: ``[layers, B, L * n, H, D]``.
+        next_frame: frames committed so far = first frame of the next chunk.
+    """
+
+    def __init__(self, spec: CacheSpec, *, sink: SinkPolicy):
+        if not isinstance(spec, CacheSpec):
+            raise argument_error(_OP, "spec", "a CacheSpec", type(spec).__name__)
+        if not isinstance(sink, SinkPolicy):
+            found = repr(sink) if not isinstance(sink, type) else f"the class {sink.__name__}"
+            raise argument_error(_OP, "sink", "a sink policy, such as EMASink()", found)
+        self.spec, self.sink = spec, sink
+        self._sink = sink.bind(spec)
+        tokens = spec.ring.length * spec.frame_tokens
+        self.k, self.v = spec.zeros(tokens), spec.zeros(tokens)
+        self._slots = [(self.k[layer], self.v[layer]) for layer in range(spec.layers)]
+        self._undo: dict[str, Tensor] = {}
+        if spec.undo_frames:
+            chunk, kept = spec.undo_frames * spec.frame_tokens, spec.sink_frames * spec.frame_tokens
+            self._undo = {"k": spec.zeros(chunk), "v": spec.zeros(chunk)}
+            if self._sink.tensors:
+                self._undo |= {"sink_k": spec.zeros(kept), "sink_v": spec.zeros(kept)}
+                self._undo |= {f"sink.{name}": torch.zeros_like(t) for name, t in self._sink.tensors.items()}
+        self._buffers = PlanBuffers(spec, self._sink.max_sources)
+        self._chunk: Chunk | None = None
+        #: Why the stream cannot go on.
+        self._broken: str | None = None
+        self.next_frame = 0
+
+    # ---- looking ------------------------------------------------------------------------------------------------------------
+    @property
+    def ring(self) -> Ring:
+        """Where frames lie, in plain integers."""
+        return self.spec.ring
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of the valid prefix after the last commit."""
+        return min(self.next_frame, self.ring.length) * self.spec.frame_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the cache (on device "meta" they are counted without being allocated)."""
+        tensors = [
+            self.k,
+            self.v,
+            self._buffers.ints,
+            self._buffers.floats,
+            *self._sink.tensors.values(),
+            *self._undo.values(),
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def skipped_tokens(self) -> Tensor:
+        """``int64 [layers]`` on the device; counts tokens of leaving frames that were not fused because they were not finite."""
+        return self._sink.skipped_tokens
+
+    def sink_state(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The sink's keys (at the temporal phase of their own slots) and values ``[B, S * n, H, D]`` of one layer, in float32
+        (float64 for a float64 cache); a copy, for inspection."""
+        self._check_whole("sink_state")
+        wide = torch.float64 if self.spec.dtype == torch.float64 else torch.float32
+        tokens = min(self.next_frame, self.spec.sink_frames) * self.spec.frame_tokens
+        k, v = (x[:, :tokens] for x in self._slots[layer])
+        if self.next_frame > self.ring.length:  # until the first frame leaves, slots and state are one and the same
+            k, v = self._sink.keys_values(layer, k, v)
+        return k.to(wide, copy=True), v.to(wide, copy=True)
+
+    # ---- a chunk ------------------------------------------------------------------------------------------------------------
+    def chunk(self, frames: int, *, undo: bool = False) -> Chunk:
+        """The next chunk of ``frames`` latent frames, for a ``with`` block, at whose end it commits.
+
+        With an exception in the block: a chunk that has written nothing is as if it had never been opened; one that has is rolled
+        back with ``undo``; without, the stream is closed, and every use of it says so, until ``reset``. A commit that fails (a layer
+        was not written, ``NonFiniteError``) ends the same way.
+
+        Args:
+            undo: first save what the chunk will destroy (its slots, the sink, the sink's state). Needs
+                ``undo_frames >= frames`` in the spec.
+        Raises:
+            ArgumentError: frames do not fit in the window, a chunk is still open, or there is no save area.
+            StreamClosedError: a failed chunk has closed the stream.
+        """
+        return self.open(frames, undo=undo)
+
+    def open(self, frames: int, *, undo: bool = False) -> Chunk:
+        """As ``chunk``, for callers that cannot hold a ``with`` over an event loop: they end it with ``Chunk.commit`` or
+        ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are saved)."""
+        op = f"{_OP}.open"
+        if not is_integer(frames) or frames < 1:
+            raise argument_error(op, "frames", "an integer >= 1", repr(frames))
+        self._check_between("open")
+        if undo and frames > self.spec.undo_frames:
+            raise argument_error(op, "undo", f"at most undo_frames = {self.spec.undo_frames} frames", frames)
+        ring, t_begin, t_end = self.ring, self.next_frame, self.next_frame + frames
+        ring.check_chunk(t_begin, t_end)
+        shift = ring.shift(t_end) if self.sink.rephase else 0
+        leaving = ring.leaving(t_begin, t_end)
+        sources = self._sink.sources(leaving)
+        self._check_sources(sources, leaving)
+        slots, angles, axes, schedule, turns = self._buffers.views(frames)
+        acts = sources is not None
+        plan = ChunkPlan(
+            ring=ring, t_begin=t_begin, t_end=t_end, kv_tokens=min(t_end, ring.length) * self.spec.frame_tokens, shift=shift,
+            leaving=leaving, sources=sources, slots=slots, angles=angles, axes=axes, schedule=schedule if acts else None,
+            turns=turns if acts else None,
+        )  # fmt: skip
+        self._buffers.upload(plan)
+        if undo:
+            self._copy_undo(plan, save=True)
+        self._chunk = Chunk(self, plan, undo)
+        return self._chunk
+
+    def reset(self) -> None:
+        """Start a new stream: frame 0, slots zeroed (nothing of the old stream stays in memory), an open chunk void."""
+        for tensor in (self.k, self.v, *self._sink.tensors.values(), *self._undo.values()):
+            tensor.zero_()
+        self._restart(next_frame=0)
+
+    # ---- saving and copying a stream between chunks ----------------------------------------------------------------------------
+    def state_dict(self) -> dict:
+        """The stream between chunks: ``{"meta": {...}, "tensors": {...}}``, tensors cloned, valid slots only."""
+        self._check_between("state_dict")
+        return stream_file.state_of(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue a saved stream, bit for bit. Everything is checked before anything is written."""
+        targets, next_frame = stream_file.check_state(self, state)
+        self.reset()
+        for name, target in targets.items():
+            target.copy_(state["tensors"][name].detach())
+        self._restart(next_frame)
+
+    def save(self, path) -> None:
+        """Write the stream to a safetensors file (between chunks)."""
+        self._check_between("save")
+        stream_file.save(self, path)
+
+    def load(self, path) -> None:
+        """Continue the stream of a file written by ``save`` on a cache of the same geometry, dtype and policy."""
+        self.load_state_dict(stream_file.read(self, path))
+
+    # copy and pickle: tensors that share memory (k, and each layer's view of it) would come back as tensors that do not. So a copy is
+    # a new cache that continues the same stream; like state_dict, between chunks only. copy.copy shares nothing either. The stream
+    # travels as bytes: PyTorch hands a spawned process the shared memory of tensors, and that of our clones would be gone by then.
+    def __getstate__(self) -> dict:
+        self._check_between("__getstate__")
+        return {"spec": self.spec, "sink": self.sink, "stream": stream_file.to_bytes(self.state_dict())}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["spec"], sink=state["sink"])
+        self.load_state_dict(stream_file.from_bytes(state["stream"]))
+
+    # ---- for the open chunk ---------------------------------------------------------------------------------------------------
+    def _close(self, chunk: Chunk, how: str, next_frame: int) -> None:
+        chunk._ended, self._chunk = how, None
+        self.next_frame = next_frame
+
+    def _rollback(self, chunk: Chunk) -> None:
+        if chunk.undo and chunk.written:
+            self._copy_undo(chunk.plan, save=False)
+        self._close(chunk, "rolled back", chunk.plan.t_begin)
+
+    def _break(self, chunk: Chunk, reason: str) -> None:
+        """The end of a chunk that has written and cannot be taken back."""
+        self._close(chunk, f"ended by {reason}", chunk.plan.t_begin)
+        self._broken = (
+            f"a stream closed by {reason} in the frames {chunk.plan.t_begin}..{chunk.plan.t_end}, written without undo"
+        )
+
+    def _check_apart_from_sink(self, **inputs) -> None:
+        """The eviction writes the sink's state before the append reads its inputs."""
+        if torch.compiler.is_compiling():
+            return  # traced tensors have no memory
+        held = {t.untyped_storage().data_ptr() for t in self._sink.tensors.values()}
+        for name, tensor in inputs.items():
+            if tensor.untyped_storage().data_ptr() in held:
+                raise argument_error("Chunk.attend", name, "memory apart from the sink's state", "the state's own")
+
+    # ---- inside ---------------------------------------------------------------------------------------------------------------
+    def _check_whole(self, what: str) -> None:
+        if self._broken is not None:
+            text = argument_error(
+                f"{_OP}.{what}", "self", "a stream that goes on (reset it, or load one)", self._broken
+            )
+            raise StreamClosedError(str(text))
+
+    def _check_between(self, what: str) -> None:
+        self._check_whole(what)
+        if self._chunk is not None:
+            plan = self._chunk.plan
+            found = f"the chunk [{plan.t_begin}, {plan.t_end}) still open (commit, rollback or reset it)"
+            raise argument_error(f"{_OP}.{what}", "self", "no open chunk", found)
+
+    def _check_sources(self, sources, leaving: range) -> None:
+        """What a policy says must fit the schedule: a wrong one must not reach the device."""
+        if sources is None:
+            return
+        most = self._sink.max_sources
+        fits = len(sources) == self.spec.sink_frames and all(len(frames) <= most for frames in sources)
+        if not fits or any(e not in leaving for frames in sources for e in frames):
+            expected = f"{self.spec.sink_frames} lists of at most {most} of the leaving frames {list(leaving)}"
+            raise argument_error(f"{type(self._sink).__name__}.sources", "result", expected, sources)
+
+    def _copy_undo(self, plan: ChunkPlan, *, save: bool) -> None:
+        """Copy what the chunk will destroy into the save area, or back: O(chunk + sink) bytes."""
+        n, area = self.spec.frame_tokens, self._undo
+
+        def copy(cache_part: Tensor, saved_part: Tensor) -> None:
+            target, source = (saved_part, cache_part) if save else (cache_part, saved_part)
+            target.copy_(source)
+
+        for i, frame in enumerate(range(plan.t_begin, plan.t_end)):
+            slot = self.ring.slot(frame)
+            for name, tensor in (("k", self.k), ("v", self.v)):
+                copy(tensor[:, :, slot * n : (slot + 1) * n], area[name][:, :, i * n : (i + 1) * n])
+        if plan.sources is not None:
+            sink_tokens = self.spec.sink_frames * n
+            if "sink_k" in area:
+                copy(self.k[:, :, :sink_tokens], area["sink_k"])
+                copy(self.v[:, :, :sink_tokens], area["sink_v"])
+            for name, tensor in self._sink.tensors.items():
+                copy(tensor, area[f"sink.{name}"])
+
+    def _restart(self, next_frame: int) -> None:
+        if self._chunk is not None:
+            self._close(self._chunk, "voided by a reset or load", next_frame)
+        self._broken = None
+        self.next_frame = next_frame

@@ -1,0 +1,357 @@
+"""The open chunk: what a model is given, from ``SinkWindowCache.chunk`` or ``open`` to its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._backend import ArgumentError, argument_error, choice
+from ..ops.rope_append import rope_append, rope_append_check
+from ..ops.sink_window_attention import sink_window_attention
+from .grad import Past, attend_with_grad, inside_backward, snapshot_is_wanted
+from .plan import CacheSpec, ChunkPlan, is_integer
+
+if TYPE_CHECKING:
+    from .cache import SinkWindowCache
+
+_OP = "Chunk"
+_DEFAULT_EPS = 1e-6
+#: How far a layer's eviction has come.
+_WAITING, _BEGUN, _DONE = range(3)
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer as a chunk's queries may see them."""
+
+    k: Tensor
+    """[B, kv_tokens, H, D] view of the valid slots, rotated, in the order of the slots."""
+    v: Tensor
+    """As k."""
+    kv_tokens: int
+
+
+class Norms(NamedTuple):
+    """The RMSNorm of q and k, as the ops take it."""
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    norm: str | None
+    eps: float
+
+
+def _weight_and_eps(name: str, norm, dtype: torch.dtype) -> tuple[Tensor | None, float | None]:
+    """Weight and eps of a ``q_norm`` or ``k_norm``: a weight, a module that has one, or None."""
+    if norm is None or isinstance(norm, Tensor):
+        return norm, None
+    if isinstance(norm, nn.Identity):
+        return None, None
+    weight = getattr(norm, "weight", None)
+    if isinstance(norm, nn.Module) and isinstance(weight, Tensor) and getattr(norm, "bias", None) is None:
+        if (
+            isinstance(norm, nn.RMSNorm) and norm.eps is None
+        ):  # what PyTorch takes then: that of the type it computes in
+            return weight, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        return weight, getattr(norm, "eps", None)
+    found = f"{type(norm).__name__} without a weight" if isinstance(norm, nn.Module) else type(norm).__name__
+    raise argument_error(f"{_OP}.attend", name, "a weight tensor, an nn.RMSNorm with a weight, or None", found)
+
+
+def norms_of(spec: CacheSpec, q_norm, k_norm, norm: str | None, eps: float | None) -> Norms:
+    """The arguments of ``attend`` and ``append`` about norms, as the ops take them."""
+    if q_norm is None and k_norm is None:
+        return Norms(
+            None, None, choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model", _DEFAULT_EPS
+        )
+    q_weight, q_eps = _weight_and_eps("q_norm", q_norm, spec.dtype)
+    k_weight, k_eps = _weight_and_eps("k_norm", k_norm, spec.dtype)
+    if eps is None:
+        if q_eps is not None and k_eps is not None and q_eps != k_eps:
+            raise argument_error(f"{_OP}.attend", "k_norm", f"the eps of q_norm, {q_eps}", k_eps)
+        eps = q_eps if q_eps is not None else k_eps
+        eps = _DEFAULT_EPS if eps is None else eps
+    if norm is None:
+        one_head = all(w is None or w.numel() == spec.head_dim for w in (q_weight, k_weight))
+        norm = "head" if one_head else "model"
+    return Norms(q_weight, k_weight, norm, eps)
+
+
+class Chunk:
+    """One chunk of latent frames, open: from ``cache.chunk`` or ``cache.open`` to its commit or rollback.
+
+    Any number of forwards may go through it, with the same positions and slots; the last one's keys and values stay. Every layer must
+    have been written before the commit.
+
+    Attributes:
+        plan: the chunk in numbers, for those who call the ops themselves.
+        undo: whether ``rollback`` can return to before the chunk was opened although slots have been written.
+    """
+
+    def __init__(self, cache: SinkWindowCache, plan: ChunkPlan, undo: bool):
+        self._cache, self.plan, self.undo = cache, plan, undo
+        layers = cache.spec.layers
+        self._evicted = [_DONE if plan.sources is None else _WAITING] * layers
+        self._appended = [False] * layers
+        #: How the chunk ended; None while it is open.
+        self._ended: str | None = None
+        self._opened_in = inside_backward()
+        self._pasts: dict[int, Past] = {}
+
+    # ---- looking ------------------------------------------------------------------------------------------------------------
+    @property
+    def cache(self) -> SinkWindowCache:
+        """The cache it belongs to."""
+        return self._cache
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the chunk."""
+        return self.plan.t_end - self.plan.t_begin
+
+    @property
+    def first_frame(self) -> int:
+        """Index in the stream of the chunk's first frame."""
+        return self.plan.t_begin
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that a query of the chunk sees."""
+        return self.plan.kv_tokens
+
+    @property
+    def is_open(self) -> bool:
+        return self._ended is None
+
+    @property
+    def written(self) -> bool:
+        """Whether any layer of the cache has been written by this chunk."""
+        return any(self._appended) or (self.plan.sources is not None and any(self._evicted))
+
+    def __repr__(self) -> str:
+        state = "open" if self._ended is None else self._ended
+        return f"Chunk(frames {self.plan.t_begin}..{self.plan.t_end}, {state})"
+
+    # ---- a layer's forward --------------------------------------------------------------------------------------------------
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_norm: Tensor | nn.Module | None = None,
+        k_norm: Tensor | nn.Module | None = None,
+        norm: str | None = None,
+        eps: float | None = None,
+        softmax_scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> Tensor:
+        """Self-attention of the chunk in one layer: absorb what leaves the window (in the layer's first forward), normalise and
+        rotate q and k, write k and v to the chunk's slots, and attend all valid keys.
+
+        Args:
+            layer: index of the layer.
+            q: ``[B, F * n, Hq, D]`` of the cache's dtype, neither normalised nor rotated; k, v: ``[B, F * n, H, D]``.
+            q_norm, k_norm: RMSNorm of q and k: an ``nn.RMSNorm`` (or another module with ``weight`` and ``eps``), the weight alone,
+                or None for none. An ``nn.Identity`` counts as None.
+            norm: what one mean spans: "model" (all heads of a token) or "head". By default as the weight's size says.
+            eps: added to the mean of squares. By default the module's; 1e-6 for a weight alone.
+            softmax_scale, deterministic: see ``sink_window_attention``.
+        Returns:
+            ``[B, F * n, Hq, D]``, new.
+        Raises:
+            ArgumentError: before anything is written.
+
+        Under grad the result is differentiable with respect to q, k, v and the weights. The past is a constant: what the forward saw
+        of it is copied once per chunk and layer, so that backward may come after the chunk has ended and its slots are taken by
+        others. Under ``torch.utils.checkpoint`` (``use_reentrant=False``) the recomputation writes nothing and reads that copy.
+        """
+        tracing = torch.compiler.is_compiling()
+        recomputed = not tracing and self._is_recomputation()
+        if not recomputed:
+            self._check_layer("attend", layer)
+        self._check_attention(q, softmax_scale)
+        norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
+        if not tracing and (recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms))):
+            return self._attend_with_grad(layer, q, k, v, norms, softmax_scale, deterministic, recomputed)
+        q = self._append(layer, q, k, v, norms)
+        k_slots, v_slots = self._cache._slots[layer]
+        return sink_window_attention(
+            q, k_slots, v_slots, kv_tokens=self.plan.kv_tokens, softmax_scale=softmax_scale, deterministic=deterministic
+        )
+
+    def append(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
+    ) -> Tensor:
+        """The first half of ``attend``, for attention of one's own: everything but the attention.
+
+        Arguments as for ``attend``. Not differentiable: it refuses inputs that require grad while grad mode is on.
+
+        Returns:
+            q, normalised and rotated, ``[B, F * n, Hq, D]``; ``kv(layer)`` has the keys and values to attend.
+        Raises:
+            ArgumentError: before anything is written.
+        """
+        if not torch.compiler.is_compiling() and self._is_recomputation():
+            raise argument_error(
+                f"{_OP}.append",
+                "self",
+                "a forward (only `attend` can be recomputed)",
+                "a recomputation inside backward",
+            )
+        self._check_layer("append", layer)
+        return self._append(layer, q, k, v, norms_of(self._cache.spec, q_norm, k_norm, norm, eps))
+
+    def kv(self, layer: int) -> KV:
+        """The keys and values that the chunk's queries may see in one layer, after its ``append``: views of the valid slots."""
+        self._check_layer("kv", layer)
+        if not self._appended[layer]:
+            raise argument_error(
+                f"{_OP}.kv", "layer", "a layer that this chunk has written", f"{layer}, not written yet"
+            )
+        (k, v), tokens = self._cache._slots[layer], self.plan.kv_tokens
+        return KV(k[:, :tokens], v[:, :tokens], tokens)
+
+    def mark_written(self) -> None:
+        """Note that all layers were written by other means: the replay of a captured CUDA graph, or the raw ops on ``plan``."""
+        self._check_open("mark_written")
+        self._appended[:] = [True] * len(self._appended)
+        self._evicted[:] = [_DONE] * len(self._evicted)
+
+    # ---- the end ------------------------------------------------------------------------------------------------------------
+    def commit(self) -> None:
+        """End the chunk: its frames belong to the stream.
+
+        Raises:
+            ArgumentError: layers were not written.
+            NonFiniteError: with ``EMASink(on_nonfinite="raise")``, when leaving frames had tokens that were not finite.
+
+        A commit that fails ends the chunk as an exception inside ``with cache.chunk(...)`` does.
+        """
+        self._check_open("commit")
+        try:
+            if not all(self._appended):
+                missing = [layer for layer, done in enumerate(self._appended) if not done]
+                raise argument_error(f"{_OP}.commit", "self", "every layer written", f"nothing in layers {missing}")
+            self._cache._sink.check_commit(self.plan)
+        except BaseException:
+            self._fail("a failed commit")
+            raise
+        self._cache._close(self, "committed", next_frame=self.plan.t_end)
+
+    def rollback(self) -> None:
+        """Return to before the chunk was opened, bit for bit. A chunk that has written needs ``undo=True`` for it."""
+        self._check_open("rollback")
+        if self.written and not self.undo:
+            raise argument_error(
+                f"{_OP}.rollback", "self", "a chunk opened with undo=True", "undo=False, and slots written"
+            )
+        self._cache._rollback(self)
+
+    def __enter__(self) -> Chunk:
+        self._check_open("__enter__")
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._ended is not None:
+            return  # committed, rolled back or voided inside
+        if kind is None:
+            self.commit()
+        else:
+            self._fail(f"an exception ({kind.__name__})")
+
+    def _fail(self, reason: str) -> None:
+        """The end by an exception."""
+        if not self.written or self.undo:
+            self._cache._rollback(self)
+        else:
+            self._cache._break(self, reason)
+
+    # ---- inside -------------------------------------------------------------------------------------------------------------
+    def _check_open(self, what: str) -> None:
+        if self._ended is not None:
+            raise argument_error(
+                f"{_OP}.{what}",
+                "self",
+                "an open chunk",
+                f"frames {self.plan.t_begin}..{self.plan.t_end}, {self._ended}",
+            )
+
+    def _check_layer(self, what: str, layer: int) -> None:
+        # Comparisons of host values: this runs once per layer and forward.
+        if self._ended is not None:
+            self._check_open(what)
+        if type(layer) is not int or not 0 <= layer < len(self._appended):
+            if not is_integer(layer) or not 0 <= layer < len(self._appended):
+                raise argument_error(f"{_OP}.{what}", "layer", f"a layer 0..{len(self._appended) - 1}", repr(layer))
+
+    def _check_attention(self, q, softmax_scale) -> None:
+        """What the attention would refuse after the append has written: both ops or none."""
+        spec = self._cache.spec
+        if isinstance(q, Tensor) and q.dim() == 4 and q.shape[2] % spec.heads:
+            raise argument_error(f"{_OP}.attend", "q", f"a multiple of {spec.heads} heads", q.shape[2])
+        if spec.head_dim > 256:
+            raise argument_error(f"{_OP}.attend", "q", "a head dim of at most 256", spec.head_dim)
+        if spec.dtype == torch.float64 and spec.device.type == "cuda":
+            raise argument_error(f"{_OP}.attend", "q", "float32, bfloat16 or float16 on a GPU", spec.dtype)
+        if softmax_scale is not None and not (
+            isinstance(softmax_scale, int | float) and 0 < softmax_scale < float("inf")
+        ):
+            raise argument_error(f"{_OP}.attend", "softmax_scale", "a number above 0, or None", repr(softmax_scale))
+
+    def _is_recomputation(self) -> bool:
+        """Whether this call comes from a backward that the chunk was not opened in: activation checkpointing."""
+        task = inside_backward()
+        return task != -1 and task != self._opened_in
+
+    def _options(self, norms: Norms) -> dict:
+        plan = self.plan
+        return {
+            "slots": plan.slots, "angles": plan.angles, "axes": plan.axes, "layout": self._cache.spec.layout,
+            "q_weight": norms.q_weight, "k_weight": norms.k_weight, "norm": norms.norm, "eps": norms.eps,
+        }  # fmt: skip
+
+    def _evict(self, layer: int, q, k, v, options: dict) -> None:
+        """The layer's first forward. Both ops or none: what would make the append refuse is known before the sink is touched."""
+        cache = self._cache
+        if self._evicted[layer] == _BEGUN:
+            raise argument_error(f"{_OP}.attend", "layer", "a layer whose eviction was not interrupted", layer)
+        rope_append_check(q, k, v, *cache._slots[layer], **options)
+        cache._check_apart_from_sink(q=q, k=k, v=v)
+        self._evicted[layer] = _BEGUN
+        cache._sink.evict(layer, *cache._slots[layer], self.plan)
+        self._evicted[layer] = _DONE
+
+    def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
+        options = self._options(norms)
+        if self._evicted[layer] != _DONE:
+            self._evict(layer, q, k, v, options)
+        q_out = rope_append(q, k, v, *self._cache._slots[layer], **options)
+        self._appended[layer] = True
+        return q_out
+
+    def _attend_with_grad(self, layer, q, k, v, norms, softmax_scale, deterministic, recomputed) -> Tensor:
+        cache, plan = self._cache, self.plan
+        past = self._pasts.get(layer)
+        if past is None:
+            if recomputed:
+                raise ArgumentError(
+                    f"rf_kernels.{_OP}.attend: argument `self`: expected a forward under grad before its recomputation, found none "
+                    f"in layer {layer} (checkpoint with use_reentrant=False: a reentrant one runs its forward without grad, and the "
+                    "past that it saw is gone)"
+                )
+            with torch.no_grad():
+                if self._evicted[layer] != _DONE:
+                    self._evict(
+                        layer, *(x.detach() if isinstance(x, Tensor) else x for x in (q, k, v)), self._options(norms)
+                    )
+                frozen = next(iter(self._pasts.values()), None)
+                past = self._pasts[layer] = Past.of(*cache._slots[layer], plan, cache.spec, frozen)
+        if recomputed:
+            return attend_with_grad(q, k, v, norms, past, None, None, softmax_scale, deterministic)
+
+        def written() -> None:
+            self._appended[layer] = True
+
+        return attend_with_grad(q, k, v, norms, past, cache._slots[layer], written, softmax_scale, deterministic)

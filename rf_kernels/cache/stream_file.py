@@ -1,0 +1,137 @@
+"""A stream between chunks, as tensors with a description, and as a safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._backend import ArgumentError, argument_error
+from .plan import is_integer
+
+if TYPE_CHECKING:
+    from .cache import SinkWindowCache
+
+_FORMAT = "rf_kernels.stream"
+_FORMAT_VERSION = 2
+_OP = "SinkWindowCache"
+
+
+def identity_of(cache: SinkWindowCache) -> dict:
+    """What a saved stream must share with the cache that continues it, in JSON types."""
+    spec, rope = cache.spec, cache.spec.rope
+    return {
+        "format": _FORMAT,
+        "version": _FORMAT_VERSION,
+        "geometry": [spec.layers, spec.batch, spec.heads, spec.head_dim, *spec.grid],
+        "sink_frames": spec.sink_frames,
+        "window_frames": spec.window_frames,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "sink": cache.sink.identity(),
+        "rope": None if rope is None else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis],
+    }
+
+
+def _parts(cache: SinkWindowCache, next_frame: int) -> dict[str, Tensor]:
+    """The tensors of a stream of so many frames, as they lie in a cache."""
+    valid = min(next_frame, cache.ring.length) * cache.spec.frame_tokens
+    own = {f"sink.{name}": tensor for name, tensor in cache._sink.tensors.items()}
+    return {"k": cache.k[:, :, :valid], "v": cache.v[:, :, :valid], **own}
+
+
+def state_of(cache: SinkWindowCache) -> dict:
+    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, cache.next_frame).items()}
+    return {"meta": identity_of(cache) | {"next_frame": cache.next_frame}, "tensors": tensors}
+
+
+def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], int]:
+    """The tensors to be written and the frame to go on from, after everything has been checked."""
+    op = f"{_OP}.load_state_dict"
+    parts = ("meta", "tensors")
+    if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
+        raise argument_error(op, "state", "a dict with `meta` and `tensors`", type(state).__name__)
+    meta, tensors = (state[part] for part in parts)
+    for name, expected in identity_of(cache).items():
+        if meta.get(name) != expected:
+            raise argument_error(op, f"meta.{name}", repr(expected), repr(meta.get(name)))
+    next_frame = meta.get("next_frame")
+    if not is_integer(next_frame) or not 0 <= next_frame < 2**53:  # positions are exact in float64
+        raise argument_error(op, "meta.next_frame", "an integer in [0, 2**53)", repr(next_frame))
+    targets = _parts(cache, next_frame)
+    if set(tensors) != set(targets):
+        raise argument_error(op, "tensors", f"{sorted(targets)}", f"{sorted(tensors)}")
+    for name, target in targets.items():
+        found = tensors[name]
+        if not isinstance(found, Tensor) or found.shape != target.shape or found.dtype != target.dtype:
+            text = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise argument_error(op, f"tensors.{name}", f"{target.dtype} {list(target.shape)}", text)
+        if found.layout != torch.strided or found.device.type == "meta":
+            found = f"{found.layout} on {found.device}"
+            raise argument_error(op, f"tensors.{name}", "a dense tensor with memory", found)
+        if found.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and found.numel():
+            raise argument_error(op, f"tensors.{name}", "memory apart from the cache", "the cache's own")
+    return targets, next_frame
+
+
+def to_bytes(state: dict) -> dict:
+    """A state without tensors."""
+
+    def packed(t: Tensor) -> tuple:
+        return t.dtype, t.shape, t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return {"meta": state["meta"], "tensors": {name: packed(t) for name, t in state["tensors"].items()}}
+
+
+def from_bytes(state: dict) -> dict:
+    def unpacked(dtype: torch.dtype, shape: torch.Size, data: bytes) -> Tensor:
+        return (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
+        ).reshape(shape)
+
+    return {"meta": state["meta"], "tensors": {name: unpacked(*packed) for name, packed in state["tensors"].items()}}
+
+
+def _path(op: str, path) -> str:
+    if isinstance(path, str | os.PathLike):
+        return os.fspath(path)
+    raise argument_error(op, "path", "a path", repr(path))
+
+
+def save(cache: SinkWindowCache, path) -> None:
+    from safetensors.torch import save_file
+
+    path = _path(f"{_OP}.save", path)
+    state = state_of(cache)
+    tensors = {name: tensor.cpu() for name, tensor in state["tensors"].items()}
+    save_file(tensors, path, metadata={"rf_kernels": json.dumps(state["meta"])})
+
+
+def read(cache: SinkWindowCache, path) -> dict:
+    """The state in a file; what it says is checked by ``check_state``."""
+    from safetensors import SafetensorError, safe_open
+
+    op = f"{_OP}.load"
+    path = _path(op, path)
+    try:
+        # What the parser builds from a header is many times its size: only one as long as ours is given to it.
+        with open(path, "rb") as file:
+            claimed = int.from_bytes(file.read(8), "little")
+        limit = 4096 + 4 * len(json.dumps(identity_of(cache)))
+        if claimed > limit:
+            raise ValueError(f"a header of {claimed} bytes, expected at most {limit}")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get("rf_kernels")
+            if text is None:
+                raise argument_error(
+                    op, "path", "a stream saved by SinkWindowCache.save", f"no such metadata in {path}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        meta = json.loads(text)
+    except (ArgumentError, FileNotFoundError, PermissionError):
+        raise
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise argument_error(op, "path", "a readable stream file", f"{path}: {error}") from error
+    return {"meta": meta, "tensors": tensors}
