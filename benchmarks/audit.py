@@ -20,6 +20,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import issue_model
+
 LIBRARY = Path(__file__).resolve().parents[1] / "rf_kernels" / "_C.abi3.so"
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
@@ -323,8 +325,9 @@ def main(arguments=None) -> int:
         print(f"benchmarks.audit: {options.library.name} holds no CUDA kernels (RF_CUDA=OFF)", file=sys.stderr)
         return 2
     print(table(found))
+    print(issue_model.table(found))
     wrong = [f"{short_title(k)} ({k.arch}): {text}" for k in found for text in check(k)]
-    wrong += check_memory_bound(found)
+    wrong += check_memory_bound(found) + issue_model.check(found)
     attention = [k for k in found if "sink_window_attention_fwd_sm90" in k.name]
     if attention and len(attention) != _ATTENTION_VARIANTS:
         wrong.append(f"{len(attention)} Hopper attention kernels, intended {_ATTENTION_VARIANTS}")

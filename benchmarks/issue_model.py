@@ -136,3 +136,64 @@ def issue(kernel, loads: int, stores: int, cached: int = 0) -> Issue | None:
     if path is None:
         return None
     return Issue(len(path), (loads - cached + stores) * 16 * 32, loads_in_flight(path))
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A call of the benchmark's shapes (12 heads of 128, one source a sink frame, norms with weights of the data's dtype)."""
+
+    label: str
+    kernel: str  # part of the kernel's name
+    loads: int  # 16-byte accesses of a thread
+    stores: int
+    cached: int  # loads of weights, which stay in the L2
+    most: int  # instructions of the longest path, at most
+    in_flight: int  # loads under way, at least
+
+
+USUAL = (
+    Usual("rope_append, bfloat16", "rope_append_kernel<rf::bf16, 8, true>", 10, 6, 4, 1150, 3),
+    Usual("rope_append, float16", "rope_append_kernel<rf::f16, 8, true>", 10, 6, 4, 1150, 3),
+    Usual("rope_append, float32", "rope_append_kernel<float, 4, true>", 10, 6, 4, 900, 3),
+    Usual("ema_evict, bfloat16, compensated", "evict_kernel<rf::bf16, (rf::EmaState)0, 8, true>", 6, 5, 0, 1300, 6),
+    Usual("ema_evict, bfloat16, state float32", "evict_kernel<rf::bf16, (rf::EmaState)1, 8, true>", 6, 6, 0, 950, 6),
+    Usual("ema_evict, bfloat16, published", "evict_kernel<rf::bf16, (rf::EmaState)2, 8, true>", 4, 3, 0, 1100, 4),
+    Usual("ema_evict, float32", "evict_kernel<float, (rf::EmaState)2, 4, true>", 4, 3, 0, 850, 4),
+)
+
+
+def figures(found) -> dict:
+    """label -> Issue (or None: no such path) of the usual calls whose kernels are among ``found``, for sm_90a."""
+    kernels = [k for k in found if k.arch == "sm_90a"]
+    return {
+        usual.label: issue(k, usual.loads, usual.stores, usual.cached)
+        for usual in USUAL
+        for k in kernels
+        if usual.kernel in k.name
+    }
+
+
+def table(found) -> str:
+    """One line per usual call."""
+    lines = [f"{'longest path of a usual call':36s} instructions  per 16 bytes  loads in flight  issue / bytes"]
+    for label, x in figures(found).items():
+        if x is not None:
+            row = f"{x.instructions:12d}  {x.per_16_bytes:12.1f}  {x.in_flight:15d}  {x.issue_over_bytes:13.2f}"
+            lines.append(f"{label:36s} {row}")
+    return "\n".join(lines)
+
+
+def check(found) -> list[str]:
+    """What has become longer, or has fewer loads under way, than it was."""
+    wrong, seen = [], figures(found)
+    for usual in USUAL:
+        if usual.label not in seen:
+            continue
+        x = seen[usual.label]
+        if x is None:
+            wrong.append(f"{usual.label}: no path of {usual.loads} loads and {usual.stores} stores of 16 bytes")
+        elif x.instructions > usual.most:
+            wrong.append(f"{usual.label}: up to {x.instructions} instructions, intended {usual.most}")
+        elif x.in_flight < usual.in_flight:
+            wrong.append(f"{usual.label}: {x.in_flight} loads in flight, intended {usual.in_flight}")
+    return wrong

@@ -180,7 +180,11 @@ def test_bytes_moved_are_those_predicted(lanes, counts, dtype, state):
         equal(found, case.run())
 
 
-ONE_SOURCE = {"one each": [[0, 1, 3], [1, 1, 5]], "one and none": [[1, 0, 0], [0, 1, 4]], "none": [[0, 0, 0], [1, 0, 0]]}
+ONE_SOURCE = {
+    "one each": [[0, 1, 3], [1, 1, 5]],
+    "one and none": [[1, 0, 0], [0, 1, 4]],
+    "none": [[0, 0, 0], [1, 0, 0]],
+}
 
 
 @all_precisions
