@@ -161,17 +161,22 @@ def test_every_usual_call_has_its_kernel(usual):
 def test_longer_code_is_found(usual):
     for intended, kernel in usual:
         code = kernel.instructions
-        first = next(i for i, (_, t) in enumerate(code) if t.startswith("LDG") and ".128" in t)
-        address = code[first][0]
-        longer = dataclasses.replace(
-            kernel, instructions=[*code[:first], *((address, "NOP") for _ in range(400)), *code[first:]]
-        )
+        padding = [(-1 - n, "NOP") for n in range(400)]
+        longer = dataclasses.replace(kernel, instructions=[code[0], *padding, *code[1:]])
         assert any("instructions, intended" in x for x in issue_model.check([longer])), intended.label
 
 
 def test_the_longest_path_goes_around_a_loop_once():
     """Two ways around a block, a loop of three instructions, an exit under a predicate."""
-    code = ["MOV R1, RZ", "BRA 0x40", "LDG.E.128 R4, [R2.64]", "NOP", "IADD3 R1, R1, 0x1, RZ", "NOP", "BRA 0x40"]
+    code = [
+        "MOV R1, RZ",
+        "BRA 0x40",
+        "LDG.E.128 R4, [R2.64]",
+        "NOP",
+        "IADD3 R1, R1, 0x1, RZ",
+        "NOP",
+        "BRA 0x40",
+    ]
     code += ["EXIT", "STG.E.128 [R2.64], R4", "EXIT"]
     kernel = audit.Kernel("k", "sm_90a", [(0x10 * i, t) for i, t in enumerate(code)])
     kernel.predicated = {0x10, 0x60, 0x70}
