@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from reward_forcing.folder import StreamFolder
-from reward_forcing.job import PreparedStream
 
 import benchmarks as bench
 import rf_kernels as rf
+from reward_forcing.folder import StreamFolder
+from reward_forcing.job import PreparedStream
 
 from . import traffic
 from .compare import PublishedTwin, op_rows
@@ -83,7 +83,8 @@ def run(
         phases.clear()
         begin = clock()
 
-    warm = -(-stream.local_attn_size // stream.chunk_frames) + 1  # chunks until the cache is full and has evicted
+    # chunks until the cache is full and has evicted
+    warm = -(-stream.local_attn_size // stream.chunk_frames) + 1
     figures = {
         "environment": bench.environment(),
         "job": {k: str(v) if isinstance(v, Path | torch.dtype) else v for k, v in asdict(job).items()},
@@ -92,7 +93,10 @@ def run(
         "cache_bytes": cache.nbytes,
         "time_per_chunk": flatness([c["seconds"] for c in chunks], warm),
         "memory": flatness([float(c["memory_bytes"]) for c in chunks], warm),
-        "phases": {name: sum(c["phases"].get(name, 0.0) for c in chunks) for name in ("denoise", "renoise", "context")},
+        "phases": {
+            name: sum(c["phases"].get(name, 0.0) for c in chunks)
+            for name in ("denoise", "renoise", "context")
+        },
         "ops": op_rows(config, stream, grid, 1, dtype, device, measure_seconds),
         "bytes_per_chunk": traffic.count(config, stream, grid, 1, dtype, len(stream.denoising_step_list) + 1),
     }

@@ -1,11 +1,14 @@
-"""reward_forcing: the thin PyTorch layer over rf_kernels. Models, scheduler, streaming pipeline, losses, checkpoints.
+"""reward_forcing: the thin PyTorch layer over rf_kernels. Models, scheduler, streaming pipeline, losses,
+checkpoints.
 
-Every size comes from the configuration; all attention, caching, rotation and distillation arithmetic is rf_kernels'.
+Every size comes from the configuration; all attention, caching, rotation and distillation arithmetic is
+rf_kernels'.
 """
 
 import importlib
 
-#: The public names of each module, imported when they are asked for: the command line answers before PyTorch is loaded.
+#: The public names of each module, imported when they are asked for: the command line answers before PyTorch
+#: is loaded.
 _NAMES = {
     "checkpoint": "CheckpointError infer_config load_bidirectional_model load_causal_model read_checkpoint",
     "config": "ModelConfig StreamConfig",

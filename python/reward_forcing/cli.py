@@ -1,7 +1,9 @@
-"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are generated.
+"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are
+generated.
 
-A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after the chunk under way and
-exits with 130; the same command with `--resume` continues it, and its latents are those of a run that nobody stopped.
+A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after
+the chunk under way and exits with 130; the same command with `--resume` continues it, and its latents are
+those of a run that nobody stopped.
 """
 
 from __future__ import annotations
@@ -84,8 +86,16 @@ def _one_of(names):
 
 
 def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The options of a stream. ``defaults`` replace those of a published model; an option without one is required."""
-    defaults = {"height": 60, "width": 104, "dtype": "bfloat16", "out": Path("out"), "heads": None, **defaults}
+    """The options of a stream. ``defaults`` replace those of a published model; an option without one is
+    required."""
+    defaults = {
+        "height": 60,
+        "width": 104,
+        "dtype": "bfloat16",
+        "out": Path("out"),
+        "heads": None,
+        **defaults,
+    }
 
     def add(name, text, type=str, default=None, **more):
         default = defaults.get(name.replace("-", "_"), default)
@@ -186,13 +196,39 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     either = stream.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the unfinished stream in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the stream that is in --out")
+    train = commands.add_parser("train", help="train one stage (docs/training.md)", allow_abbrev=False)
+    train.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    train.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
+    )
     return parser.parse_args(argv)
 
 
+def _train(options: argparse.Namespace) -> int:
+    import rf_kernels as rf
+
+    from .checkpoint import CheckpointError
+    from .trainer import load, run
+
+    try:
+        print(run(load(options.config), options.out))
+    except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the newest checkpoint")
+        return 128 + signal.SIGINT
+    except (ArithmeticError, OSError) as error:
+        fail(str(error), code=1)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n: stopped by signal n."""
+    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n:
+    stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
+    if options.command == "train":
+        return _train(options)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
     again = f"go on with: reward-forcing {shlex.join(repeated)} --resume"
     try:

@@ -26,7 +26,8 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Ctrl-C, and signals that ask a process to end, are noted until the chunk under way is finished; a second one ends it at once."""
+    """Ctrl-C, and signals that ask a process to end, are noted until the chunk under way is finished; a
+    second one ends it at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -92,5 +93,10 @@ def _write_facts(prepared: PreparedStream, path: Path) -> None:
     job = prepared.job
     files = {"checkpoint": str(job.checkpoint), "context": job.context and str(job.context)}
     versions = {"rf_kernels": rf.__version__, "torch": torch.__version__}
-    facts = {"settings": job.settings(), "files": files, "model": asdict(prepared.model.config), "versions": versions}
+    facts = {
+        "settings": job.settings(),
+        "files": files,
+        "model": asdict(prepared.model.config),
+        "versions": versions,
+    }
     path.write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,5 +1,5 @@
-"""The documents and what they are made from say the same: the API reference names all that is public, figures are those of the
-committed reports, and the reports are those of the code."""
+"""The documents and what they are made from say the same: the API reference names all that is public, figures
+are those of the committed reports, and the reports are those of the code."""
 
 import re
 from pathlib import Path
@@ -40,13 +40,17 @@ def test_the_cpu_report_names_its_machine_and_judges_its_own_timings():
     from benchmarks import aims
 
     report = fill_readme.load("cpu")
-    assert all(report["environment"][fact] for fact in ("date", "commit", "torch", "python", "cpu", "cores", "threads"))
+    assert all(
+        report["environment"][fact]
+        for fact in ("date", "commit", "torch", "python", "cpu", "cores", "threads")
+    )
     results = {result["case"]: result for result in report["results"]}
     assert report["aims"] == [aim.judge(results) for aim in aims.aims()]
 
 
 def test_errors_are_still_those_of_the_report():
-    """One op recomputed: within a factor of two of the committed figures (the last bits differ between machines)."""
+    """One op recomputed: within a factor of two of the committed figures (the last bits differ between
+    machines)."""
     found = accuracy.table((accuracy.dmd_gradient, accuracy.rope_append))
     committed = {(r["op"], r["quantity"], r["dtype"]): r for r in fill_readme.load("accuracy")}
     assert len(found) >= 20
@@ -57,7 +61,8 @@ def test_errors_are_still_those_of_the_report():
 
 
 def test_at_0999_every_bf16_number_decays_to_itself():
-    """The statement of docs/numerics.md, over all positive normal numbers; and at 0.99 it is false for most."""
+    """The statement of docs/numerics.md, over all positive normal numbers; and at 0.99 it is false for
+    most."""
     bits = torch.arange(0x0080, 0x7F80, dtype=torch.int32).to(torch.int16)
     numbers = bits.view(torch.bfloat16)
     assert torch.equal(0.999 * numbers, numbers)

@@ -1,5 +1,6 @@
-"""The documents do what they print: every Python block of a page runs, in order, in one namespace, on the CPU; every command
-exists, with its options. And they keep to the form of the house: width, and tables that can be read."""
+"""The documents do what they print: every Python block of a page runs, in order, in one namespace, on the
+CPU; every command exists, with its options. And they keep to the form of the house: width, and tables that
+can be read."""
 
 import functools
 import importlib.util
@@ -41,7 +42,8 @@ def test_python_of_a_page_runs_as_printed(path, tmp_path, monkeypatch):
     namespace = {"__name__": "page"}
     torch.manual_seed(0)
     for line, text in blocks(path, "python"):
-        code = compile("\n" * (line - 1) + text, name(path), "exec")  # a traceback then names the line of the page
+        # a traceback then names the line of the page
+        code = compile("\n" * (line - 1) + text, name(path), "exec")
         if not text.startswith(NEEDS_GPU) or torch.cuda.is_available():
             exec(code, namespace)
 
@@ -86,11 +88,16 @@ def knows(entry, option):
     """Whether a program has an option: its source says so, or else its help (which takes seconds)."""
     if entry[0] == "-m":
         spec = importlib.util.find_spec(entry[1])
-        files = [Path(spec.origin), *(Path(folder) / "__main__.py" for folder in spec.submodule_search_locations or ())]
+        files = [
+            Path(spec.origin),
+            *(Path(folder) / "__main__.py" for folder in spec.submodule_search_locations or ()),
+        ]
     else:
         files = [ROOT / entry[0]]
     pattern = re.compile(rf"{option}(?![\w-])")
-    return any(f'"{option}"' in f.read_text() for f in files if f.is_file()) or bool(pattern.search(help_of(*entry)))
+    return any(f'"{option}"' in f.read_text() for f in files if f.is_file()) or bool(
+        pattern.search(help_of(*entry))
+    )
 
 
 def fault(words):
@@ -131,18 +138,44 @@ def test_every_command_exists():
 
 
 @pytest.mark.parametrize(
-    "command", ["make tset", "pytest tests/none.py", "python -m rf_kernels.doctor --jsn", "python none.py", "mkae test"]
+    "command",
+    ["make tset", "pytest tests/none.py", "python -m rf_kernels.doctor --jsn", "python none.py", "mkae test"],
 )
 def test_a_wrong_command_is_noticed(command):
     assert fault(command.split())
 
 
-def listed(*patterns):
+def headings(path):
+    """The anchors of a page, as a renderer forms them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path, text):
+    """Links of a page that lead nowhere in the repository."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if "://" not in link and not (target.exists() and (not anchor or anchor in headings(target))):
+            yield f"{name(path)}: {link}"
+
+
+def test_links_lead_somewhere():
+    assert not [fault for path in PAGES for fault in broken_links(path, path.read_text())]
+    wrong = "[a](none.md) [b](docs/cache.md#none) [c](docs/cache.md#how-it-works) [d](https://e.org/f)"
+    assert len(list(broken_links(ROOT / "README.md", wrong))) == 2
+
+
+def listed():
     """Documents that git knows, or that lie there when this is no checkout."""
-    run = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
+    run = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True
+    )
     found = [ROOT / line for line in run.stdout.splitlines()] if run.returncode == 0 else ROOT.rglob("*")
     return sorted(
-        path for path in found if path.suffix in (".md", ".rst") and path.is_file() and ".venv" not in path.parts
+        path
+        for path in found
+        if path.suffix in (".md", ".rst") and path.is_file() and ".venv" not in path.parts
     )
 
 
@@ -162,7 +195,12 @@ def test_documents_are_wrapped_and_tables_can_be_read():
 
 
 def test_a_wide_line_and_a_full_cell_are_noticed():
-    assert len(list(faults_of_form(f"{'w' * 111}\n| a | {'word ' * 26} |\n| {'w' * 120} |\nhttps://{'u' * 120}"))) == 2
+    assert (
+        len(
+            list(faults_of_form(f"{'w' * 111}\n| a | {'word ' * 26} |\n| {'w' * 120} |\nhttps://{'u' * 120}"))
+        )
+        == 2
+    )
 
 
 def test_the_readme_is_short():
