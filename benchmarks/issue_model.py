@@ -1,14 +1,16 @@
-"""How many instructions a memory-bound kernel issues for the bytes that it moves: a model, from machine code alone.
+"""How many instructions a memory-bound kernel issues for the bytes that it moves: a model, from machine code.
 
-A path is a way through the blocks of a kernel from its entry to an exit that goes around no loop twice. Of the paths that make the
-16-byte accesses of the usual call, the longest is taken, so that the figure is an upper bound of what a warp issues there. The time
-that the device's schedulers need to issue that for all warps is then set beside the time that its memory needs for their bytes.
+A path is a way through the blocks of a kernel from its entry to an exit that goes around no loop twice. Of the
+paths that make the 16-byte accesses of the usual call, the longest is taken: the figure is an upper bound of
+what a warp issues there. The time that the device's schedulers need to issue that for all warps is then set
+beside the time that its memory needs for their bytes.
 """
 
 import re
 from dataclasses import dataclass
 
-# An H200: what its schedulers issue a second (132 SMs, 4 a cycle, 1.755 GHz), and its memory's bandwidth as the vendor states it.
+# An H200: what its schedulers issue a second (132 SMs, 4 a cycle, 1.755 GHz), and its memory's bandwidth as
+# the vendor states it.
 ISSUE_PER_SECOND = 132 * 4 * 1.755e9
 BYTES_PER_SECOND = 4.8e12
 
@@ -39,7 +41,7 @@ def _edges(kernel):
 
 
 def _order(edges):
-    """Indices that the entry reaches, each before those that come after it; edges back into a loop are taken out of ``edges``."""
+    """Indices that the entry reaches, each after those that follow it; edges back into a loop leave ``edges``."""
     state, order, stack = {}, [], [(0, iter(edges[0]))]
     state[0] = "open"
     while stack:
@@ -63,7 +65,7 @@ def _wide(text):
 
 
 def longest_path(kernel, loads: int, stores: int):
-    """The instructions of the longest path with so many 16-byte global loads and stores; None where there is none."""
+    """The instructions of the longest path with so many 16-byte global loads and stores, or None."""
     edges = _edges(kernel)
     best = {}  # index -> {(loads, stores) from here to an exit: (length, next index)}
     for node in _order(edges):
@@ -100,7 +102,8 @@ def loads_in_flight(path) -> int:
         operands = text.split(None, 1)[1] if " " in text else ""
         registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
         is_wide, op = _wide(text)
-        first, read = (registers[:1], registers[1:]) if not text.startswith(("STG", "STS", "ST.")) else ([], registers)
+        stores = text.startswith(("STG", "STS", "ST."))
+        first, read = ([], registers) if stores else (registers[:1], registers[1:])
         for i, held in reversed(list(enumerate(waiting))):
             if held & set(read) or (not (is_wide and op == "LDG") and held & set(first)):
                 waiting = waiting[i + 1 :]
@@ -131,7 +134,7 @@ class Issue:
 
 
 def issue(kernel, loads: int, stores: int, cached: int = 0) -> Issue | None:
-    """Of a kernel whose usual call makes these 16-byte accesses a thread; ``cached`` of the loads come from the L2 (weights)."""
+    """Of a kernel whose usual call makes these 16-byte accesses a thread; ``cached`` loads come from the L2."""
     path = longest_path(kernel, loads, stores)
     if path is None:
         return None
@@ -140,7 +143,7 @@ def issue(kernel, loads: int, stores: int, cached: int = 0) -> Issue | None:
 
 @dataclass(frozen=True)
 class Usual:
-    """A call of the benchmark's shapes (12 heads of 128, one source a sink frame, norms with weights of the data's dtype)."""
+    """A call of the benchmark's shapes: 12 heads of 128, one source a sink frame, weights of the data's dtype."""
 
     label: str
     kernel: str  # part of the kernel's name
@@ -151,19 +154,20 @@ class Usual:
     in_flight: int  # loads under way, at least
 
 
+_EVICT = "evict_kernel<rf::bf16, (rf::EmaState)"
 USUAL = (
     Usual("rope_append, bfloat16", "rope_append_kernel<rf::bf16, 8, true>", 10, 6, 4, 1150, 3),
     Usual("rope_append, float16", "rope_append_kernel<rf::f16, 8, true>", 10, 6, 4, 1150, 3),
     Usual("rope_append, float32", "rope_append_kernel<float, 4, true>", 10, 6, 4, 900, 3),
-    Usual("ema_evict, bfloat16, compensated", "evict_kernel<rf::bf16, (rf::EmaState)0, 8, true>", 6, 5, 0, 1300, 6),
-    Usual("ema_evict, bfloat16, state float32", "evict_kernel<rf::bf16, (rf::EmaState)1, 8, true>", 6, 6, 0, 950, 6),
-    Usual("ema_evict, bfloat16, published", "evict_kernel<rf::bf16, (rf::EmaState)2, 8, true>", 4, 3, 0, 1100, 4),
+    Usual("ema_evict, bfloat16, compensated", _EVICT + "0, 8, true>", 6, 5, 0, 1300, 6),
+    Usual("ema_evict, bfloat16, state float32", _EVICT + "1, 8, true>", 6, 6, 0, 950, 6),
+    Usual("ema_evict, bfloat16, published", _EVICT + "2, 8, true>", 4, 3, 0, 1100, 4),
     Usual("ema_evict, float32", "evict_kernel<float, (rf::EmaState)2, 4, true>", 4, 3, 0, 850, 4),
 )
 
 
 def figures(found) -> dict:
-    """label -> Issue (or None: no such path) of the usual calls whose kernels are among ``found``, for sm_90a."""
+    """label -> Issue (None: no such path) of the usual calls with kernels among ``found``, for sm_90a."""
     kernels = [k for k in found if k.arch == "sm_90a"]
     return {
         usual.label: issue(k, usual.loads, usual.stores, usual.cached)
@@ -175,11 +179,12 @@ def figures(found) -> dict:
 
 def table(found) -> str:
     """One line per usual call."""
-    lines = [f"{'longest path of a usual call':36s} instructions  per 16 bytes  loads in flight  issue / bytes"]
+    title = "longest path of a usual call"
+    lines = [f"{title:36s} instructions  per 16 bytes  loads in flight  issue / bytes"]
     for label, x in figures(found).items():
         if x is not None:
-            row = f"{x.instructions:12d}  {x.per_16_bytes:12.1f}  {x.in_flight:15d}  {x.issue_over_bytes:13.2f}"
-            lines.append(f"{label:36s} {row}")
+            row = f"{x.instructions:12d}  {x.per_16_bytes:12.1f}  {x.in_flight:15d}"
+            lines.append(f"{label:36s} {row}  {x.issue_over_bytes:13.2f}")
     return "\n".join(lines)
 
 
@@ -191,7 +196,7 @@ def check(found) -> list[str]:
             continue
         x = seen[usual.label]
         if x is None:
-            wrong.append(f"{usual.label}: no path of {usual.loads} loads and {usual.stores} stores of 16 bytes")
+            wrong.append(f"{usual.label}: no path of {usual.loads} loads and {usual.stores} stores")
         elif x.instructions > usual.most:
             wrong.append(f"{usual.label}: up to {x.instructions} instructions, intended {usual.most}")
         elif x.in_flight < usual.in_flight:

@@ -216,7 +216,7 @@ ONE_SOURCE = {
 @pytest.mark.parametrize("name", ONE_SOURCE)
 @pytest.mark.parametrize("layout", ["adjacent", "adjacent_tail", "none", "all_adjacent"])
 def test_a_row_in_registers(lanes, layout, name, dtype, state):
-    """One source a sink frame, pairs inside of a vector: two units a lane, each byte of source and state once."""
+    """One source a sink frame, pairs inside of a vector: two units a lane."""
     rope = LAYOUTS.get(layout) or rf.RoPE((8,), (1e4,), "adjacent")
     case = Case(dtype, state, rope=rope, schedule=ONE_SOURCE[name], heads=6, n=3)
     case.k[0, 3 * 3 + 1, 2, 7] = NAN  # source 3: skipped where it is one
@@ -235,7 +235,7 @@ def test_a_row_in_registers(lanes, layout, name, dtype, state):
 
 @pytest.mark.parametrize("threads", [0, 7], ids=["held", "not held"])
 def test_a_held_row_reads_nothing_twice(lanes, threads):
-    """With the check for non-finite tokens: bytes of a call as predicted, which a row that is not held exceeds."""
+    """With the check for non-finite tokens: bytes as predicted, which a row that is not held exceeds."""
     case = Case(torch.bfloat16, "compensated", schedule=[[0, 1, 3], [0, 1, 4]], n=2, heads=6)
     lanes.moved_bytes()
     run_lanes(lanes, case, threads=threads)
