@@ -1,4 +1,5 @@
-# Two commands for a new user: `make demo` and `make test`. Each does all its set-up in .venv and rebuilds only what changed.
+# Two commands for a new user: `make demo` and `make test`. Each does all its set-up in .venv and rebuilds only
+# what changed.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
@@ -12,8 +13,8 @@ SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproj
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
-# torch first and by itself: the project's own requirement (torch>=2.10) is then satisfied and pulls no other build of it.
-# CUTLASS is headers alone (--no-deps: its Python dependencies are not needed).
+# torch first and by itself: the project's own requirement (torch>=2.10) is then satisfied and pulls no other
+# build of it. CUTLASS is headers alone (--no-deps: its Python dependencies are not needed).
 $(SETUP):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
@@ -63,7 +64,7 @@ wheel: $(SETUP)
 	rm -rf dist build/lib* build/bdist*
 	PATH="$(BIN):$$PATH" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
-## make audit         what the compiler made of the CUDA kernels, held against what was intended (2: no CUDA kernels to look at)
+## make audit         what the compiler made of the CUDA kernels, held against what was intended
 audit: ext
 	$(PY) -m benchmarks.audit || test $$? -eq 2
 
@@ -71,15 +72,15 @@ audit: ext
 gpu-suite: ext
 	$(PY) -m benchmarks.gpu_suite --out out/gpu
 
-## make tuning        variants of the Hopper attention kernel, one change each, for the suite's stage of that name (docs/tuning.md)
+## make tuning        variants of the Hopper attention kernel, for the GPU suite's stage of that name
 tuning: ext
 	$(PY) -m benchmarks.tuning.build_variants
 
-## make sanitize      the CPU backend under the sanitizers of address, undefined behaviour and threads (SAMPLE=1: few configurations)
+## make sanitize      the CPU backend under three sanitizers (SAMPLE=1: few configurations)
 sanitize: $(SETUP)
 	PATH="$(BIN):$$PATH" $(PY) tests/helpers/sanitize.py $(if $(SAMPLE),--sample --seeds 0:40,--report tests/contracts/reports/sanitize.json)
 
-## make check-install builds and installations, tried for real (CHECK="python3.10:2.10.0 python3.12:2.11.0": under other versions)
+## make check-install builds and installations, tried for real (CHECK="python3.12:2.11.0": under other versions)
 CHECK ?= install reproducible
 check-install: ext wheel
 	PATH="$(BIN):$$PATH" $(PY) tests/packaging/check.py --torch '$(TORCH)' $(CHECK)
