@@ -1,9 +1,9 @@
 """How many instructions a memory-bound kernel issues for the bytes that it moves: a model, from machine code.
 
-A path is a way through the blocks of a kernel from its entry to an exit that goes around no loop twice. Of the
-paths that make the 16-byte accesses of the usual call, the longest is taken: the figure is an upper bound of
-what a warp issues there. The time that the device's schedulers need to issue that for all warps is then set
-beside the time that its memory needs for their bytes.
+A path is a way through the blocks of a kernel from its entry to an exit that goes around no loop twice. Of
+the paths that make the 16-byte accesses of the usual call, the longest is taken: the figure is an upper bound
+of what a warp issues there. The time that the schedulers need to issue that for all warps is then set beside
+the time that the memory needs for their bytes.
 """
 
 import re
@@ -41,7 +41,7 @@ def _edges(kernel):
 
 
 def _order(edges):
-    """Indices that the entry reaches, each after those that follow it; edges back into a loop leave ``edges``."""
+    """Indices that the entry reaches, each after its followers; edges back into a loop leave ``edges``."""
     state, order, stack = {}, [], [(0, iter(edges[0]))]
     state[0] = "open"
     while stack:
@@ -134,7 +134,7 @@ class Issue:
 
 
 def issue(kernel, loads: int, stores: int, cached: int = 0) -> Issue | None:
-    """Of a kernel whose usual call makes these 16-byte accesses a thread; ``cached`` loads come from the L2."""
+    """Of a kernel whose usual call makes these accesses a thread; ``cached`` loads come from the L2."""
     path = longest_path(kernel, loads, stores)
     if path is None:
         return None
@@ -143,7 +143,7 @@ def issue(kernel, loads: int, stores: int, cached: int = 0) -> Issue | None:
 
 @dataclass(frozen=True)
 class Usual:
-    """A call of the benchmark's shapes: 12 heads of 128, one source a sink frame, weights of the data's dtype."""
+    """A call of the benchmark's shapes: 12 heads of 128, one source a sink frame, weights like the data."""
 
     label: str
     kernel: str  # part of the kernel's name
