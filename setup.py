@@ -1,8 +1,10 @@
-"""Drives CMake + Ninja for the one extension, rf_kernels/_C.abi3.so. No network, no third-party source in the tree.
+"""Drives CMake + Ninja for the one extension, rf_kernels/_C.abi3.so. No network, no third-party source in the
+tree.
 
-Environment: RF_CUDA=ON|OFF|AUTO, RF_HOPPER=ON|OFF|AUTO, RF_CUDA_ARCHS="90a;80", RF_CPU_ARCH, RF_LINEINFO=ON|OFF, RF_TORCH_INCLUDE,
-RF_CUTLASS_INCLUDE, RF_BUILD_DIR, CMAKE_ARGS; RF_COMMIT and SOURCE_DATE_EPOCH for builds outside a checkout (docs/build.md).
-torch.utils.cpp_extension is not used: it cannot build CUDA sources against a CPU build of torch.
+Environment: RF_CUDA=ON|OFF|AUTO, RF_HOPPER=ON|OFF|AUTO, RF_CUDA_ARCHS="90a;80", RF_CPU_ARCH,
+RF_LINEINFO=ON|OFF, RF_TORCH_INCLUDE, RF_CUTLASS_INCLUDE, RF_BUILD_DIR, CMAKE_ARGS; RF_COMMIT and
+SOURCE_DATE_EPOCH for builds outside a checkout (docs/build.md). torch.utils.cpp_extension is not used: it
+cannot build CUDA sources against a CPU build of torch.
 """
 
 import os
@@ -26,12 +28,14 @@ VERSION = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text
 
 
 def site_packages():
-    """Folders of the target environment; in an isolated build they are not on sys.path, but sysconfig still names them."""
+    """Folders of the target environment; in an isolated build they are not on sys.path, but sysconfig still
+    names them."""
     return [Path(p) for p in dict.fromkeys(sysconfig.get_paths()[k] for k in ("purelib", "platlib"))]
 
 
 def header_folder(variable, *relative):
-    """The folder named by the environment variable, else the first that exists in site-packages, else empty (CMake explains)."""
+    """The folder named by the environment variable, else the first that exists in site-packages, else empty
+    (CMake explains)."""
     if os.environ.get(variable):
         return os.environ[variable]
     for base in site_packages():
@@ -51,7 +55,8 @@ def git(*arguments):
 
 @cache
 def origin():
-    """(commit, its time) of what is being built: as a source archive has recorded them, else what git says."""
+    """(commit, its time) of what is being built: as a source archive has recorded them, else what git
+    says."""
     recorded = ROOT / ORIGIN
     if recorded.exists():
         commit, time = recorded.read_text().split()
@@ -67,7 +72,8 @@ if not os.environ.get("SOURCE_DATE_EPOCH") and origin()[1]:
 
 
 class CMakeBuild(build_ext):
-    """Configure once, then let Ninja decide what is out of date; `--inplace` puts the file beside the Python sources."""
+    """Configure once, then let Ninja decide what is out of date; `--inplace` puts the file beside the Python
+    sources."""
 
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -96,7 +102,8 @@ class CMakeBuild(build_ext):
             *(f"-D{k}={v}" for k, v in options.items()),
         ]
         configure += os.environ.get("CMAKE_ARGS", "").split()
-        # A compiler that CMake cannot find is its error to explain: the command's own text is shown, not a Python traceback.
+        # A compiler that CMake cannot find is its error to explain: the command's own text is shown, not a
+        # Python traceback.
         for command in (configure, [cmake, "--build", str(BUILD), "--target", "_C"]):
             if subprocess.run(command, cwd=ROOT).returncode != 0:
                 sys.exit(f"setup.py: `{' '.join(command[:2])} ...` failed; its messages are above.")

@@ -1,6 +1,7 @@
-"""Benchmarks: ours beside the published formulation and beside the best that plain PyTorch does, interleaved in one process.
+"""Benchmarks: ours beside the published formulation and beside the best that plain PyTorch does, interleaved
+in one process.
 
-    python -m benchmarks --quick                      a line a case, geometric means, then the aims: met or missed
+    python -m benchmarks --quick      a line a case, geometric means, then the aims: met or missed
     python -m benchmarks --op dmd_gradient --json dmd.json --plot plots --repro
 
 What is timed is defined once, in the module of its op here.

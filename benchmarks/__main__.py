@@ -17,11 +17,18 @@ from .timing import geometric_means, roof
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Ours beside the published formulation and the best of plain PyTorch, interleaved in one process. Medians.",
+        description=(
+            "Ours beside the published formulation and the best of plain PyTorch, interleaved in one process."
+            " Medians."
+        ),
     )
     parser.add_argument("--op", choices=list(groups()), action="append", help="only this (repeatable)")
-    parser.add_argument("--case", action="append", metavar="ID", help="only this case, as --list names it (repeatable)")
-    parser.add_argument("--quick", action="store_true", help="one or two shapes an op: those of the aims among them")
+    parser.add_argument(
+        "--case", action="append", metavar="ID", help="only this case, as --list names it (repeatable)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one or two shapes an op: those of the aims among them"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--seconds", type=float, default=2.0, help="per candidate (default 2)")
@@ -48,7 +55,9 @@ def selected(options: argparse.Namespace) -> list[Case]:
     ]
     unknown = set(options.case or ()) - {case.id for case in found}
     if unknown or not found:
-        sys.exit(f"no such case on {kind}: {', '.join(sorted(unknown)) or 'nothing left to run'} (see --list)")
+        sys.exit(
+            f"no such case on {kind}: {', '.join(sorted(unknown)) or 'nothing left to run'} (see --list)"
+        )
     return found
 
 
@@ -61,8 +70,9 @@ def run(case: Case, options: argparse.Namespace) -> dict:
 
 
 def run_apart(case: Case, options: argparse.Namespace) -> dict:
-    """The case in a process of its own: what earlier cases left in the allocator decides whether large temporaries page-fault, and
-    the published path, which makes them, would be twice as fast or slow by its place in the list."""
+    """The case in a process of its own: what earlier cases left in the allocator decides whether large
+    temporaries page-fault, and the published path, which makes them, would be twice as fast or slow by its
+    place in the list."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "case.json"
         command = [sys.executable, "-m", "benchmarks", "--case", case.id, "--json", str(report)]
@@ -78,7 +88,8 @@ def spread(result: dict) -> float:
 
 
 def settled(case: Case, options: argparse.Namespace) -> dict:
-    """The run with the least spread of up to ``--settle``, stopping at one below 1.25: chosen by the spread, never by the ratio."""
+    """The run with the least spread of up to ``--settle``, stopping at one below 1.25: chosen by the spread,
+    never by the ratio."""
     runs: list[dict] = []
     while not runs or (len(runs) < options.settle and spread(runs[-1]) > 1.25):
         runs.append(run_apart(case, options))
@@ -101,7 +112,9 @@ def main(arguments=None) -> int:
         results.append(settled(case, options) if len(cases) > 1 else run(case, options))
         print(line(results[-1]), flush=True)
         if options.repro:
-            threads = f" --threads {torch.get_num_threads()}" if torch.device(options.device).type == "cpu" else ""
+            threads = (
+                f" --threads {torch.get_num_threads()}" if torch.device(options.device).type == "cpu" else ""
+            )
             print(f"    python -m benchmarks --case '{case.id}' --device {options.device}{threads}")
     means = geometric_means(results)
     verdicts = [aim.judge({result["case"]: result for result in results}) for aim in aims.aims()]

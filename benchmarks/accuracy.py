@@ -1,9 +1,11 @@
-"""Error of each op in each dtype against the float64 oracle, beside eager PyTorch in the same dtype on the same inputs.
+"""Error of each op in each dtype against the float64 oracle, beside eager PyTorch in the same dtype on the
+same inputs.
 
     python benchmarks/accuracy.py         # writes benchmarks/results/accuracy.json
 
-Every figure is a relative L2 error: the norm of the difference over the norm of the oracle's result. Inputs are rounded to the dtype
-first, so that the oracle sees exactly what the op sees. Eager is the oracle's own code (plain PyTorch) run in the dtype.
+Every figure is a relative L2 error: the norm of the difference over the norm of the oracle's result. Inputs
+are rounded to the dtype first, so that the oracle sees exactly what the op sees. Eager is the oracle's own
+code (plain PyTorch) run in the dtype.
 """
 
 import json
@@ -45,7 +47,9 @@ def rope_append(dtype):
         caches = [torch.zeros_like(cast(k)) for _ in range(2)]
         angles, axes = rf.RoPE3D.wan(HEAD_DIM).table([frames, *map(range, GRID)], dtype=caches[0].dtype)
         options = {name: cast(weight) for name, weight in weights.items()}
-        out = function(cast(q), cast(k), cast(v), *caches, slots=slots, angles=angles, axes=axes, **options, **more)
+        out = function(
+            cast(q), cast(k), cast(v), *caches, slots=slots, angles=angles, axes=axes, **options, **more
+        )
         return out, caches[0]
 
     exact = run(rope_reference.rope_append, torch.Tensor.double)
@@ -73,7 +77,8 @@ def sink_window_attention(dtype):
 
 
 def ema_evict(dtype):
-    """What attention reads, and what is carried on, after a hundred evictions of keys that are turned each time."""
+    """What attention reads, and what is carried on, after a hundred evictions of keys that are turned each
+    time."""
     rope, sink_frames = rf.RoPE3D.wan(HEAD_DIM), 3
     tokens = sink_frames * FRAME_TOKENS
     table = torch.from_numpy(rope.temporal_table([-3, 30])).expand(sink_frames, 2, rope.temporal_pairs, 2)
@@ -94,9 +99,17 @@ def ema_evict(dtype):
             for cache in caches:
                 cache[:, tokens:] = cast(draw(generator, dtype, 1, tokens, HEADS, HEAD_DIM))
             function(
-                *caches, k_state, k_state_lo, v_state, schedule=schedule, turns=turns, alpha=ALPHA,
-                frame_tokens=FRAME_TOKENS, temporal=rope.temporal_dims, state=state,
-            )  # fmt: skip
+                *caches,
+                k_state,
+                k_state_lo,
+                v_state,
+                schedule=schedule,
+                turns=turns,
+                alpha=ALPHA,
+                frame_tokens=FRAME_TOKENS,
+                temporal=rope.temporal_dims,
+                state=state,
+            )
         kept = k_state.double() + (0 if k_state_lo is None else k_state_lo.double())
         return caches[0][:, :tokens], kept, caches[1][:, :tokens]
 
@@ -117,13 +130,23 @@ def dmd_gradient(dtype):
 
     def reference_(cast):
         return dmd_reference.dmd_gradient(
-            cast(x), fake=cast(fake), real=cast(real), real_uncond=cast(uncond), real_guidance=3.0, weight=weight
+            cast(x),
+            fake=cast(fake),
+            real=cast(real),
+            real_uncond=cast(uncond),
+            real_guidance=3.0,
+            weight=weight,
         )
 
     # In float16 the gradient of a mean is below the range: "none" is what can be compared in every dtype.
     def reference_none(cast):
         return dmd_reference.dmd_gradient(
-            cast(x), fake=cast(fake), real=cast(real), real_uncond=cast(uncond), real_guidance=3.0, reduction="none"
+            cast(x),
+            fake=cast(fake),
+            real=cast(real),
+            real_uncond=cast(uncond),
+            real_guidance=3.0,
+            reduction="none",
         )
 
     same = {"fake": fake, "real": real, "real_uncond": uncond, "real_guidance": 3.0}
@@ -154,7 +177,10 @@ def main() -> None:
     rows = table()
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
-        print(f"{row['op']:22} {row['dtype']:9} {row['quantity']:36} {row['ours']:.1e}  eager {row['eager']:.1e}")
+        print(
+            f"{row['op']:22} {row['dtype']:9} {row['quantity']:36} {row['ours']:.1e}  eager"
+            f" {row['eager']:.1e}"
+        )
 
 
 if __name__ == "__main__":

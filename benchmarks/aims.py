@@ -1,4 +1,5 @@
-"""What the CPU backend aims at: ratios of medians of one run on 2 cores, float32, both sides doing the same job."""
+"""What the CPU backend aims at: ratios of medians of one run on 2 cores, float32, both sides doing the same
+job."""
 
 from dataclasses import dataclass
 
@@ -33,7 +34,10 @@ class Aim:
         result = results.get(self.case.id)
         if result is not None and result["device"] == "cpu":
             figure = result["timings"][self.over]["p50"] / result["timings"][self.under]["p50"]
-            verdict |= {"figure": figure, "met": figure <= self.bound if self.at_most else figure >= self.bound}
+            verdict |= {
+                "figure": figure,
+                "met": figure <= self.bound if self.at_most else figure >= self.bound,
+            }
         return verdict
 
 
@@ -43,7 +47,11 @@ def aims() -> list[Aim]:
     loss = next(case for case in dmd_gradient.cases() if case.quick and case.dtype == torch.float32)
     return [
         Aim(
-            "repeat forward of one layer: times faster than the published path", forward, "published", "rf_kernels", 1.3
+            "repeat forward of one layer: times faster than the published path",
+            forward,
+            "published",
+            "rf_kernels",
+            1.3,
         ),
         Aim(
             "repeat forward of one layer: time over SDPA alone on ready tensors",
@@ -60,7 +68,9 @@ def aims() -> list[Aim]:
             "rf_kernels",
             5.0,
         ),
-        Aim("DMD gradient, loss, norms, dx: times faster than eager float64", loss, "float64", "dmd_loss", 8.0),
+        Aim(
+            "DMD gradient, loss, norms, dx: times faster than eager float64", loss, "float64", "dmd_loss", 8.0
+        ),
     ]
 
 

@@ -1,12 +1,14 @@
-"""``python -m benchmarks.audit``: what the compiler made of the CUDA kernels in the built library, held against what was intended.
+"""``python -m benchmarks.audit``: what the compiler made of the CUDA kernels in the built library, held
+against what was intended.
 
-Disassembles ``rf_kernels/_C.abi3.so`` (no GPU, no CUDA toolkit: the disassembler of Triton's package, a test dependency) and
-checks every kernel: no spills and no local memory anywhere; 128-bit global accesses in the memory-bound ops; for the Hopper
-attention kernels also the shapes of their matrix instructions, bulk tensor loads, register hand-over, registers at launch, and
-that softmax really overlaps the matrix product: the exponentials of a key tile stand between the two waits of the main loop (a
-source that says so is not enough: ptxas moves waits). The main loop's instructions are counted: all of them, those of a tile in
-which no row rescales, those between the wait for O and the next product, those before K is handed back.
-Exits 1 when something is not as intended, 2 when it cannot look.
+Disassembles ``rf_kernels/_C.abi3.so`` (no GPU, no CUDA toolkit: the disassembler of Triton's package, a test
+dependency) and checks every kernel: no spills and no local memory anywhere; 128-bit global accesses in the
+memory-bound ops; for the Hopper attention kernels also the shapes of their matrix instructions, bulk tensor
+loads, register hand-over, registers at launch, and that softmax really overlaps the matrix product: the
+exponentials of a key tile stand between the two waits of the main loop (a source that says so is not enough:
+ptxas moves waits). The main loop's instructions are counted: all of them, those of a tile in which no row
+rescales, those between the wait for O and the next product, those before K is handed back. Exits 1 when
+something is not as intended, 2 when it cannot look.
 """
 
 import argparse
@@ -28,7 +30,8 @@ _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 
 @dataclass
 class Kernel:
-    """One function of one architecture: its resources as the cubin states them, its instructions as (address, text)."""
+    """One function of one architecture: its resources as the cubin states them, its instructions as (address,
+    text)."""
 
     name: str
     arch: str
@@ -40,7 +43,9 @@ class Kernel:
     @property
     def title(self):
         """The name without its arguments."""
-        name = re.sub(r"\((?:anonymous namespace|.*)\)$", "", self.name.replace("(anonymous namespace)::", ""))
+        name = re.sub(
+            r"\((?:anonymous namespace|.*)\)$", "", self.name.replace("(anonymous namespace)::", "")
+        )
         return re.sub(r"^void ", "", name)
 
     def count(self, *prefixes):
@@ -48,7 +53,8 @@ class Kernel:
 
 
 def tools() -> Path:
-    """The folder of cuobjdump and nvdisasm: ``RF_CUDA_TOOLS``, Triton's package, or the CUDA toolkit on PATH."""
+    """The folder of cuobjdump and nvdisasm: ``RF_CUDA_TOOLS``, Triton's package, or the CUDA toolkit on
+    PATH."""
     candidates = [os.environ.get("RF_CUDA_TOOLS")]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin:
@@ -110,7 +116,8 @@ def kernels(library: Path = LIBRARY, arch: str | None = None) -> list[Kernel]:
 
 
 def main_loop(kernel: Kernel):
-    """The smallest loop that holds matrix products with both operand forms (V transposed, and not): QK^T and PV."""
+    """The smallest loop that holds matrix products with both operand forms (V transposed, and not): QK^T and
+    PV."""
     best = []
     for address, text in kernel.instructions:
         match = re.search(r"^BRA\b.*?(0x[0-9a-f]+)", text)
@@ -137,8 +144,9 @@ def between_waits(loop) -> Counter:
 
 @dataclass
 class LoopFigures:
-    """A main loop in numbers. `executed`: the instructions of a turn in which every forward branch inside the loop skips what it
-    can skip: no row rescales, no query tile ends, no barrier makes the warp spin (that code lies outside)."""
+    """A main loop in numbers. `executed`: the instructions of a turn in which every forward branch inside the
+    loop skips what it can skip: no row rescales, no query tile ends, no barrier makes the warp spin (that
+    code lies outside)."""
 
     instructions: int
     executed: int
@@ -167,7 +175,9 @@ def loop_figures(loop) -> LoopFigures:
     kept = [text for _, text in _executed(loop)]
     waits = [i for i, text in enumerate(kept) if text.startswith("WARPGROUP.DEPBAR")]
     product = next(i for i, text in enumerate(kept) if text.startswith("HGMMA"))
-    releases = [i for i, text in enumerate(kept) if text.startswith("SYNCS.ARRIVE") and waits and i > waits[0]]
+    releases = [
+        i for i, text in enumerate(kept) if text.startswith("SYNCS.ARRIVE") and waits and i > waits[0]
+    ]
     return LoopFigures(
         instructions=len(loop),
         executed=len(kept),
@@ -177,12 +187,23 @@ def loop_figures(loop) -> LoopFigures:
     )
 
 
-# Per instantiation of the attention kernel: registers at launch, matrix shapes (QK^T, PV), exponentials of a tile per thread.
-# 64 rows x tile_n scores over 128 threads are tile_n / 2 exponentials; 2 more rescale the two rows. Of the loop at most: executed
-# instructions, those between the wait for O and the next product, those before K is handed back.
+# Per instantiation of the attention kernel: registers at launch, matrix shapes (QK^T, PV), exponentials of a
+# tile per thread. 64 rows x tile_n scores over 128 threads are tile_n / 2 exponentials; 2 more rescale the
+# two rows. Of the loop at most: executed instructions, those between the wait for O and the next product,
+# those before K is handed back.
 _ATTENTION = {
-    128: {"registers": 168, "products": ("64x176x16", "64x128x16"), "exponentials": 176 // 2, "loop": (560, 120, 40)},
-    64: {"registers": 128, "products": ("64x128x16", "64x64x16"), "exponentials": 128 // 2, "loop": (430, 100, 40)},
+    128: {
+        "registers": 168,
+        "products": ("64x176x16", "64x128x16"),
+        "exponentials": 176 // 2,
+        "loop": (560, 120, 40),
+    },
+    64: {
+        "registers": 128,
+        "products": ("64x128x16", "64x64x16"),
+        "exponentials": 128 // 2,
+        "loop": (430, 100, 40),
+    },
 }
 _ATTENTION_VARIANTS = 4  # bf16 and fp16, head dims 64 and 128
 
@@ -197,7 +218,9 @@ def check_attention(kernel: Kernel) -> list[str]:
     if kernel.registers != intended["registers"]:
         wrong.append(f"{kernel.registers} registers at launch, intended {intended['registers']}")
     if kernel.count("UTMALDG.5D") != 3:
-        wrong.append(f"{kernel.count('UTMALDG.5D')} bulk tensor loads, intended 3 (one issue site each for Q, K and V)")
+        wrong.append(
+            f"{kernel.count('UTMALDG.5D')} bulk tensor loads, intended 3 (one issue site each for Q, K and V)"
+        )
     if kernel.count("USETMAXREG") != 2:
         wrong.append(f"{kernel.count('USETMAXREG')} register hand-overs, intended 2")
     loop = main_loop(kernel)
@@ -206,7 +229,8 @@ def check_attention(kernel: Kernel) -> list[str]:
     exponentials = between_waits(loop)["MUFU.EX2"]
     if exponentials < intended["exponentials"]:
         wrong.append(
-            f"{exponentials} exponentials between the two waits of the main loop, intended {intended['exponentials']}"
+            f"{exponentials} exponentials between the two waits of the main loop, intended"
+            f" {intended['exponentials']}"
         )
     return wrong + check_loop(loop_figures(loop), *intended["loop"])
 
@@ -214,8 +238,8 @@ def check_attention(kernel: Kernel) -> list[str]:
 def check_loop(found: LoopFigures, executed: int, after_wait: int, before_release: int) -> list[str]:
     """What is not as intended in the main loop's figures."""
     wrong = []
-    # R2UR: an address that the compiler took for divergent and moved to the uniform registers at run time. BSSY, BSYNC: a branch
-    # after which it gathers the lanes of a warp again.
+    # R2UR: an address that the compiler took for divergent and moved to the uniform registers at run time.
+    # BSSY, BSYNC: a branch after which it gathers the lanes of a warp again.
     for opcode in ("R2UR", "BSSY", "BSYNC"):
         if found[opcode]:
             wrong.append(f"{found[opcode]} {opcode} in the main loop, intended none")
@@ -223,11 +247,13 @@ def check_loop(found: LoopFigures, executed: int, after_wait: int, before_releas
         wrong.append(f"{found.executed} instructions executed per key tile, intended at most {executed}")
     if found.after_wait > after_wait:
         wrong.append(
-            f"{found.after_wait} instructions from the wait for O to the next product, intended at most {after_wait}"
+            f"{found.after_wait} instructions from the wait for O to the next product, intended at most"
+            f" {after_wait}"
         )
     if found.before_release > before_release:
         wrong.append(
-            f"K handed back {found.before_release} instructions after its wait, intended at most {before_release}"
+            f"K handed back {found.before_release} instructions after its wait, intended at most"
+            f" {before_release}"
         )
     return wrong
 
@@ -237,14 +263,16 @@ def check(kernel: Kernel) -> list[str]:
     wrong = []
     local = kernel.count("LDL", "STL")
     if local or kernel.stack or kernel.local:
-        wrong.append(f"{local} local-memory accesses, {kernel.stack} bytes of stack, {kernel.local} of local memory")
+        wrong.append(
+            f"{local} local-memory accesses, {kernel.stack} bytes of stack, {kernel.local} of local memory"
+        )
     if "sink_window_attention_fwd_sm90" in kernel.name:
         wrong += check_attention(kernel)
     return wrong
 
 
-# The memory-bound ops, by the name of their kernels. Each has an instantiation for aligned rows that moves 16 bytes a thread; the
-# others are for rows that are not.
+# The memory-bound ops, by the name of their kernels. Each has an instantiation for aligned rows that moves 16
+# bytes a thread; the others are for rows that are not.
 _MEMORY_BOUND = ("rope_append_kernel", "evict_kernel", "dmd_kernel")
 
 
@@ -286,11 +314,25 @@ def table(found: list[Kernel]) -> str:
     for k in sorted(found, key=lambda k: (k.title, k.arch)):
         loop = main_loop(k)
         figures = loop_figures(loop) if loop else None
-        rows.append((
-            short_title(k), k.arch, k.registers, k.stack, len(k.instructions), k.count("HGMMA"), k.count("UTMALDG"),
-            wide(k, "LDG"), wide(k, "STG"), between_waits(loop)["MUFU.EX2"] if loop else "-",
-            *((figures.instructions, figures.executed, figures.after_wait, figures.before_release) if loop else "----"),
-        ))  # fmt: skip
+        rows.append(
+            (
+                short_title(k),
+                k.arch,
+                k.registers,
+                k.stack,
+                len(k.instructions),
+                k.count("HGMMA"),
+                k.count("UTMALDG"),
+                wide(k, "LDG"),
+                wide(k, "STG"),
+                between_waits(loop)["MUFU.EX2"] if loop else "-",
+                *(
+                    (figures.instructions, figures.executed, figures.after_wait, figures.before_release)
+                    if loop
+                    else "----"
+                ),
+            )
+        )
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
     aligned = lambda i, x: str(x).ljust(widths[i]) if i < 2 else str(x).rjust(widths[i])  # noqa: E731
     return "\n".join("  ".join(aligned(i, x) for i, x in enumerate(row)) for row in rows)
@@ -316,7 +358,9 @@ def main(arguments=None) -> int:
         print(f"benchmarks.audit: {error}", file=sys.stderr)
         return 2
     if not found:
-        print(f"benchmarks.audit: {options.library.name} holds no CUDA kernels (RF_CUDA=OFF)", file=sys.stderr)
+        print(
+            f"benchmarks.audit: {options.library.name} holds no CUDA kernels (RF_CUDA=OFF)", file=sys.stderr
+        )
         return 2
     print(table(found))
     wrong = [f"{short_title(k)} ({k.arch}): {text}" for k in found for text in check(k)]

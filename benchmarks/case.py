@@ -11,7 +11,8 @@ from rf_kernels.testing import relative_l2
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """``build(device)`` makes the inputs, checks that the candidates agree, and returns ``name -> call`` for every name of ``names``.
+    """``build(device)`` makes the inputs, checks that the candidates agree, and returns ``name -> call`` for
+    every name of ``names``.
 
     Args:
         op: what is timed.
@@ -50,9 +51,11 @@ def tensors(result) -> list[torch.Tensor]:
     return [t.detach().clone() for t in result]
 
 
-def agree(calls: dict[str, Callable[[], object]], *, ulps: float, floor: float = 0.0, truth: str | None = None) -> None:
-    """Every candidate's tensors against those of ``truth`` (default: the first candidate) in relative L2: no number without
-    agreement. Each candidate is called once.
+def agree(
+    calls: dict[str, Callable[[], object]], *, ulps: float, floor: float = 0.0, truth: str | None = None
+) -> None:
+    """Every candidate's tensors against those of ``truth`` (default: the first candidate) in relative L2: no
+    number without agreement. Each candidate is called once.
 
     Args:
         ulps: allowance in units in the last place of the narrowest dtype among the candidate's results.
@@ -65,4 +68,6 @@ def agree(calls: dict[str, Callable[[], object]], *, ulps: float, floor: float =
         bound = max(ulps * max(torch.finfo(found.dtype).eps for found in results), floor)
         for i, (found, wanted) in enumerate(zip(results, expected, strict=True)):
             error = relative_l2(found.reshape(wanted.shape), wanted)
-            assert error <= bound, f"{name}: result {i} differs from {truth} by {error:.1e}, allowed {bound:.1e}"
+            assert error <= bound, (
+                f"{name}: result {i} differs from {truth} by {error:.1e}, allowed {bound:.1e}"
+            )

@@ -1,10 +1,11 @@
-"""Cases of ``dmd_loss`` (the launch of ``dmd_gradient`` and one multiplication in backward). All candidates end with loss, logged norm
-and dx in hand, from a conditional fake and a guided real prediction.
+"""Cases of ``dmd_loss`` (the launch of ``dmd_gradient`` and one multiplication in backward). All candidates
+end with loss, logged norm and dx in hand, from a conditional fake and a guided real prediction.
 
 - dmd_loss: ours.
 - published: gradient in the dtype of the predictions, mean squared error in float64, backward through it.
 - float64: the same with every step in float64.
-- eager: the best of plain PyTorch: no float64 and no autograd, the gradient by formula in the dtype of the predictions, in place.
+- eager: the best of plain PyTorch: no float64 and no autograd, the gradient by formula in the dtype of the
+  predictions, in place.
 """
 
 from functools import partial
@@ -30,7 +31,13 @@ def build(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict:
         x.grad = None
         weight = reward_weight(reward, BETA).expand(shape[0])
         loss, aux = dmd_loss(
-            x, fake=fake, real=real, real_uncond=uncond, real_guidance=GUIDANCE, weight=weight, return_aux=True
+            x,
+            fake=fake,
+            real=real,
+            real_uncond=uncond,
+            real_guidance=GUIDANCE,
+            weight=weight,
+            return_aux=True,
         )
         loss.backward()
         return loss, aux.gradient_norm.mean(), x.grad
@@ -52,7 +59,9 @@ def build(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict:
         gradient /= guided.sub_(x).abs_().mean(dim=axes, keepdim=True)
         norm = torch.linalg.vector_norm(gradient, 1, dtype=torch.float32) / gradient.numel()
         weight = torch.exp(BETA * reward)
-        loss = torch.linalg.vector_norm(gradient, dtype=torch.float32).square() * (weight / (2 * gradient.numel()))
+        loss = torch.linalg.vector_norm(gradient, dtype=torch.float32).square() * (
+            weight / (2 * gradient.numel())
+        )
         return loss, norm, gradient.mul_(weight.to(dtype) / gradient.numel())
 
     calls = {

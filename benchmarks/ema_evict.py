@@ -1,8 +1,10 @@
-"""Cases of ``ema_evict``: three leaving frames are fused into the three sink frames of one layer, keys re-phased.
+"""Cases of ``ema_evict``: three leaving frames are fused into the three sink frames of one layer, keys
+re-phased.
 
 - ema_evict: ours, with the state in the precision that the case names.
-- eager: the best of plain PyTorch on the same ring: in-place lerp on a float32 state (of the cache's dtype for float32 and float64),
-  rotation in complex64. Its values are averaged in the cache's dtype where the state is "published".
+- eager: the best of plain PyTorch on the same ring: in-place lerp on a float32 state (of the cache's dtype
+  for float32 and float64), rotation in complex64. Its values are averaged in the cache's dtype where the
+  state is "published".
 ``layer.py`` times it together with the append, beside the published roll, average, write and concatenation.
 """
 
@@ -21,15 +23,23 @@ SINK_FRAMES, WINDOW_FRAMES, ALPHA = 3, 6, 0.999
 NAMES = ("ema_evict", "eager")
 
 
-def problem(grid, heads: int, head_dim: int, dtype: torch.dtype, state: str, device: str) -> tuple[tuple, dict]:
-    """Caches, states and options of a call in the middle of a stream: frames in slots S..2S-1 leave, the sink moves on by 30."""
+def problem(
+    grid, heads: int, head_dim: int, dtype: torch.dtype, state: str, device: str
+) -> tuple[tuple, dict]:
+    """Caches, states and options of a call in the middle of a stream: frames in slots S..2S-1 leave, the sink
+    moves on by 30."""
     n, rope = grid[0] * grid[1], RoPE3D.wan(head_dim)
     tokens = SINK_FRAMES * n
     caches = [
-        torch.randn(1, (SINK_FRAMES + WINDOW_FRAMES) * n, heads, head_dim, device=device).to(dtype) for _ in range(2)
+        torch.randn(1, (SINK_FRAMES + WINDOW_FRAMES) * n, heads, head_dim, device=device).to(dtype)
+        for _ in range(2)
     ]
     half = dtype.itemsize == 2
-    states = [caches[0][:, :tokens].to(torch.float32 if half and state == "float32" else dtype, copy=True), None, None]
+    states = [
+        caches[0][:, :tokens].to(torch.float32 if half and state == "float32" else dtype, copy=True),
+        None,
+        None,
+    ]
     if half and state == "compensated":
         states[1:] = torch.zeros_like(states[0]), torch.zeros_like(states[0])
     elif half and state == "float32":
@@ -56,7 +66,9 @@ def build(grid, heads: int, head_dim: int, dtype: torch.dtype, state: str, devic
     wide = torch.float32 if dtype.itemsize == 2 and state != "published" else dtype
     k_state, v_state = k[:, :tokens].to(wide, copy=True), v[:, :tokens].to(wide, copy=True)
     turns = torch.ones(2, head_dim // 2, dtype=torch.complex64, device=device)
-    turns[:, : options["turns"].shape[2]] = torch.view_as_complex(options["turns"][0].to(torch.float32).contiguous())
+    turns[:, : options["turns"].shape[2]] = torch.view_as_complex(
+        options["turns"][0].to(torch.float32).contiguous()
+    )
     source = slice(tokens, 2 * tokens)
 
     def ours():

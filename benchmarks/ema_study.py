@@ -1,11 +1,13 @@
-"""Why the published bf16 sink does not move: the EMA of evicted tokens through ``ema_evict`` in its state precisions, against float64.
+"""Why the published bf16 sink does not move: the EMA of evicted tokens through ``ema_evict`` in its state
+precisions, against float64.
 
     python benchmarks/ema_study.py        # writes benchmarks/results/ema_study.json and docs/ema_study.png
 
-Set-up: 48 tokens of 12 x 128 channels. Keys are RMS-normalised with a weight per channel (log-normal, sigma 0.5), values are unit
-Gaussian; along the evictions each element is an AR(1) process (rho = 0.9) plus a part that stays (a quarter of the variance).
-All states start from the same bf16 sink and see the same bf16 tokens, at angle zero, where "published" is bit for bit
-``alpha * sink + (1 - alpha) * evicted`` in bf16 PyTorch (checked here at every eviction).
+Set-up: 48 tokens of 12 x 128 channels. Keys are RMS-normalised with a weight per channel (log-normal, sigma
+0.5), values are unit Gaussian; along the evictions each element is an AR(1) process (rho = 0.9) plus a part
+that stays (a quarter of the variance). All states start from the same bf16 sink and see the same bf16 tokens,
+at angle zero, where "published" is bit for bit ``alpha * sink + (1 - alpha) * evicted`` in bf16 PyTorch
+(checked here at every eviction).
 """
 
 import argparse
@@ -59,10 +61,16 @@ class State:
         for cache, new in zip(self.caches, tokens, strict=True):
             cache[:, TOKENS:] = new
         rf.ema_evict(
-            *self.caches, self.k_state, self.k_state_lo, self.v_state,
-            schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32), turns=torch.zeros(1, 2, 0, 2), alpha=alpha,
-            frame_tokens=TOKENS, state=self.precision,
-        )  # fmt: skip
+            *self.caches,
+            self.k_state,
+            self.k_state_lo,
+            self.v_state,
+            schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32),
+            turns=torch.zeros(1, 2, 0, 2),
+            alpha=alpha,
+            frame_tokens=TOKENS,
+            state=self.precision,
+        )
 
     @property
     def slot(self) -> torch.Tensor:
@@ -132,7 +140,11 @@ def draw(report: dict, path: Path) -> None:
         ):
             top.loglog(x, values, style, label=label, markersize=4)
         bottom.semilogx(
-            x, [row["published_never_changed"] for row in rows], "o-C0", label="elements never changed", markersize=4
+            x,
+            [row["published_never_changed"] for row in rows],
+            "o-C0",
+            label="elements never changed",
+            markersize=4,
         )
         bottom.semilogx(
             x,
@@ -146,7 +158,9 @@ def draw(report: dict, path: Path) -> None:
         for panel in (top, bottom):
             panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("relative L2 error against float64")
-    handles, labels = (sum(pair, []) for pair in zip(*(a.get_legend_handles_labels() for a in axes[:, 0]), strict=True))
+    handles, labels = (
+        sum(pair, []) for pair in zip(*(a.get_legend_handles_labels() for a in axes[:, 0]), strict=True)
+    )
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -154,7 +168,9 @@ def draw(report: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--redraw", action="store_true", help="the picture alone, from the result that is there")
+    parser.add_argument(
+        "--redraw", action="store_true", help="the picture alone, from the result that is there"
+    )
     if parser.parse_args().redraw:
         report = json.loads(RESULT.read_text())
     else:

@@ -1,4 +1,5 @@
-"""What a number has to be quoted with: versions, commits, and the state of the device in nvidia-smi's words."""
+"""What a number has to be quoted with: versions, commits, and the state of the device in nvidia-smi's
+words."""
 
 import os
 import platform
@@ -13,10 +14,24 @@ import torch
 from rf_kernels._backend import build_info
 
 READINGS = (
-    "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu", "memory.used", "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "power.draw",
+    "temperature.gpu",
+    "utilization.gpu",
+    "memory.used",
+    "pstate",
     "clocks_throttle_reasons.active",
-)  # fmt: skip
-FACTS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem", "persistence_mode")
+)
+FACTS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "power.limit",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "persistence_mode",
+)
 
 
 def smi(fields) -> dict | None:
@@ -30,7 +45,9 @@ def smi(fields) -> dict | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"error": type(error).__name__}
     if done.returncode == 0 and done.stdout.strip():
-        return dict(zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(",")), strict=False))
+        return dict(
+            zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(",")), strict=False)
+        )
     if len(fields) > 1:  # a name that this driver does not know spoils the whole query
         readings = {field: smi((field,)) for field in fields}
         return {field: reading.get(field, reading.get("error")) for field, reading in readings.items()}
@@ -40,7 +57,9 @@ def smi(fields) -> dict | None:
 def revision(root: Path) -> str | None:
     """The commit of the source tree that is run, if it is one (the binary names its own)."""
     try:
-        done = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
     except OSError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
@@ -75,11 +94,7 @@ def environment() -> dict:
         "gpu": None,
     }
     if torch.cuda.is_available():
-        facts |= {
-            "gpu": torch.cuda.get_device_name(),
-            "cuda": torch.version.cuda,
-            "nvidia-smi": smi(FACTS),
-        }
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "nvidia-smi": smi(FACTS)}
     return facts
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks --quick --settle 3 --device cpu --threads 2 --json benchmarks/results/cpu.json
     python benchmarks/accuracy.py && python benchmarks/ema_study.py
-    python benchmarks/fill_readme.py            # writes; --check: exit 1 where a section is not what the reports say
+    python benchmarks/fill_readme.py   # writes; --check: exit 1 where a section is not what the reports say
 
 CPU figures are ratios: absolute times of a shared machine say nothing.
 """
@@ -62,7 +62,9 @@ def ratios(results: list[dict]) -> list[str]:
 
 def speed_of(op: str) -> list[str]:
     report = load("cpu")
-    text = f"The table says how many times faster the op is than each peer. Machine: {where(report)}. Command:"
+    text = (
+        f"The table says how many times faster the op is than each peer. Machine: {where(report)}. Command:"
+    )
     lines = [*wrapped(text), "", *shell(f"python -m benchmarks --op {op}"), ""]
     return lines + ratios([r for r in report["results"] if r["op"] == op])
 
@@ -81,8 +83,8 @@ def aims() -> list[str]:
     lines = [*wrapped(text + f"Machine: {where(report)}."), ""]
     lines += table(["job", "ratio", "aim", "", "spread"], rows)
     text = (
-        "Spread is the 80th over the 20th percentile of the candidate that was disturbed most. It is near 1 on a "
-        "quiet machine. [docs/cache.md](docs/cache.md#measured) says what bounds each figure."
+        "Spread is the 80th over the 20th percentile of the candidate that was disturbed most. It is near 1"
+        " on a quiet machine. [docs/cache.md](docs/cache.md#measured) says what bounds each figure."
     )
     lines += ["", *wrapped(text)]
     means = [
@@ -102,7 +104,9 @@ def accuracy() -> list[str]:
     for r in load("accuracy"):
         rows.setdefault((r["op"], r["quantity"]), {})[r["dtype"]] = f"{r['ours']:.1e} / {r['eager']:.1e}"
     dtypes = ("float64", "float32", "bfloat16", "float16")
-    cells = [[f"`{op}`", quantity, *(found.get(d, "") for d in dtypes)] for (op, quantity), found in rows.items()]
+    cells = [
+        [f"`{op}`", quantity, *(found.get(d, "") for d in dtypes)] for (op, quantity), found in rows.items()
+    ]
     return table(["op", "quantity", *dtypes], cells)
 
 

@@ -1,5 +1,5 @@
-"""FLOPs and the least bytes of a call of each op: every input read once, every result written once. ``traffic.py`` counts what the CUDA
-kernels move beside that."""
+"""FLOPs and the least bytes of a call of each op: every input read once, every result written once.
+``traffic.py`` counts what the CUDA kernels move beside that."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,11 @@ import torch
 from rf_kernels.positions import table_dtype
 
 
-def _elements(batch: int, tokens: int, heads: int, head_dim: int, pairs: Sequence[int], norm: bool) -> tuple[int, int]:
-    """Elements of one tensor, and the FLOPs of its norm (square, add, two products) and rotation (6 a pair)."""
+def _elements(
+    batch: int, tokens: int, heads: int, head_dim: int, pairs: Sequence[int], norm: bool
+) -> tuple[int, int]:
+    """Elements of one tensor, and the FLOPs of its norm (square, add, two products) and rotation (6 a
+    pair)."""
     rows = batch * tokens * heads
     return rows * head_dim, rows * (4 * head_dim * norm + 6 * sum(pairs))
 
@@ -45,11 +48,12 @@ def ema_evict(
     temporal_pairs: int = 0,
     state: str = "compensated",
 ) -> dict[str, int]:
-    """FLOPs and the least bytes of a call that fuses ``sources`` frames (all sink frames together; default one each)
-    per sample.
+    """FLOPs and the least bytes of a call that fuses ``sources`` frames (all sink frames together; default
+    one each) per sample.
 
-    Bytes: source K and V read once; K and V state read and written where a source is fused; the sink's key slots
-    written. With fewer sources than sink frames, the other frames read their key state and write their slot.
+    Bytes: source K and V read once; K and V state read and written where a source is fused; the sink's key
+    slots written. With fewer sources than sink frames, the other frames read their key state and write their
+    slot.
     """
     sources = sink_frames if sources is None else sources
     fused = min(sources, sink_frames)
@@ -60,7 +64,8 @@ def ema_evict(
     elif state == "compensated":
         k_state, v_read, v_written = 2 * item, 2 * item, 2 * item
     else:
-        k_state, v_read, v_written = 4, 4, 4 + item  # the value slot is written from the float32 state, and not read
+        # the value slot is written from the float32 state, and not read
+        k_state, v_read, v_written = 4, 4, 4 + item
     moved = sources * 2 * item + sink_frames * (k_state + item) + fused * (k_state + v_read + v_written)
     turned = batch * frame_tokens * heads * temporal_pairs * 6  # four products, two sums a pair
     flops = sources * 2 * frame * 3 + (sources + sink_frames) * turned
@@ -85,7 +90,8 @@ def dmd_gradient(
     size, prediction_size = dtype.itemsize, (prediction_dtype or dtype).itemsize
     bytes_ = elements * (size * (1 + normalize) + prediction_size * predictions)
     bytes_ += weight_elements * table_dtype(dtype).itemsize + mask_elements
-    # guided: 3 each; difference, division, coefficient and product, two terms and their sums: 8; distance and its sum: 2; flow: 3
+    # guided: 3 each; difference, division, coefficient and product, two terms and their sums: 8; distance and
+    # its sum: 2; flow: 3
     flops = elements * (3 * (fake_uncond + real_uncond) + 8 + 2 * normalize + 3 * flow)
     return {"flops": flops, "bytes": bytes_}
 
@@ -106,8 +112,9 @@ def sink_window_attention(
 ) -> dict[str, int]:
     """FLOPs of the matrix products (2 per multiply-add) and bytes of q, k, v, out and LSE, each moved once.
 
-    Forward: ``4 * D * H`` FLOPs per visible (query, key) pair. Backward: 2.5 times that (five products, recomputation included).
-    Bytes of the backward: q, k, v, out, grad_out and LSE read, grad_q, grad_k, grad_v written.
+    Forward: ``4 * D * H`` FLOPs per visible (query, key) pair. Backward: 2.5 times that (five products,
+    recomputation included). Bytes of the backward: q, k, v, out, grad_out and LSE read, grad_q, grad_k,
+    grad_v written.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     if chunk_ends is None:
@@ -117,7 +124,9 @@ def sink_window_attention(
         pairs, tokens, begin = 0, queries, 0
         for end in chunk_ends:
             window = end if num_window_tokens is None else num_window_tokens
-            pairs += (end - begin) * (min(num_sink_tokens, end) + end - max(min(num_sink_tokens, end), end - window))
+            pairs += (end - begin) * (
+                min(num_sink_tokens, end) + end - max(min(num_sink_tokens, end), end - window)
+            )
             begin = end
     flops = 4 * batch * heads * head_dim * pairs
     q_bytes = batch * queries * heads * head_dim * element_size

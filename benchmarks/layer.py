@@ -1,15 +1,20 @@
-"""One layer of a stream, as a model calls it: F = 3 frames a chunk, S = 3 sink frames, L = 9 in all, the cache full and evicting.
+"""One layer of a stream, as a model calls it: F = 3 frames a chunk, S = 3 sink frames, L = 9 in all, the
+cache full and evicting.
 
 Jobs:
-- repeat forward: RMSNorm, RoPE, write, attention, in a forward that evicts nothing (all but the first of a chunk).
-- update, and update with norm and RoPE: the first forward of a chunk without its attention: what leaves is fused into the sink, the new
-  chunk is written, keys and values are ready to be attended.
+- repeat forward: RMSNorm, RoPE, write, attention, in a forward that evicts nothing (all but the first of a
+  chunk).
+- update, and update with norm and RoPE: the first forward of a chunk without its attention: what leaves is
+  fused into the sink, the new chunk is written, keys and values are ready to be attended.
 Candidates:
 - rf_kernels: SinkWindowCache, planning included.
-- published: the published path: roll, average, write, concatenation of sink and window, rotation of all of it.
-- eager: the best of plain PyTorch: a ring as ours in plain tensors, keys rotated once, in complex64; in-place lerp; SDPA on views.
+- published: the published path: roll, average, write, concatenation of sink and window, rotation of all of
+  it.
+- eager: the best of plain PyTorch: a ring as ours in plain tensors, keys rotated once, in complex64; in-place
+  lerp; SDPA on views.
 - sdpa (repeat forward): SDPA alone, on ready-made contiguous tensors, heads first.
-The candidates that do the same job stream the same chunks, and their attention agrees before anything is timed.
+The candidates that do the same job stream the same chunks, and their attention agrees before anything is
+timed.
 """
 
 from dataclasses import dataclass
@@ -61,9 +66,17 @@ class Ours:
     def __init__(self, layer: Layer, weights, device):
         rope_ = RoPE3D.wan(layer.head_dim) if layer.rotary else None
         spec = CacheSpec(
-            layers=1, batch=1, heads=layer.heads, head_dim=layer.head_dim, grid=layer.grid, sink_frames=layer.sink_frames,
-            window_frames=layer.window_frames, rope=rope_, dtype=layer.dtype, device=device,
-        )  # fmt: skip
+            layers=1,
+            batch=1,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            grid=layer.grid,
+            sink_frames=layer.sink_frames,
+            window_frames=layer.window_frames,
+            rope=rope_,
+            dtype=layer.dtype,
+            device=device,
+        )
         self.cache = SinkWindowCache(spec, sink=EMASink(ALPHA))
         self.frames, self.chunk = layer.frames, None
         self.norms = {"q_norm": weights[0], "k_norm": weights[1], "norm": "model"} if layer.rotary else {}
@@ -107,7 +120,9 @@ class Published:
             q, k = (norm(x.flatten(2)).view(x.shape) for norm, x in zip(self.norms, (q, k), strict=True))
         end = self.cache.append(k, v, self.start, self.num_sink_tokens, ALPHA)
         capacity = layer.length * layer.frame_tokens
-        self.window = attention.read_window(end, layer.tokens, layer.frame_tokens, self.num_sink_tokens, capacity)
+        self.window = attention.read_window(
+            end, layer.tokens, layer.frame_tokens, self.num_sink_tokens, capacity
+        )
         return q
 
     def attended(self, q):
@@ -119,7 +134,9 @@ class Published:
                 q, self.cache, self.window, grid, self.num_sink_tokens, self.table, lambda *qkv: qkv
             )
         num_sink_tokens, end = self.num_sink_tokens, self.cache.local_end.item()
-        parts = ([x[:, :num_sink_tokens], x[:, self.window.start : end]] for x in (self.cache.k, self.cache.v))
+        parts = (
+            [x[:, :num_sink_tokens], x[:, self.window.start : end]] for x in (self.cache.k, self.cache.v)
+        )
         return q, *(torch.cat(pair, dim=1) for pair in parts)
 
     def attend(self, q):
@@ -181,7 +198,9 @@ class Eager:
         if self.layer.rotary:
             width = self.layer.heads * self.layer.head_dim
             rows = ((q, self.weights[0]), (k, self.weights[1]))
-            q, k = (rotate(F.rms_norm(x.flatten(2), (width,), w, 1e-6).view(x.shape), self.turns) for x, w in rows)
+            q, k = (
+                rotate(F.rms_norm(x.flatten(2), (width,), w, 1e-6).view(x.shape), self.turns) for x, w in rows
+            )
         for i, frame in enumerate(self.frames):
             place = self.place(self.ring.slot(frame))
             self.k[:, place], self.v[:, place] = k[:, self.place(i)], v[:, self.place(i)]
@@ -213,8 +232,8 @@ def forward(path, chunk):
     return path.attend(path.append(*chunk))
 
 
-# Half precision: the states differ (published: rounded at every step), and q, k, probabilities and the output are rounded at
-# different places, each half a unit in the last place of its own.
+# Half precision: the states differ (published: rounded at every step), and q, k, probabilities and the output
+# are rounded at different places, each half a unit in the last place of its own.
 ULPS = 8
 
 
@@ -232,7 +251,8 @@ def build_forward(layer: Layer, device: str) -> dict:
 def build_update(layer: Layer, device: str) -> dict:
     chunk, paths = streams(layer, device)
 
-    # Without norm and RoPE nothing is to be done to q: ours is given a q of no heads, the others never touch theirs.
+    # Without norm and RoPE nothing is to be done to q: ours is given a q of no heads, the others never touch
+    # theirs.
     q_heads = layer.heads if layer.rotary else 0
 
     def update(path):
@@ -254,19 +274,34 @@ def costs(layer: Layer, update: bool) -> dict[str, int]:
     """The floors of the ops that the job consists of."""
     rope_ = RoPE3D.wan(layer.head_dim)
     append = floors.rope_append(
-        batch=1, tokens=layer.tokens, q_heads=layer.heads if layer.rotary or not update else 0, kv_heads=layer.heads,
-        head_dim=layer.head_dim, dtype=layer.dtype, pairs=rope_.pairs if layer.rotary else (), norm=layer.rotary,
-    )  # fmt: skip
+        batch=1,
+        tokens=layer.tokens,
+        q_heads=layer.heads if layer.rotary or not update else 0,
+        kv_heads=layer.heads,
+        head_dim=layer.head_dim,
+        dtype=layer.dtype,
+        pairs=rope_.pairs if layer.rotary else (),
+        norm=layer.rotary,
+    )
     if update:
         other = floors.ema_evict(
-            batch=1, sink_frames=layer.sink_frames, frame_tokens=layer.frame_tokens, heads=layer.heads,
-            head_dim=layer.head_dim, dtype=layer.dtype, temporal_pairs=rope_.temporal_pairs if layer.rotary else 0,
-        )  # fmt: skip
+            batch=1,
+            sink_frames=layer.sink_frames,
+            frame_tokens=layer.frame_tokens,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            dtype=layer.dtype,
+            temporal_pairs=rope_.temporal_pairs if layer.rotary else 0,
+        )
     else:
         other = floors.sink_window_attention(
-            1, layer.tokens, layer.heads, layer.head_dim, kv_tokens=layer.length * layer.frame_tokens,
+            1,
+            layer.tokens,
+            layer.heads,
+            layer.head_dim,
+            kv_tokens=layer.length * layer.frame_tokens,
             element_size=layer.dtype.itemsize,
-        )  # fmt: skip
+        )
     return {name: append[name] + other[name] for name in append}
 
 

@@ -22,18 +22,25 @@ def rate(result: dict, name: str, quantity: str) -> float:
     return (result[quantity] or 0) / result["timings"][name]["p50"]
 
 
-def grouped_bars(report: dict, results: list[dict], value, unit: str, text: str, path: Path, line=None) -> None:
+def grouped_bars(
+    report: dict, results: list[dict], value, unit: str, text: str, path: Path, line=None
+) -> None:
     """A group of bars a shape, a colour a candidate; ours, the first, is black."""
     import matplotlib.pyplot as plt
 
     ours = {next(iter(result["timings"])) for result in results}
     peers = [name for name in dict.fromkeys(n for r in results for n in r["timings"]) if name not in ours]
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(peers)} | dict.fromkeys(ours, "black")
+    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(peers)} | dict.fromkeys(
+        ours, "black"
+    )
     labels, height = [], 0.0
     figure, axes = plt.subplots(figsize=(11, 1.5 + 0.2 * sum(len(r["timings"]) + 1 for r in results)))
     for result in results:
         labels.append(
-            (height + len(result["timings"]) / 2 - 0.5, f"{result['op']}\n{result['shape']} {result['dtype']}")
+            (
+                height + len(result["timings"]) / 2 - 0.5,
+                f"{result['op']}\n{result['shape']} {result['dtype']}",
+            )
         )
         for name in result["timings"]:
             found = value(result, name)
@@ -55,11 +62,14 @@ def grouped_bars(report: dict, results: list[dict], value, unit: str, text: str,
 
 
 def roofline(report: dict, path: Path) -> None:
-    """Every op with FLOPs and bytes: intensity by its floor of bytes, and what each candidate reached; measured ceilings."""
+    """Every op with FLOPs and bytes: intensity by its floor of bytes, and what each candidate reached;
+    measured ceilings."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 6))
-    results = [r for r in timed(report) if r["op"] in (ATTENTION, *MEMORY_BOUND) and r["flops"] and r["bytes"]]
+    results = [
+        r for r in timed(report) if r["op"] in (ATTENTION, *MEMORY_BOUND) and r["flops"] and r["bytes"]
+    ]
     ours = True
     for result in results:
         first, *peers = result["timings"]
@@ -72,9 +82,12 @@ def roofline(report: dict, path: Path) -> None:
     for ceiling in report["ceilings"][:1]:
         bandwidth, peak = ceiling["bytes_per_s"], ceiling["flops_per_s"]
         knee = peak / bandwidth
-        axes.plot([knee / 1e4, knee, knee * 100], [bandwidth * knee / 1e4, peak, peak], color="black", linewidth=1)
+        axes.plot(
+            [knee / 1e4, knee, knee * 100], [bandwidth * knee / 1e4, peak, peak], color="black", linewidth=1
+        )
         text = (
-            f"measured: copy {bandwidth / 1e12:.2f} TB/s, {ceiling['dtype']} matrix product {peak / 1e12:.0f} TFLOP/s"
+            f"measured: copy {bandwidth / 1e12:.2f} TB/s, {ceiling['dtype']} matrix product {peak / 1e12:.0f}"
+            " TFLOP/s"
         )
         axes.annotate(text, (knee / 50, peak * 1.1), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte (floor)", ylabel="FLOP/s")
@@ -90,11 +103,15 @@ def stream(report: dict, results: list[dict], path: Path) -> None:
     """Whole forwards and chunks, and the time of every chunk of a long stream."""
     import matplotlib.pyplot as plt
 
-    figure, rows = plt.subplots(len(results) + len(report["series"]), 1, figsize=(9, 2.4 * max(len(results), 1) + 3))
+    figure, rows = plt.subplots(
+        len(results) + len(report["series"]), 1, figsize=(9, 2.4 * max(len(results), 1) + 3)
+    )
     rows = rows if hasattr(rows, "__len__") else [rows]
     for axes, result in zip(rows, results, strict=False):
         times = {name: timing["p50"] * 1e3 for name, timing in result["timings"].items()}
-        axes.bar_label(axes.barh(list(times), list(times.values())), [f"{t:.1f}" for t in times.values()], fontsize=7)
+        axes.bar_label(
+            axes.barh(list(times), list(times.values())), [f"{t:.1f}" for t in times.values()], fontsize=7
+        )
         axes.set_xlabel("ms (median)", fontsize=7)
         axes.set_title(title(report, f"{result['op']}, {result['shape']}"), fontsize=8)
         axes.tick_params(labelsize=7)
@@ -143,7 +160,8 @@ def draw(report: dict, directory: Path) -> list[str]:
 
 
 def speedups(report: dict, directory: Path) -> list[Path]:
-    """Write ``<op>.png`` for every op of a report of ``python -m benchmarks`` into ``directory``; the paths."""
+    """Write ``<op>.png`` for every op of a report of ``python -m benchmarks`` into ``directory``; the
+    paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,14 +178,18 @@ def speedups(report: dict, directory: Path) -> list[Path]:
         ]
         labels, ratios = zip(*reversed(bars), strict=True)
         figure, axes = plt.subplots(figsize=(9, 1 + 0.42 * len(bars)), layout="constrained")
-        drawn = axes.barh(labels, ratios, color=["tab:green" if ratio >= 1 else "tab:red" for ratio in ratios])
+        drawn = axes.barh(
+            labels, ratios, color=["tab:green" if ratio >= 1 else "tab:red" for ratio in ratios]
+        )
         axes.bar_label(drawn, [f"{ratio:.2f}x" for ratio in ratios], padding=3, fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.tick_params(axis="y", labelsize=7)
         axes.set_xscale("log")
         axes.set_xlabel("times faster than the peer (ratio of medians, same run)")
         facts = report["environment"]
-        axes.set_title(f"{op} on {facts['gpu'] or facts['cpu']}, torch {facts['torch']}, {facts['date']}", fontsize=9)
+        axes.set_title(
+            f"{op} on {facts['gpu'] or facts['cpu']}, torch {facts['torch']}, {facts['date']}", fontsize=9
+        )
         paths.append(directory / f"{op}.png")
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)

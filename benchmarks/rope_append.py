@@ -1,9 +1,13 @@
-"""Cases of ``rope_append``. All candidates end with the new k and v in their cache slots and the new q in hand.
+"""Cases of ``rope_append``. All candidates end with the new k and v in their cache slots and the new q in
+hand.
 
 - rope_append: one pass.
-- published: RMSNorm with its rounding before the weight, rotation in complex128 with the published table; the chunk's q and k alone.
-- published_window: the same, but the keys of the whole window are rotated, as the published path does in every forward.
-- eager: the best of plain PyTorch: fused rms_norm, rotation in complex64 with a table made in advance, slice assignments.
+- published: RMSNorm with its rounding before the weight, rotation in complex128 with the published table; the
+  chunk's q and k alone.
+- published_window: the same, but the keys of the whole window are rotated, as the published path does in
+  every forward.
+- eager: the best of plain PyTorch: fused rms_norm, rotation in complex64 with a table made in advance, slice
+  assignments.
 """
 
 from dataclasses import dataclass
@@ -73,7 +77,8 @@ def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> dict:
     width = shape.heads * shape.head_dim
-    qkv = torch.randn(1, shape.tokens, 3 * width, device=device).to(dtype)  # as it comes out of a fused projection
+    # as it comes out of a fused projection
+    qkv = torch.randn(1, shape.tokens, 3 * width, device=device).to(dtype)
     q, k, v = (t.unflatten(-1, (shape.heads, shape.head_dim)) for t in qkv.chunk(3, dim=-1))
     capacity = shape.length * shape.frame_tokens
     caches = torch.zeros(2, 1, capacity, shape.heads, shape.head_dim, dtype=dtype, device=device)
@@ -95,7 +100,13 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> dict:
         return q_out, caches[0], caches[1]
 
     def ours():
-        options = {"slots": slots, "angles": angles, "axes": axes, "q_weight": weights[0], "k_weight": weights[1]}
+        options = {
+            "slots": slots,
+            "angles": angles,
+            "axes": axes,
+            "q_weight": weights[0],
+            "k_weight": weights[1],
+        }
         return rope_append(q, k, v, *caches, **options), caches[0], caches[1]
 
     def normalised():
@@ -112,7 +123,9 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> dict:
 
     def eager():
         rows = ((q, weights[0]), (k, weights[1]))
-        return write(*(rotate(F.rms_norm(x.flatten(2), (width,), w, 1e-6).view(x.shape), turn) for x, w in rows))
+        return write(
+            *(rotate(F.rms_norm(x.flatten(2), (width,), w, 1e-6).view(x.shape), turn) for x, w in rows)
+        )
 
     # Two roundings to the dtype more than ours, each half a unit in the last place.
     agree({"rope_append": ours, "published": published, "eager": eager}, ulps=2)

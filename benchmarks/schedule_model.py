@@ -1,11 +1,12 @@
 """What the attention schedule is worth on a Hopper GPU: a cost model, not a measurement.
 
-    python benchmarks/schedule_model.py            # the shapes of the table in docs/sink_window_attention_sm90.md
+    python benchmarks/schedule_model.py        # the shapes of the table in docs/sink_window_attention_sm90.md
     python benchmarks/schedule_model.py --all      # 48 shapes and their geometric means
 
-The schedule is the library's own (csrc/math/tile_schedule.h, as the test module `_chip` exposes it); the costs are stated below,
-each with its source, and are to be replaced by measured ones. Compared with one query tile per CTA in waves (what a general
-kernel does), and with such a kernel that cuts all keys into a fixed number of splits and merges them in a second launch.
+The schedule is the library's own (csrc/math/tile_schedule.h, as the test module `_chip` exposes it); the
+costs are stated below, each with its source, and are to be replaced by measured ones. Compared with one query
+tile per CTA in waves (what a general kernel does), and with such a kernel that cuts all keys into a fixed
+number of splits and merges them in a second launch.
 """
 
 import argparse
@@ -22,9 +23,11 @@ from chip.build import load
 
 SMS = 132  # H100 and H200, SXM
 HEAD_DIM = 128
-SM_FLOPS = 661e12 / SMS  # a busy SM: the rate of FlashAttention-3 at head dim 128 on long sequences (arXiv 2407.08608)
+# a busy SM: the rate of FlashAttention-3 at head dim 128 on long sequences (arXiv 2407.08608)
+SM_FLOPS = 661e12 / SMS
 LAUNCH = 3e-6  # any kernel: start and end
-FRAGMENT = 1.5e-6  # first product and softmax of a fragment without overlap, epilogue; fits FlashAttention-3 at 2k and 16k keys
+# first product and softmax of a fragment without overlap, epilogue; fits FlashAttention-3 at 2k and 16k keys
+FRAGMENT = 1.5e-6
 WRITE_PARTIAL = 1.6e-6  # 66 KB out and a release at gpu scope
 MERGE_PARTIAL = 1.8e-6  # acquire, and 66 KB in from the L2
 SKEW = 0.01  # every seventh SM is slower by this much
@@ -33,8 +36,8 @@ SPLIT_COMBINE = 3e-6  # its second launch
 HBM = 3.35e12 * 0.85  # bytes/s that an H100 delivers
 L2 = 40e6  # bytes of K and V that stay in the L2
 
-# The shapes the schedule is for: (queries, heads, keys). A chunk of three frames and of one, all heads on one GPU and on four;
-# a 14B model; a chunk of three frames at 720p.
+# The shapes the schedule is for: (queries, heads, keys). A chunk of three frames and of one, all heads on one
+# GPU and on four; a 14B model; a chunk of three frames at 720p.
 TABLE = (
     (4680, 12, 14040),
     (1560, 12, 14040),
@@ -48,7 +51,12 @@ ALL = tuple(itertools.product((1560, 4680, 10800), (3, 6, 12, 40), (9360, 14040,
 
 def plan(queries, heads, keys, deterministic=False):
     return load().schedule(
-        head_dim=HEAD_DIM, batch_heads=heads, q_tokens=queries, kv_tokens=keys, ctas=SMS, deterministic=deterministic
+        head_dim=HEAD_DIM,
+        batch_heads=heads,
+        q_tokens=queries,
+        kv_tokens=keys,
+        ctas=SMS,
+        deterministic=deterministic,
     )
 
 
@@ -58,8 +66,9 @@ def unit_seconds(p):
 
 
 def dram_stall(p, queries, heads, keys):
-    """Extra seconds of the part that is cut: there every CTA is elsewhere in the sequence, and K and V that do not stay in the L2
-    are read again by each. Whole waves sweep K and V in step: one read serves them all."""
+    """Extra seconds of the part that is cut: there every CTA is elsewhere in the sequence, and K and V that
+    do not stay in the L2 are read again by each. Whole waves sweep K and V in step: one read serves them
+    all."""
     units = int(p["units"][0])
     left = len(p["units"]) - p["whole_tiles"]
     heads_in_part = min(heads, left / math.ceil(queries / p["tile_m"]) + 1)
@@ -69,7 +78,8 @@ def dram_stall(p, queries, heads, keys):
 
 
 def balanced_seconds(p, queries, heads, keys):
-    """The schedule, segment by segment: an owner ends after it has merged what the ranges behind it have handed over."""
+    """The schedule, segment by segment: an owner ends after it has merged what the ranges behind it have
+    handed over."""
     unit = unit_seconds(p)
     clock = np.zeros(p["ranges"])
     handed_over = {}  # (range, tile) -> time of the signal
@@ -115,7 +125,9 @@ def evaluate(queries, heads, keys):
         "whole": whole,
         "splits": splits,
         "balanced": ours,
-        "deterministic": balanced_seconds(plan(queries, heads, keys, deterministic=True), queries, heads, keys),
+        "deterministic": balanced_seconds(
+            plan(queries, heads, keys, deterministic=True), queries, heads, keys
+        ),
         "gain": whole / ours,
         "gain_over_tuned": tuned / ours,
         "merges": int((fragments - 1).sum()),
@@ -126,15 +138,18 @@ def evaluate(queries, heads, keys):
 
 def lines(shapes):
     """A markdown table, microseconds."""
-    yield "| Nq x heads | Nkv | tiles, waves | one tile a CTA | 2 / 3 / 4 splits | balanced | gain | over the best split | merges, most per tile | deterministic |"  # noqa: E501
+    yield (
+        "| Nq x heads | Nkv | tiles, waves | one tile a CTA | 2 / 3 / 4 splits | balanced | gain "
+        "| over the best split | merges, most per tile | deterministic |"
+    )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for queries, heads, keys in shapes:
         x = evaluate(queries, heads, keys)
         splits = " / ".join(f"{t * 1e6:.0f}" for t in x["splits"].values())
         yield (
-            f"| {queries} x {heads} | {keys} | {x['tiles']}, {x['waves']:.2f} | {x['whole'] * 1e6:.0f} | {splits} "
-            f"| {x['balanced'] * 1e6:.0f} | **{x['gain']:.2f}** | **{x['gain_over_tuned']:.2f}** "
-            f"| {x['merges']}, {x['fragments'] - 1} | {x['deterministic'] * 1e6:.0f} |"
+            f"| {queries} x {heads} | {keys} | {x['tiles']}, {x['waves']:.2f} | {x['whole'] * 1e6:.0f} |"
+            f" {splits} | {x['balanced'] * 1e6:.0f} | **{x['gain']:.2f}** | **{x['gain_over_tuned']:.2f}** |"
+            f" {x['merges']}, {x['fragments'] - 1} | {x['deterministic'] * 1e6:.0f} |"
         )
 
 

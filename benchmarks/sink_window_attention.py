@@ -1,8 +1,10 @@
 """Cases of ``sink_window_attention``.
 
 Streaming: a chunk's queries over the valid prefix of one layer of a cache.
-- concatenated: what the published path does once its keys are rotated: sink and window concatenated, then PyTorch's SDPA.
-- sdpa: SDPA alone, on contiguous [B, H, S, D] tensors made in advance: no path can be faster on PyTorch's kernels.
+- concatenated: what the published path does once its keys are rotated: sink and window concatenated, then
+  PyTorch's SDPA.
+- sdpa: SDPA alone, on contiguous [B, H, S, D] tensors made in advance: no path can be faster on PyTorch's
+  kernels.
 Whole sequence: training, a sink and a window per chunk, forward and forward with backward.
 - masked_sdpa: one SDPA with the mask of the same key sets.
 """
@@ -63,7 +65,8 @@ def heads_first(t: torch.Tensor) -> torch.Tensor:
 def build_stream(shape: Shape, dtype: torch.dtype, device: str) -> dict:
     q = torch.randn(1, shape.queries, shape.heads, shape.head_dim, device=device).to(dtype)
     slots = shape.kv_tokens + shape.frame_tokens
-    cache = torch.randn(1, 2, 2, slots, shape.heads, shape.head_dim, device=device).to(dtype)  # batch, layer, (k, v)
+    # batch, layer, (k, v)
+    cache = torch.randn(1, 2, 2, slots, shape.heads, shape.head_dim, device=device).to(dtype)
     k, v = cache[:, 1, 0], cache[:, 1, 1]
     valid, split = shape.kv_tokens, shape.sink_frames * shape.frame_tokens
     ready = [heads_first(t) for t in (q, k[:, :valid], v[:, :valid])]
@@ -83,7 +86,9 @@ def build_stream(shape: Shape, dtype: torch.dtype, device: str) -> dict:
 
 def build_whole(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -> dict:
     tokens = shape.chunks * shape.queries
-    q, k, v, g = (torch.randn(1, tokens, shape.heads, shape.head_dim, device=device).to(dtype) for _ in range(4))
+    q, k, v, g = (
+        torch.randn(1, tokens, shape.heads, shape.head_dim, device=device).to(dtype) for _ in range(4)
+    )
     ready, ready_g = [heads_first(t) for t in (q, k, v)], heads_first(g)
     key = torch.arange(tokens, device=device)
     end = (key // shape.queries + 1).unsqueeze(1) * shape.queries
@@ -126,7 +131,9 @@ def streaming_case(shape: Shape, dtype: torch.dtype, device: str, quick: bool) -
         1, shape.queries, shape.heads, shape.head_dim, kv_tokens=shape.kv_tokens, element_size=dtype.itemsize
     )
     names = ("sink_window_attention", "concatenated", "sdpa")
-    return Case("sink_window_attention", label, dtype, names, partial(build_stream, shape, dtype), cost, device, quick)
+    return Case(
+        "sink_window_attention", label, dtype, names, partial(build_stream, shape, dtype), cost, device, quick
+    )
 
 
 def whole_case(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -> Case:
@@ -140,7 +147,13 @@ def whole_case(shape: Shape, dtype: torch.dtype, backward: bool, device: str) ->
         cost = {name: cost[name] + more[name] for name in cost}
     names = ("sink_window_attention", "masked_sdpa")
     return Case(
-        "sink_window_attention", label, dtype, names, partial(build_whole, shape, dtype, backward), cost, device
+        "sink_window_attention",
+        label,
+        dtype,
+        names,
+        partial(build_whole, shape, dtype, backward),
+        cost,
+        device,
     )
 
 

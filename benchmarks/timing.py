@@ -1,5 +1,6 @@
-"""Timing side by side: candidates run in turn, round after round in one process, so that what the machine does in between meets all of
-them alike. CPU times are for ratios; absolute times are quoted for GPUs alone."""
+"""Timing side by side: candidates run in turn, round after round in one process, so that what the machine
+does in between meets all of them alike. CPU times are for ratios; absolute times are quoted for GPUs
+alone."""
 
 import statistics
 import time
@@ -8,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-# Larger than any L2 there is (H200: 50 MB): reading it between GPU calls leaves nothing of a candidate's input in the cache. Reading, not
-# writing: lines that are written back to memory during the call would be in the time of every short one.
+# Larger than any L2 there is (H200: 50 MB): reading it between GPU calls leaves nothing of a candidate's
+# input in the cache. Reading, not writing: lines that are written back to memory during the call would be in
+# the time of every short one.
 _FLUSH_BYTES = 256 << 20
 
 
@@ -35,9 +37,11 @@ def measure(
     seconds: float = 1.0,
     warmup: int = 2,
 ) -> dict[str, Timing]:
-    """Time each candidate, interleaved, for about ``seconds`` per candidate (at least 5 rounds, at most 1000).
+    """Time each candidate, interleaved, for about ``seconds`` per candidate (at least 5 rounds, at most
+    1000).
 
-    On CUDA each call is timed by events behind a read of more than the whole L2 (cold reads); on the CPU by the clock.
+    On CUDA each call is timed by events behind a read of more than the whole L2 (cold reads); on the CPU by
+    the clock.
     """
     device = torch.device(device)
     for _ in range(warmup):
@@ -49,7 +53,9 @@ def measure(
         torch.cuda.synchronize(device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds * len(candidates)
-    while (time.perf_counter() < end or len(next(iter(times.values()))) < 5) and len(next(iter(times.values()))) < 1000:
+    while (time.perf_counter() < end or len(next(iter(times.values()))) < 5) and len(
+        next(iter(times.values()))
+    ) < 1000:
         for name, call in candidates.items():
             if cuda:
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -67,13 +73,16 @@ def measure(
 
 
 def roof(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, float]:
-    """What this machine does at best, measured as the candidates are: ``bytes_per_s`` of a large copy, ``flops_per_s`` of a large
-    matrix product in ``dtype``."""
+    """What this machine does at best, measured as the candidates are: ``bytes_per_s`` of a large copy,
+    ``flops_per_s`` of a large matrix product in ``dtype``."""
     large, side = (1 << 28, 8192) if torch.device(device).type == "cuda" else (1 << 25, 1024)
     source = torch.randn(large, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    a = torch.randn(side, side, device=device).to(dtype)  # zeros and ones draw less power: the clock would be higher
-    timings = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, device=device, seconds=0.5)
+    # zeros and ones draw less power: the clock would be higher
+    a = torch.randn(side, side, device=device).to(dtype)
+    timings = measure(
+        {"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, device=device, seconds=0.5
+    )
     return {
         "bytes_per_s": 2 * source.nbytes / timings["copy"].p20,
         "flops_per_s": 2 * side**3 / timings["matmul"].p20,
@@ -90,8 +99,8 @@ def row(
     nbytes: int = 0,
     roof: dict[str, float] | None = None,
 ) -> dict:
-    """One result: the first timing is ours, the others are its peers. With ``roof``, also how near ours comes to the longer of the
-    times that the bytes and the FLOPs need there."""
+    """One result: the first timing is ours, the others are its peers. With ``roof``, also how near ours comes
+    to the longer of the times that the bytes and the FLOPs need there."""
     name, *peers = timings
     ours = timings[name]
     floor = max(nbytes / roof["bytes_per_s"], flops / roof["flops_per_s"]) if roof else 0.0
@@ -129,5 +138,6 @@ def geometric_means(results: list[dict]) -> dict[str, dict[str, float]]:
         for peer, ratio in result["times_faster_than"].items():
             ratios.setdefault(result["op"], {}).setdefault(peer, []).append(ratio)
     return {
-        op: {peer: statistics.geometric_mean(values) for peer, values in peers.items()} for op, peers in ratios.items()
+        op: {peer: statistics.geometric_mean(values) for peer, values in peers.items()}
+        for op, peers in ratios.items()
     }

@@ -1,9 +1,11 @@
-"""Bytes that a launch of a memory-bound op moves between memory and chip, counted from the structure of its CUDA kernel.
+"""Bytes that a launch of a memory-bound op moves between memory and chip, counted from the structure of its
+CUDA kernel.
 
-Beside the least that the job can move (``floors.py``), the count includes what a kernel adds to it: tables, weights,
-schedules, workspaces, rows that nothing needs, passes over memory that does not fit on the chip. What many blocks read (a table, a
-weight) and what a block reads again at once (a token that was looked at for non-finite values) counts once: it is in a cache by then.
-``tests/harness/test_bytes.py`` holds the counts against the floors, and against the accesses of the kernels' bodies run on the host.
+Beside the least that the job can move (``floors.py``), the count includes what a kernel adds to it: tables,
+weights, schedules, workspaces, rows that nothing needs, passes over memory that does not fit on the chip.
+What many blocks read (a table, a weight) and what a block reads again at once (a token that was looked at for
+non-finite values) counts once: it is in a cache by then. ``tests/harness/test_bytes.py`` holds the counts
+against the floors, and against the accesses of the kernels' bodies run on the host.
 """
 
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ def rope_append(
     norm: bool = True,
     weight_bytes: int | None = None,
 ) -> dict[str, int]:
-    """``rows``: q, k, v read and written. ``shared``: the table of ``angles`` pairs, the weights of a norm over the model width
-    (``weight_bytes`` an element), the slots: read by every token's block, moved once."""
+    """``rows``: q, k, v read and written. ``shared``: the table of ``angles`` pairs, the weights of a norm
+    over the model width (``weight_bytes`` an element), the slots: read by every token's block, moved once."""
     rows = 2 * batch * tokens * (q_heads + 2 * kv_heads) * head_dim * dtype.itemsize
     weights = norm * (q_heads + kv_heads) * head_dim * (weight_bytes or dtype.itemsize)
     return {"rows": rows, "shared": angles * 2 * table_dtype(dtype).itemsize + weights + frames * 4}
@@ -64,7 +66,9 @@ def ema_evict(
             values = count * size + 2 * state_bytes + (size if half and state == "float32" else 0)
         per_element += keys + values
     frames, sources = len(counts), max(counts)
-    shared = frames * ((2 + sources) * 4 + (sources + 1) * temporal_pairs * 2 * table_dtype(dtype).itemsize) + 8
+    shared = (
+        frames * ((2 + sources) * 4 + (sources + 1) * temporal_pairs * 2 * table_dtype(dtype).itemsize) + 8
+    )
     return {"rows": batch * frame_tokens * heads * head_dim * per_element, "shared": shared}
 
 
@@ -106,8 +110,9 @@ def dmd_gradient(
     mask_elements: int = 0,
     chip: Chip = H200,
 ) -> dict[str, int]:
-    """``rows``: inputs, weight and mask, gradient. ``again``: predictions read a second time, where the differences do not fit on the
-    chip. ``shared``: the partial sums of tiles and samples, written and read."""
+    """``rows``: inputs, weight and mask, gradient. ``again``: predictions read a second time, where the
+    differences do not fit on the chip. ``shared``: the partial sums of tiles and samples, written and
+    read."""
     samples, elements = shape[0], torch.Size(shape[1:]).numel()
     accumulator, size = table_dtype(dtype).itemsize, dtype.itemsize
     predictions = (2 + fake_uncond + real_uncond) * (prediction_dtype or dtype).itemsize
@@ -116,6 +121,9 @@ def dmd_gradient(
     broadcast = weight_elements * accumulator + mask_elements
     again = 0 if resident(elements, samples, dtype, chip) else samples * elements * predictions
     tiles = samples * -(-elements // TILE)
-    # Two sums and a peak of accumulator size (a second sum in pass 2), a count for each block; per sample four results and a flag.
-    shared = 2 * (4 * tiles * accumulator + 2 * chip.processors * 8) + samples * (4 * accumulator + 2 * 4) + 64
+    # Two sums and a peak of accumulator size (a second sum in pass 2), a count for each block; per sample
+    # four results and a flag.
+    shared = (
+        2 * (4 * tiles * accumulator + 2 * chip.processors * 8) + samples * (4 * accumulator + 2 * 4) + 64
+    )
     return {"rows": samples * elements * rows + broadcast, "again": again, "shared": shared}

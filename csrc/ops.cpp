@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
   m.def("build_info() -> str");
   m.def("last_dispatch() -> (int op, int backend, int reason, bool fallback)");
   m.def("cuda_problem() -> str");
+  m.def("backend() -> int");
+  m.def("set_backend(int request) -> ()");
+  m.def("set_triton(bool interpreted, bool rocm) -> ()");
   // Each op twice: "traced_" on meta tensors makes the checks of the op and nothing else, while a compiler
   // traces.
   const auto define = [&m](const char* name, const char* signature) {
@@ -56,6 +59,33 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "bool normalize, float eps, int nan, int reduction, bool scale_gradient) -> "
       "(Tensor gradient, Tensor loss, Tensor per_sample_loss, Tensor gradient_norm, Tensor normalizer, "
       "Tensor dropped, Tensor scale)");
+
+  // The same calls, checked, with their outputs: what rf_kernels/triton implements.
+  m.def(
+      "triton_ema_evict(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
+      "Tensor(e!)? v_state, Tensor schedule, Tensor turns, Tensor alpha, int frame_tokens, int[] temporal, "
+      "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
+  m.def(
+      "triton_sink_window_attention(Tensor q, Tensor k, Tensor v, int? kv_tokens, float softmax_scale, "
+      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, Tensor(a!) out, Tensor(b!) lse) -> "
+      "()");
+  m.def(
+      "triton_sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, int? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "
+      "int? num_window_tokens, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
+  m.def(
+      "triton_rope(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "triton_rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor slots, Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, "
+      "float eps, Tensor(c!) q_out) -> ()");
+  m.def(
+      "triton_dmd_gradient(Tensor x, Tensor fake, Tensor real, Tensor? fake_uncond, Tensor? real_uncond, "
+      "float fake_guidance, float real_guidance, Tensor? x_t, Tensor? sigma, Tensor? weight, Tensor? mask, "
+      "bool normalize, float eps, int nan, int reduction, bool scale_gradient, Tensor(a!) gradient, "
+      "Tensor(b!) loss, Tensor(c!) per_sample_loss, Tensor(d!) gradient_norm, Tensor(e!) normalizer, "
+      "Tensor(f!) dropped, Tensor(g!) scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rf_kernels, CompositeExplicitAutograd, m) {

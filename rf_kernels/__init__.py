@@ -1,9 +1,10 @@
-"""rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per op."""
+"""rf_kernels: the kernels under streaming video generation. Public names only; see docs/ for one page per
+op."""
 
 import sys
 
 try:
-    from ._backend import ArgumentError, Dispatch, build_info, last_dispatch
+    from ._backend import ArgumentError, Dispatch, backend, build_info, last_dispatch
     from .cache import (
         KV,
         CacheSpec,
@@ -25,7 +26,8 @@ try:
     from .ops.sink_window_attention import sink_window_attention
     from .positions import RoPE, RoPE3D
 except ImportError:
-    # `python -m rf_kernels.doctor` exists to explain this very error, and is the only thing that gets past it.
+    # `python -m rf_kernels.doctor` exists to explain this very error, and is the only thing that gets past
+    # it.
     if "rf_kernels.doctor" not in sys.orig_argv:
         raise
 
@@ -51,6 +53,7 @@ __all__ = [
     "SinkWindowCache",
     "StaticSink",
     "StreamClosedError",
+    "backend",
     "build_info",
     "dmd_gradient",
     "dmd_loss",

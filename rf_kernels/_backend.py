@@ -1,16 +1,21 @@
 """Loads the extension, calls its ops, and says which backend served a call.
 
-The library never falls back in silence: an extension that does not load is an ImportError that says why, a missing CUDA part is an
-error of the op that needed it, and a slower path than the device's own kernel is recorded (``last_dispatch``) or, with
-``RF_STRICT=1``, refused.
+The library never falls back in silence: an extension that does not load is an ImportError that says why, a
+missing CUDA part is an error of the op that needed it, and a slower path than the device's own kernel is
+recorded (``last_dispatch``) or, with ``RF_STRICT=1``, refused.
 """
 
+import contextlib
 import ctypes
 import functools
+import importlib
+import importlib.util
 import json
 import math
 import operator
+import os
 import re
+import threading
 from numbers import Real
 from typing import NamedTuple
 
@@ -27,9 +32,9 @@ try:
     from . import _C  # noqa: F401  (importing it registers the ops)
 except ImportError as error:
     raise ImportError(
-        f"rf_kernels: the extension rf_kernels/_C.abi3.so did not load: {error}. In a source tree, build it with `make ext`; "
-        "else reinstall the wheel. It needs torch >= 2.10 and, on x86-64, a CPU with AVX2. "
-        "`python -m rf_kernels.doctor` explains more."
+        f"rf_kernels: the extension rf_kernels/_C.abi3.so did not load: {error}. In a source tree, build it"
+        " with `make ext`; else reinstall the wheel. It needs torch >= 2.10 and, on x86-64, a CPU with AVX2."
+        " `python -m rf_kernels.doctor` explains more."
     ) from error
 
 ops = torch.ops.rf_kernels
@@ -45,7 +50,8 @@ class Dispatch(NamedTuple):
 
 
 def last_dispatch() -> Dispatch | None:
-    """Which backend served the last op called on this thread, whether that was a fallback, and why (None before the first)."""
+    """Which backend served the last op called on this thread, whether that was a fallback, and why (None
+    before the first)."""
     *addresses, fallback = ops.last_dispatch()
     op, backend, reason = (ctypes.string_at(address).decode() for address in addresses)
     return Dispatch(op, backend, fallback, reason) if op else None
@@ -61,21 +67,100 @@ def _build_info() -> str:  # once: PyTorch's stable ABI loses the memory of a st
     return ops.build_info()
 
 
+# ---- who serves: the seam ----
+
+# What csrc/<op>/op.cpp has checked, it hands to a CPU or CUDA kernel of its own, to PyTorch's kernels or, as
+# triton_<op>, to a module of rf_kernels/triton. csrc/common/dispatch.h decides; here it is told what is asked
+# for, and what there is.
+BACKENDS = ("auto", "native", "triton")
+_TRITON = {
+    "rope": "rope_append",
+    "rope_append": "rope_append",
+    "ema_evict": "ema_evict",
+    "sink_window_attention": "sink_window_attention",
+    "sink_window_attention_backward": "sink_window_attention",
+    "dmd_gradient": "dmd_gradient",
+}
+_triton = torch.library.Library("rf_kernels", "FRAGMENT")
+_raised = threading.local()
+triton_registered = False
+
+
+def triton_problem() -> str | None:
+    """Why Triton is not there (None where it is). Does not import it."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+def _register_triton(interpreted: bool) -> None:
+    global triton_registered
+    for name, module in _TRITON.items() if not triton_registered else ():
+        _triton.impl(f"triton_{name}", _launcher(name, module), "CompositeExplicitAutograd")
+    triton_registered = True
+    ops.set_triton(interpreted, torch.version.hip is not None)
+
+
+def _launcher(name: str, module: str):
+    def launch(*args):
+        try:
+            with torch.no_grad():
+                getattr(importlib.import_module(f".triton.{module}", __package__), name)(*args)
+        except Exception as error:
+            _raised.error = error  # the C++ between here and the caller knows of no Python exceptions
+            raise
+
+    return launch
+
+
+def _request(name: str | None) -> None:
+    """What ``RF_BACKEND`` and ``backend`` ask for."""
+    if choice("backend", "name", BACKENDS, name) == "triton":
+        if problem := triton_problem():
+            raise ImportError(f"{_PREFIX}backend: Triton is asked for, and {problem}")
+        _register_triton(importlib.import_module("triton").knobs.runtime.interpret)
+    ops.set_backend(BACKENDS.index(name))
+
+
+def requested() -> str:
+    """What is asked for now."""
+    return BACKENDS[ops.backend()]
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Ask for a backend inside a ``with`` block, in the whole process (as ``RF_BACKEND`` does from the
+    start).
+
+    "auto": the order of docs/triton.md. "native": the same without Triton. "triton": Triton serves every op,
+    or the call raises. A backward asks when it runs.
+    """
+    before = requested()
+    _request(name)
+    try:
+        yield
+    finally:
+        ops.set_backend(BACKENDS.index(before))
+
+
 _PREFIX = "rf_kernels."
 _WRONG_TYPE = re.compile(
-    r"rf_kernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+    r"rf_kernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type"
+    r" '(.+?)'"
 )
 
 
 def invoke(op, *args):
-    """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an ``ArgumentError``."""
+    """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an
+    ``ArgumentError``."""
     if not torch.compiler.is_compiling():
         _refuse_transforms(op, args)
     try:
         return op(*args)
     except RuntimeError as error:
+        if cause := _raised.__dict__.pop("error", None):
+            raise cause from None
         for argument, value in zip(_argument_names(op), args, strict=False):
-            if value is None and argument.type.kind() == "TensorType":  # the dispatcher makes it an undefined tensor
+            # the dispatcher makes it an undefined tensor
+            if value is None and argument.type.kind() == "TensorType":
                 raise argument_error(_name(op), argument.name, "a tensor", None) from None
         text = str(error).split("\n", 1)[0]
         if _is_argument_error(text):
@@ -93,28 +178,30 @@ def invoke(op, *args):
 
 
 def _refuse_transforms(op, args) -> None:
-    """No op has a rule for forward-mode AD or for torch.func's grad and jvp: an error, where the dispatcher would give zero tangents
-    or an error about its own internals."""
+    """No op has a rule for forward-mode AD or for torch.func's grad and jvp: an error, where the dispatcher
+    would give zero tangents or an error about its own internals."""
     if forward_ad._current_level >= 0:
         for argument, value in zip(_argument_names(op), args, strict=False):
             if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
                 raise NotImplementedError(
-                    f"{_PREFIX}{_name(op)}: forward-mode AD is not implemented (argument `{argument.name}` has a tangent)"
+                    f"{_PREFIX}{_name(op)}: forward-mode AD is not implemented (argument `{argument.name}`"
+                    " has a tangent)"
                 )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         for argument, value in zip(_argument_names(op), args, strict=False):
             if isinstance(value, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(value):
                 raise NotImplementedError(
-                    f"{_PREFIX}{_name(op)}: torch.func's grad, vjp and jvp are not implemented for it (argument "
-                    f"`{argument.name}` is being differentiated); use torch.autograd"
+                    f"{_PREFIX}{_name(op)}: torch.func's grad, vjp and jvp are not implemented for it"
+                    f" (argument `{argument.name}` is being differentiated); use torch.autograd"
                 )
 
 
 def wrote(*tensors: torch.Tensor | None) -> None:
-    """Tell autograd that an op has written to these: a backward that had saved one of them raises instead of using the new values.
+    """Tell autograd that an op has written to these: a backward that had saved one of them raises instead of
+    using the new values.
 
-    Not at the dispatcher, where a Python kernel would cost a call more than the op itself. Compiled code needs no help: AOTAutograd
-    does it for every graph input that a schema calls mutated.
+    Not at the dispatcher, where a Python kernel would cost a call more than the op itself. Compiled code
+    needs no help: AOTAutograd does it for every graph input that a schema calls mutated.
     """
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([t for t in tensors if t is not None])
@@ -129,7 +216,11 @@ def _name(op) -> str:
 
 
 def _is_strided(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type in ("cpu", "cuda")
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type in ("cpu", "cuda")
+    )
 
 
 def _kind(value) -> str:
@@ -137,8 +228,9 @@ def _kind(value) -> str:
 
 
 def register_fake(name: str, op: str | None = None):
-    """``torch.library.register_fake`` for an op of ours, with the checks of the real op, and the one that it never gets to make:
-    of mixed devices PyTorch prefers "meta", and would run the fake, which returns memory that nobody wrote.
+    """``torch.library.register_fake`` for an op of ours, with the checks of the real op, and the one that it
+    never gets to make: of mixed devices PyTorch prefers "meta", and would run the fake, which returns memory
+    that nobody wrote.
 
     Args:
         name: the registered op.
@@ -151,7 +243,9 @@ def register_fake(name: str, op: str | None = None):
         @torch.library.register_fake(f"rf_kernels::{name}")
         def checked(*args):
             # Not strict: trailing arguments left at their default are not among args.
-            tensors = [(a.name, t) for a, t in zip(arguments, args, strict=False) if isinstance(t, torch.Tensor)]
+            tensors = [
+                (a.name, t) for a, t in zip(arguments, args, strict=False) if isinstance(t, torch.Tensor)
+            ]
             device = tensors[0][1].device
             for argument, tensor in tensors:
                 if tensor.device != device:
@@ -165,9 +259,10 @@ def register_fake(name: str, op: str | None = None):
 
 
 class _TracedArgumentError(ArgumentError, UnsupportedOperatorException):
-    """An ArgumentError found while a compiler traces. As one about an op that cannot be traced it makes Dynamo leave the frame to
-    eager execution, which raises the ArgumentError itself; of any other error Dynamo makes a RuntimeError of its own.
-    With fullgraph=True it is Dynamo's Unsupported, which quotes ``func``."""
+    """An ArgumentError found while a compiler traces. As one about an op that cannot be traced it makes
+    Dynamo leave the frame to eager execution, which raises the ArgumentError itself; of any other error
+    Dynamo makes a RuntimeError of its own. With fullgraph=True it is Dynamo's Unsupported, which quotes
+    ``func``."""
 
     def __init__(self, text: str):
         ArgumentError.__init__(self, text)
@@ -177,7 +272,8 @@ class _TracedArgumentError(ArgumentError, UnsupportedOperatorException):
 
 
 def _check_traced(name: str, args) -> None:
-    """The checks of csrc/<op>/op.cpp on meta tensors, for calls whose sizes are all known (else they come at run time)."""
+    """The checks of csrc/<op>/op.cpp on meta tensors, for calls whose sizes are all known (else they come at
+    run time)."""
     check = getattr(ops, f"traced_{name}", None)
     if check is None or not all(map(_is_static, args)):
         return
@@ -237,7 +333,10 @@ def integer(op: str, argument: str, value):
 
 def check_tensors(op: str, required: dict, optional: dict) -> None:
     """Each a tensor (or None, if optional): for functions that look at their tensors before the op does."""
-    for values, expected, may_be_none in ((required, "a tensor", False), (optional, "a tensor or None", True)):
+    for values, expected, may_be_none in (
+        (required, "a tensor", False),
+        (optional, "a tensor or None", True),
+    ):
         for name, value in values.items():
             if not isinstance(value, torch.Tensor) and not (may_be_none and value is None):
                 raise argument_error(op, name, expected, type(value).__name__)
@@ -272,14 +371,30 @@ def refuse_grad(op: str, why: str = "the op writes in place and has no backward"
         return
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            raise argument_error(op, name, f"a tensor that does not require grad ({why})", "requires_grad=True")
+            raise argument_error(
+                op, name, f"a tensor that does not require grad ({why})", "requires_grad=True"
+            )
 
 
 def refuse_negative(op: str, **tensors) -> None:
-    """A view with PyTorch's negative bit (of the imaginary part of a conjugate) cannot be written in place: the dispatcher would
-    hand the op a copy of it, and fail after the op has written the others."""
+    """A view with PyTorch's negative bit (of the imaginary part of a conjugate) cannot be written in place:
+    the dispatcher would hand the op a copy of it, and fail after the op has written the others."""
     if torch.compiler.is_compiling():
         return
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_neg():
-            raise argument_error(op, name, "a tensor without the negative bit (`.resolve_neg()`)", "a negative view")
+            raise argument_error(
+                op, name, "a tensor without the negative bit (`.resolve_neg()`)", "a negative view"
+            )
+
+
+# Where a GPU could be without kernels of ours, Triton is known from the start (looked for, not imported). Its
+# interpreter, which takes CPU tensors alone, serves on request.
+if (
+    (torch.version.cuda or torch.version.hip)
+    and triton_problem() is None
+    and "TRITON_INTERPRET" not in os.environ
+):
+    _register_triton(False)
+if os.environ.get("RF_BACKEND"):
+    _request(os.environ["RF_BACKEND"])

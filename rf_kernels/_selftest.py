@@ -1,7 +1,9 @@
-"""Small numerical tests of each op against its float64 reference, for `python -m rf_kernels.doctor`: a second on any machine.
+"""Small numerical tests of each op against its float64 reference, for `python -m rf_kernels.doctor`: a second
+on any machine.
 
-Each returns the largest absolute error, the bound it is held against, and the backend that served. The data is bf16 (what users
-run), the reference computes on the same values in float64; bounds are a few units in the last place of bf16 at the size of the values.
+Each returns the largest absolute error, the bound it is held against, and the backend that served. The data
+is bf16 (what users run), the reference computes on the same values in float64; bounds are a few units in the
+last place of bf16 at the size of the values.
 """
 
 import torch
@@ -40,7 +42,9 @@ def rope_append(device: torch.device) -> dict:
     options = {"slots": slots, "axes": axes, "q_weight": weight, "k_weight": weight}
     out = rf.rope_append(q, k, v, *caches, angles=angles, **options)
     options |= {"q_weight": weight.double(), "k_weight": weight.double()}
-    expected = rope_reference.rope_append(q.double(), k.double(), v.double(), *wide, angles=angles.double(), **options)
+    expected = rope_reference.rope_append(
+        q.double(), k.double(), v.double(), *wide, angles=angles.double(), **options
+    )
     return _result((out, *caches), (expected, *wide), 2)
 
 
@@ -48,7 +52,9 @@ def ema_evict(device: torch.device) -> dict:
     caches = [_randn(device, 1, 4 * _TOKENS, _HEADS, _DIM, seed=s) for s in range(2)]
     rope = rf.RoPE3D.wan(_DIM)
     nt = rope.temporal_pairs
-    turns = torch.tensor(rope.temporal_table([-4, 3]), dtype=torch.float32, device=device).reshape(1, 2, nt, 2)
+    turns = torch.tensor(rope.temporal_table([-4, 3]), dtype=torch.float32, device=device).reshape(
+        1, 2, nt, 2
+    )
     schedule = torch.tensor([[1, 1, 2]], dtype=torch.int32, device=device)
     options = {"schedule": schedule, "alpha": 0.9, "frame_tokens": _TOKENS, "temporal": rope.temporal_dims}
     wide = [c.double() for c in caches]
@@ -63,7 +69,9 @@ def sink_window_attention(device: torch.device) -> dict:
     q = _randn(device, 1, 2 * _TOKENS, _HEADS, _DIM)
     k, v = (_randn(device, 1, 5 * _TOKENS, _HEADS, _DIM, seed=s) for s in (1, 2))
     out = rf.sink_window_attention(q, k, v, kv_tokens=4 * _TOKENS)
-    expected = attention_reference.sink_window_attention(q.double(), k.double(), v.double(), kv_tokens=4 * _TOKENS)
+    expected = attention_reference.sink_window_attention(
+        q.double(), k.double(), v.double(), kv_tokens=4 * _TOKENS
+    )
     return _result([out], [expected], 4)
 
 
@@ -74,6 +82,11 @@ def dmd_gradient(device: torch.device) -> dict:
     out = rf.dmd_gradient(x, fake=fake, real=real, real_uncond=uncond, options=unscaled, **options)
     options["weight"] = options["weight"].double()
     expected = dmd_reference.dmd_gradient(
-        x.double(), fake=fake.double(), real=real.double(), real_uncond=uncond.double(), reduction="none", **options
+        x.double(),
+        fake=fake.double(),
+        real=real.double(),
+        real_uncond=uncond.double(),
+        reduction="none",
+        **options,
     )
     return _result([out], [expected.gradient], 2)

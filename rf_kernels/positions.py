@@ -1,8 +1,9 @@
-"""Rotary positions: which pairs of a head turn with which axis, and the tables of cosines and sines the ops read.
+"""Rotary positions: which pairs of a head turn with which axis, and the tables of cosines and sines the ops
+read.
 
-All angles are formed in float64 on the host from host integers and rounded once to the dtype the kernel computes in: no drift, no
-position limit (at frame 10^8 a float32 table is within 2^-24 of exact). Design: design of the cache, section "Positions in detail"
-of docs/architecture.md; Wan2.1's split is ``RoPE3D.wan``.
+All angles are formed in float64 on the host from host integers and rounded once to the dtype the kernel
+computes in: no drift, no position limit (at frame 10^8 a float32 table is within 2^-24 of exact). Design:
+design of the cache, section "Positions in detail" of docs/architecture.md; Wan2.1's split is ``RoPE3D.wan``.
 """
 
 import math
@@ -33,9 +34,11 @@ class RoPE:
     Args:
         pairs: rotated pairs of each axis (0 leaves an axis without rotation).
         bases: base of each axis' frequencies.
-        layout: where pair p lies in the head. "adjacent": dims (2p, 2p+1) (Wan, LLaMA-original). "half": dims (p, p + P)
-            (GPT-NeoX, transformers). "axis_half": axis a owns 2 * pairs[a] consecutive dims, its pair i is (i, i + pairs[a]) there.
-        temporal_axis: the axis whose coordinate is the latent frame; None when no axis is temporal (re-phasing is the identity).
+        layout: where pair p lies in the head. "adjacent": dims (2p, 2p+1) (Wan, LLaMA-original). "half": dims
+            (p, p + P) (GPT-NeoX, transformers). "axis_half": axis a owns 2 * pairs[a] consecutive dims, its
+            pair i is (i, i + pairs[a]) there.
+        temporal_axis: the axis whose coordinate is the latent frame; None when no axis is temporal
+            (re-phasing is the identity).
 
     Dims beyond 2P are not rotated.
     """
@@ -50,16 +53,20 @@ class RoPE:
             if not isinstance(values, tuple | list):
                 raise argument_error("RoPE", name, "a tuple with one entry per axis", type(values).__name__)
         if len(self.pairs) == 0 or len(self.pairs) != len(self.bases):
-            raise argument_error("RoPE", "bases", f"one base per axis ({len(self.pairs)} axes)", f"{len(self.bases)}")
+            raise argument_error(
+                "RoPE", "bases", f"one base per axis ({len(self.pairs)} axes)", f"{len(self.bases)}"
+            )
         if any(not isinstance(p, int) or isinstance(p, bool) or p < 0 for p in self.pairs):
             raise argument_error("RoPE", "pairs", "counts >= 0", self.pairs)
         if any(not 0 < number("RoPE", "bases", b) < math.inf for b in self.bases):
             raise argument_error("RoPE", "bases", "positive numbers", self.bases)
         choice("RoPE", "layout", LAYOUTS, self.layout)
-        if self.temporal_axis is not None and not 0 <= integer("RoPE", "temporal_axis", self.temporal_axis) < len(
-            self.pairs
-        ):
-            raise argument_error("RoPE", "temporal_axis", f"None or 0..{len(self.pairs) - 1}", self.temporal_axis)
+        if self.temporal_axis is not None and not 0 <= integer(
+            "RoPE", "temporal_axis", self.temporal_axis
+        ) < len(self.pairs):
+            raise argument_error(
+                "RoPE", "temporal_axis", f"None or 0..{len(self.pairs) - 1}", self.temporal_axis
+            )
 
     @property
     def total_pairs(self) -> int:
@@ -87,7 +94,8 @@ class RoPE:
         return np.stack((np.cos(angles), np.sin(angles)), axis=-1)
 
     def temporal_table(self, frames: Sequence[int] | np.ndarray) -> np.ndarray:
-        """``axis_table`` of the temporal axis (empty without one): the turn R_t(d) for each d in ``frames``, float64 [len, nt, 2]."""
+        """``axis_table`` of the temporal axis (empty without one): the turn R_t(d) for each d in ``frames``,
+        float64 [len, nt, 2]."""
         if self.temporal_axis is None:
             return np.zeros((len(frames), 0, 2))
         return self.axis_table(self.temporal_axis, frames)
@@ -98,7 +106,8 @@ class RoPE:
 
     @cached_property
     def temporal_dims(self) -> tuple[int, int, int]:
-        """First dim of x, first dim of y, step; temporal pair i is dims ``(x0 + i*step, y0 + i*step)`` of the head."""
+        """First dim of x, first dim of y, step; temporal pair i is dims ``(x0 + i*step, y0 + i*step)`` of the
+        head."""
         axis = self.temporal_axis or 0
         before = sum(self.pairs[:axis])
         if self.layout == "adjacent":
@@ -108,7 +117,8 @@ class RoPE:
         return 2 * before, 2 * before + self.pairs[axis], 1
 
     def axes(self, lengths: Sequence[int]) -> list[int]:
-        """The flat ``[length, pairs, offset] * axes`` description of a table whose axes follow one another, for the ops."""
+        """The flat ``[length, pairs, offset] * axes`` description of a table whose axes follow one another,
+        for the ops."""
         if len(lengths) != len(self.pairs):
             raise argument_error("RoPE", "lengths", f"{len(self.pairs)} axes", f"{tuple(lengths)}")
         out, offset = [], 0
@@ -127,11 +137,12 @@ class RoPE:
         """The ``(angles, axes)`` arguments of ``rope`` and ``rope_append`` for a grid of tokens.
 
         Args:
-            positions: for each axis, the position of every coordinate: host integers ``[length]``, or ``[B, length]`` for positions
-                of their own per sample (then every axis is broadcast to B).
+            positions: for each axis, the position of every coordinate: host integers ``[length]``, or ``[B,
+                length]`` for positions of their own per sample (then every axis is broadcast to B).
             dtype: dtype of the data to be rotated.
         Returns:
-            angles ``[1 or B, R, 2]`` (cos, sin) and the flat list ``axes``; tokens are ordered with axis 0 slowest.
+            angles ``[1 or B, R, 2]`` (cos, sin) and the flat list ``axes``; tokens are ordered with axis 0
+            slowest.
         """
         if len(positions) != len(self.pairs):
             raise argument_error(
@@ -156,8 +167,8 @@ class RoPE3D(RoPE):
 
     @classmethod
     def wan(cls, head_dim: int, base: float = 10000.0) -> "RoPE3D":
-        """Wan2.1's split: of D/2 pairs, D/2 // 3 turn with the row, as many with the column, the rest with the frame
-        (22, 21, 21 for D = 128); adjacent pairs; each axis' base runs over its own width."""
+        """Wan2.1's split: of D/2 pairs, D/2 // 3 turn with the row, as many with the column, the rest with
+        the frame (22, 21, 21 for D = 128); adjacent pairs; each axis' base runs over its own width."""
         if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
             raise argument_error("RoPE3D.wan", "head_dim", "an even number >= 2", head_dim)
         spatial = head_dim // 2 // 3

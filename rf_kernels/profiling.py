@@ -1,4 +1,5 @@
-"""nvtx ranges: public ops and pipeline phases by name in a profiler's timeline. Nothing happens without the nvtx package."""
+"""nvtx ranges: public ops and pipeline phases by name in a profiler's timeline. Nothing happens without the
+nvtx package."""
 
 import functools
 import importlib.abc
@@ -23,7 +24,8 @@ def nvtx_range(name: str, domain: str = "rf_kernels") -> AbstractContextManager:
 
 
 def nvtx_annotated(function):
-    """Put every call of a function into a range of its name. Inside torch.compile the call is traced bare: a range is host work."""
+    """Put every call of a function into a range of its name. Inside torch.compile the call is traced bare: a
+    range is host work."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -36,8 +38,8 @@ def nvtx_annotated(function):
 
 
 class when_imported(importlib.abc.MetaPathFinder):  # noqa: N801  (called like a function)
-    """Calls ``action(module)`` once the module is imported, by whomever: for what we tell a module that is too slow to import for
-    everybody's sake (``torch.utils.flop_counter`` imports Triton)."""
+    """Calls ``action(module)`` once the module is imported, by whomever: for what we tell a module that is
+    too slow to import for everybody's sake (``torch.utils.flop_counter`` imports Triton)."""
 
     def __init__(self, name: str, action: Callable):
         self.name, self.action = name, action

@@ -1,8 +1,8 @@
 """Comparators for tests: ours and those of projects that build on the ops.
 
-The tolerance of a low-precision result is derived, never chosen: at most twice the error that eager PyTorch makes in the same
-dtype on the same input, both against a float64 oracle, plus a stated number of units in the last place (the rule of
-flash-attention's tests).
+The tolerance of a low-precision result is derived, never chosen: at most twice the error that eager PyTorch
+makes in the same dtype on the same input, both against a float64 oracle, plus a stated number of units in the
+last place (the rule of flash-attention's tests).
 """
 
 import hashlib
@@ -11,7 +11,8 @@ import torch
 
 
 def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64 (the plain norm of the difference where expected is zero)."""
+    """||actual - expected|| / ||expected|| in float64 (the plain norm of the difference where expected is
+    zero)."""
     actual, expected = actual.double(), expected.double()
     scale = float(expected.norm())
     return float((actual - expected).norm()) / (scale if scale else 1.0)
@@ -35,8 +36,9 @@ def assert_same_nonfinite(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def assert_within_eager(
     actual, oracle, eager, *, factor: float = 2.0, ulps: float = 2.0, cosine: float | None = None
 ) -> None:
-    """Error of ``actual`` against the float64 ``oracle`` at most ``factor`` times that of ``eager`` (plain PyTorch in the dtype of
-    ``actual``), plus ``ulps`` units in the last place of the oracle's largest value; maximum and root mean square alike.
+    """Error of ``actual`` against the float64 ``oracle`` at most ``factor`` times that of ``eager`` (plain
+    PyTorch in the dtype of ``actual``), plus ``ulps`` units in the last place of the oracle's largest value;
+    maximum and root mean square alike.
 
     Args:
         cosine: also require 1 - cos(actual, oracle) <= this.
@@ -53,10 +55,15 @@ def assert_within_eager(
     if actual.numel() == 0:
         return
     scale = float(oracle.abs().max())
-    for name, norm in (("max", lambda t: float(t.abs().max())), ("rms", lambda t: float(t.square().mean().sqrt()))):
+    for name, norm in (
+        ("max", lambda t: float(t.abs().max())),
+        ("rms", lambda t: float(t.square().mean().sqrt())),
+    ):
         ours, theirs = norm(actual - oracle), norm(eager - oracle)
         bound = factor * theirs + allowance * scale
-        assert ours <= bound, f"{name} error {ours:.3e} > {factor} x eager {theirs:.3e} + {allowance * scale:.3e}"
+        assert ours <= bound, (
+            f"{name} error {ours:.3e} > {factor} x eager {theirs:.3e} + {allowance * scale:.3e}"
+        )
     if cosine is not None:
         similarity = torch.nn.functional.cosine_similarity(actual.flatten(), oracle.flatten(), dim=0)
         assert 1 - float(similarity) <= cosine, f"1 - cosine = {1 - float(similarity):.3e} > {cosine:.3e}"
@@ -89,6 +96,13 @@ def fingerprint(*tensors: torch.Tensor | None) -> str:
         else:
             digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
             digest.update(
-                tensor.detach().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                tensor.detach()
+                .resolve_neg()
+                .cpu()
+                .contiguous()
+                .reshape(-1)
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
             )
     return digest.hexdigest()

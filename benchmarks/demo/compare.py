@@ -1,12 +1,12 @@
 """Beside the published path: the same stream chunk by chunk, and each op at the stream's own shapes."""
 
 import torch
-from reward_forcing.job import PreparedStream
-from reward_forcing.pipeline import Chunk
 
 import benchmarks as bench
 import rf_kernels as rf
 from benchmarks import published
+from reward_forcing.job import PreparedStream
+from reward_forcing.pipeline import Chunk
 
 
 class PublishedTwin:
@@ -45,8 +45,11 @@ class PublishedTwin:
         )
 
 
-def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict]:
-    """Time of each op beside what the published path does in its place, at the stream's shapes, in the steady state."""
+def op_rows(
+    config, stream, grid, batch: int, dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[dict]:
+    """Time of each op beside what the published path does in its place, at the stream's shapes, in the steady
+    state."""
     n, chunk, heads, head_dim = grid[0] * grid[1], stream.chunk_frames, config.num_heads, config.head_dim
     tokens, num_sink_tokens = chunk * n, stream.sink_frames * n
     generator = torch.Generator().manual_seed(0)
@@ -57,9 +60,17 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
     q, k, v = (randn(batch, tokens, heads, head_dim) for _ in range(3))
     weight = randn(config.dim).abs()
     spec = rf.CacheSpec(
-        layers=1, batch=batch, heads=heads, head_dim=head_dim, grid=grid, sink_frames=stream.sink_frames,
-        window_frames=stream.window_frames, rope=config.rope, dtype=dtype, device=device,
-    )  # fmt: skip
+        layers=1,
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        grid=grid,
+        sink_frames=stream.sink_frames,
+        window_frames=stream.window_frames,
+        rope=config.rope,
+        dtype=dtype,
+        device=device,
+    )
     cache = rf.SinkWindowCache(spec, sink=stream.policy())
     twin = published.EMASinkKVCache(batch, stream.local_attn_size * n, heads, head_dim, dtype, device)
     norm = published.RMSNorm(config.dim, config.eps).to(device=device, dtype=dtype)
@@ -115,12 +126,17 @@ def op_rows(config, stream, grid, batch: int, dtype: torch.dtype, device: torch.
         add(
             "sink_window_attention",
             {
-                "rf_kernels": lambda: rf.sink_window_attention(rotated, cache.k[0], cache.v[0], kv_tokens=kv_tokens),
+                "rf_kernels": lambda: rf.sink_window_attention(
+                    rotated, cache.k[0], cache.v[0], kv_tokens=kv_tokens
+                ),
                 "SDPA on contiguous keys": lambda: published.sdpa_attention(rotated, *contiguous),
             },
         )
         opened.commit()
-        add("first forward of a chunk (evict + append)", {"rf_kernels": our_chunk, "published": published_chunk})
+        add(
+            "first forward of a chunk (evict + append)",
+            {"rf_kernels": our_chunk, "published": published_chunk},
+        )
 
     shape = (1, 21, config.out_dim, grid[0] * config.patch_size[1], grid[1] * config.patch_size[2])
     x, fake, real, uncond = (randn(*shape) for _ in range(4))

@@ -1,5 +1,5 @@
-"""Latents as pictures a person can look at: three directions of latent space as red, green and blue. No VAE is involved, and
-every picture says so."""
+"""Latents as pictures a person can look at: three directions of latent space as red, green and blue. No VAE
+is involved, and every picture says so."""
 
 from pathlib import Path
 
@@ -12,15 +12,17 @@ _LABEL = "latent channels as colours (3 principal directions), not decoded by a 
 
 
 def latent_colours(latents: torch.Tensor) -> np.ndarray:
-    """Latents ``[F, C, H, W]`` -> uint8 ``[F, H, W, 3]``: projection on the three principal directions of the channels over the
-    whole clip, each scaled from its 1st to its 99th percentile."""
+    """Latents ``[F, C, H, W]`` -> uint8 ``[F, H, W, 3]``: projection on the three principal directions of the
+    channels over the whole clip, each scaled from its 1st to its 99th percentile."""
     frames, channels, height, width = latents.shape
     pixels = latents.double().permute(0, 2, 3, 1).reshape(-1, channels)
     centred = pixels - pixels.mean(0)
     _, directions = torch.linalg.eigh(centred.T @ centred)
     components = min(3, channels)
     projected = centred @ directions[:, -components:].flip(1)
-    low, high = (torch.quantile(projected[:: max(1, len(projected) // 100_000)], q, dim=0) for q in (0.01, 0.99))
+    low, high = (
+        torch.quantile(projected[:: max(1, len(projected) // 100_000)], q, dim=0) for q in (0.01, 0.99)
+    )
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     colours = torch.zeros(len(scaled), 3, dtype=torch.float64)
     colours[:, :components] = scaled
@@ -37,12 +39,14 @@ def _labelled(image: Image.Image, text: str) -> Image.Image:
 
 
 def write_preview(latents: torch.Tensor, folder: Path, *, frames_per_second: int = 16) -> list[Path]:
-    """Write ``preview.gif`` (every frame) and ``preview.png`` (24 frames spread over the clip) for latents ``[F, C, H, W]``."""
+    """Write ``preview.gif`` (every frame) and ``preview.png`` (24 frames spread over the clip) for latents
+    ``[F, C, H, W]``."""
     colours = latent_colours(latents)
     count, height, width, _ = colours.shape
     zoom = max(1, 256 // max(height, width))
     images = [
-        Image.fromarray(frame).resize((width * zoom, height * zoom), Image.Resampling.NEAREST) for frame in colours
+        Image.fromarray(frame).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        for frame in colours
     ]
     movie = [np.asarray(_labelled(image, f"latent frame {i} of {count}")) for i, image in enumerate(images)]
     paths = [folder / "preview.gif", folder / "preview.png"]

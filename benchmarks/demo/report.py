@@ -1,4 +1,5 @@
-"""The report of a stream: report.json with every figure, and report.html, one self-contained page with plots."""
+"""The report of a stream: report.json with every figure, and report.html, one self-contained page with
+plots."""
 
 import base64
 import html
@@ -14,10 +15,14 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 _OURS, _THEIRS, _FLOOR = "#1f6feb", "#b0b7c3", "#5ab56e"
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1c2330; }
-h1 { font-size: 1.6em; } h2 { margin-top: 2em; border-bottom: 1px solid #d8dee8; padding-bottom: .2em; font-size: 1.2em; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .3em .9em; border-bottom: 1px solid #e4e8ef; text-align: left; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } img { max-width: 100%; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
+  color: #1c2330; }
+h1 { font-size: 1.6em; }
+h2 { margin-top: 2em; border-bottom: 1px solid #d8dee8; padding-bottom: .2em; font-size: 1.2em; }
+table { border-collapse: collapse; margin: 1em 0; }
+td, th { padding: .3em .9em; border-bottom: 1px solid #e4e8ef; text-align: left; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; }
 .facts td:first-child { color: #5b6675; } .note { color: #5b6675; }
 """
 
@@ -54,7 +59,9 @@ def _time_plot(chunks) -> str:
 
 def _agreement_plot(chunks) -> str:
     figure, axis = plt.subplots(figsize=(11, 2.6))
-    axis.semilogy([c["index"] for c in chunks], [max(c["relative_l2"], 1e-18) for c in chunks], "o-", ms=3, color=_OURS)
+    axis.semilogy(
+        [c["index"] for c in chunks], [max(c["relative_l2"], 1e-18) for c in chunks], "o-", ms=3, color=_OURS
+    )
     axis.set(xlabel="chunk", ylabel="relative L2")
     return _image(figure)
 
@@ -82,8 +89,9 @@ def _html(figures: dict, preview: Path | None) -> str:
     facts |= {k: environment[k] for k in ("gpu", "cpu", "threads", "torch", "version", "commit", "date")}
     stream = job["stream"]
     facts["stream"] = (
-        f"chunks of {stream['chunk_frames']} frames, {stream['sink_frames']} sink frames ({stream['sink_policy']}, alpha "
-        f"{stream['alpha']}), {stream['local_attn_size']} frames attended, steps {list(stream['denoising_step_list'])}"
+        f"chunks of {stream['chunk_frames']} frames, {stream['sink_frames']} sink frames"
+        f" ({stream['sink_policy']}, alpha {stream['alpha']}), {stream['local_attn_size']} frames attended,"
+        f" steps {list(stream['denoising_step_list'])}"
     )
     parts.append(
         '<table class="facts">'
@@ -96,38 +104,46 @@ def _html(figures: dict, preview: Path | None) -> str:
     if "agreement" in figures:
         agreement = figures["agreement"]
         parts.append(
-            "<h2>Agreement with the published path</h2><p>The published path ran beside the stream, on the same weights, noise and "
-            f"text. Largest relative L2 of a chunk's latents: <b>{agreement['largest_relative_l2']:.2e}</b>. Both paths feed their own "
-            "output back, so rounding differences may add up along the stream.</p>" + _agreement_plot(chunks)
+            "<h2>Agreement with the published path</h2><p>The published path ran beside the stream, on the"
+            " same weights, noise and text. Largest relative L2 of a chunk's latents:"
+            f" <b>{agreement['largest_relative_l2']:.2e}</b>. Both paths feed their own output back, so"
+            " rounding differences may add up along the stream.</p>" + _agreement_plot(chunks)
         )
     time, memory = figures["time_per_chunk"], figures["memory"]
     parts.append(
-        f"<h2>Time and memory over the stream</h2><p>Last third over first third of the steady part: time <b>{time['ratio']:.2f}</b>, "
-        f"memory <b>{memory['ratio']:.3f}</b>. The cache itself: {figures['cache_bytes'] / 2**20:.2f} MiB, allocated once.</p>"
-        + _time_plot(chunks)
+        "<h2>Time and memory over the stream</h2><p>Last third over first third of the steady part: time"
+        f" <b>{time['ratio']:.2f}</b>, memory <b>{memory['ratio']:.3f}</b>. The cache itself:"
+        f" {figures['cache_bytes'] / 2**20:.2f} MiB, allocated once.</p>" + _time_plot(chunks)
     )
     if "agreement" in figures:
         ratio = figures["agreement"]["published_over_ours_seconds"]
         parts.append(
-            f"<p>A chunk of the published path takes <b>{ratio:.2f}</b> times as long (median, side by side).</p>"
+            f"<p>A chunk of the published path takes <b>{ratio:.2f}</b> times as long (median, side by"
+            " side).</p>"
         )
     total = sum(figures["phases"].values())
-    rows = [[n, f"{s / len(chunks) * 1e3:.2f} ms", f"{100 * s / total:.1f} %"] for n, s in figures["phases"].items()]
+    rows = [
+        [n, f"{s / len(chunks) * 1e3:.2f} ms", f"{100 * s / total:.1f} %"]
+        for n, s in figures["phases"].items()
+    ]
     parts.append("<h2>Time of each phase</h2>" + _table(["phase", "per chunk", "share"], rows))
     rows = []
     for op in figures["ops"]:
         (ours, timing), (peer, other) = list(op["timings"].items())[:2]
         ratio = op["times_faster_than"][peer]
-        rows.append([op["op"], f"{timing['p50'] * 1e6:.0f} us", f"{other['p50'] * 1e6:.0f} us", f"{ratio:.2f}x", peer])
+        rows.append(
+            [op["op"], f"{timing['p50'] * 1e6:.0f} us", f"{other['p50'] * 1e6:.0f} us", f"{ratio:.2f}x", peer]
+        )
     parts.append(
-        "<h2>Each op beside the published path</h2><p class=note>Medians, interleaved in one run, at the shapes of this stream.</p>"
+        "<h2>Each op beside the published path</h2><p class=note>Medians, interleaved in one run, at the"
+        " shapes of this stream.</p>"
         + _table(["op", "rf_kernels", "peer", "faster", "what the peer is"], rows)
     )
     counts = figures["bytes_per_chunk"]
     parts.append(
-        "<h2>Bytes moved by the cache path per chunk</h2><p class=note>Counts, not measurements; projections and attention left out. "
-        f"Published over ours: {counts['published / ours']:.1f}; ours over the floor: {counts['ours / floor']:.3f}.</p>"
-        + _bytes_plot(counts)
+        "<h2>Bytes moved by the cache path per chunk</h2><p class=note>Counts, not measurements; projections"
+        f" and attention left out. Published over ours: {counts['published / ours']:.1f}; ours over the"
+        f" floor: {counts['ours / floor']:.3f}.</p>" + _bytes_plot(counts)
     )
     return "\n".join(parts)
 

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from reward_forcing.folder import StreamFolder
-from reward_forcing.job import PreparedStream
 
 import benchmarks as bench
+import rf_kernels as rf
+from reward_forcing.folder import StreamFolder
+from reward_forcing.job import PreparedStream
 
 from . import traffic
 from .compare import PublishedTwin, op_rows
@@ -38,7 +39,13 @@ def flatness(values: list[float], skip: int) -> dict:
 
 
 def run(
-    prepared: PreparedStream, folder: StreamFolder, *, compare: bool, measure_seconds: float, progress: Callable
+    prepared: PreparedStream,
+    cache: rf.SinkWindowCache,
+    folder: StreamFolder,
+    *,
+    compare: bool,
+    measure_seconds: float,
+    progress: Callable,
 ) -> dict:
     """Stream the clip into the folder; the figures of the report.
 
@@ -50,7 +57,6 @@ def run(
     job, stream, config = prepared.job, prepared.job.stream, prepared.model.config
     device, dtype, grid = prepared.model.device, prepared.model.dtype, config.grid(job.height, job.width)
     twin = PublishedTwin(prepared, grid) if compare else None
-    cache = prepared.new_cache()
     phases: dict[str, float] = defaultdict(float)
 
     def on_phase(phase):
@@ -77,7 +83,8 @@ def run(
         phases.clear()
         begin = clock()
 
-    warm = -(-stream.local_attn_size // stream.chunk_frames) + 1  # chunks until the cache is full and has evicted
+    # chunks until the cache is full and has evicted
+    warm = -(-stream.local_attn_size // stream.chunk_frames) + 1
     figures = {
         "environment": bench.environment(),
         "job": {k: str(v) if isinstance(v, Path | torch.dtype) else v for k, v in asdict(job).items()},
@@ -86,7 +93,10 @@ def run(
         "cache_bytes": cache.nbytes,
         "time_per_chunk": flatness([c["seconds"] for c in chunks], warm),
         "memory": flatness([float(c["memory_bytes"]) for c in chunks], warm),
-        "phases": {name: sum(c["phases"].get(name, 0.0) for c in chunks) for name in ("denoise", "renoise", "context")},
+        "phases": {
+            name: sum(c["phases"].get(name, 0.0) for c in chunks)
+            for name in ("denoise", "renoise", "context")
+        },
         "ops": op_rows(config, stream, grid, 1, dtype, device, measure_seconds),
         "bytes_per_chunk": traffic.count(config, stream, grid, 1, dtype, len(stream.denoising_step_list) + 1),
     }

@@ -1,8 +1,10 @@
-"""Bytes that the cache path moves for one chunk: norm, RoPE, writing, rolling, the sink's average, concatenation. Projections and the
-attention itself are left out. All three figures are counts, not measurements.
+"""Bytes that the cache path moves for one chunk: norm, RoPE, writing, rolling, the sink's average,
+concatenation. Projections and the attention itself are left out. All three figures are counts, not
+measurements.
 
-- published: the published path runs under a dispatch mode that adds up the bytes of every operand and result of every PyTorch kernel it
-  calls (views are free); its attention is replaced by a function that touches nothing.
+- published: the published path runs under a dispatch mode that adds up the bytes of every operand and result
+  of every PyTorch kernel it calls (views are free); its attention is replaced by a function that touches
+  nothing.
 - ours: what the kernels read and write (``benchmarks.traffic``): rows, norm weights, and the chunk's plan.
 - floor: the least that the job can move (``benchmarks.floors``).
 """
@@ -27,7 +29,9 @@ class ByteCounter(TorchDispatchMode):
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr() for t in operands}
         is_view = (
-            results and all(t.untyped_storage().data_ptr() in storages for t in results) and not func._schema.is_mutable
+            results
+            and all(t.untyped_storage().data_ptr() in storages for t in results)
+            and not func._schema.is_mutable
         )
         if not is_view:
             if func._schema.name in ("aten::copy_", "aten::fill_"):
@@ -43,14 +47,18 @@ def published_bytes(config, stream, grid, batch: int, dtype: torch.dtype, forwar
     cache = published.EMASinkKVCache(batch, capacity, config.num_heads, config.head_dim, dtype)
     norms = [published.RMSNorm(config.dim, config.eps).to(dtype) for _ in range(2)]
     table = published.rope_table(config.head_dim)
-    q, k, v = (torch.zeros(batch, chunk * n, config.num_heads, config.head_dim, dtype=dtype) for _ in range(3))
+    q, k, v = (
+        torch.zeros(batch, chunk * n, config.num_heads, config.head_dim, dtype=dtype) for _ in range(3)
+    )
     tokens = chunk * n
 
     def forward(start):
         q_n, k_n = (norm(x.flatten(2)).view_as(x) for norm, x in zip(norms, (q, k), strict=True))
         end = cache.append(k_n, v, start, num_sink_tokens, stream.alpha)
         window = published.read_window(end, tokens, n, num_sink_tokens, capacity)
-        published.cached_attention(q_n, cache, window, (chunk, *grid), num_sink_tokens, table, lambda q, k, v: q)
+        published.cached_attention(
+            q_n, cache, window, (chunk, *grid), num_sink_tokens, table, lambda q, k, v: q
+        )
 
     with torch.no_grad():
         steady = -(-stream.local_attn_size // chunk) + 1
@@ -74,7 +82,8 @@ def count(config, stream, grid, batch: int, dtype: torch.dtype, forwards: int) -
     floor = forwards * floors.rope_append(**append)["bytes"]
     if stream.sink_frames and stream.sink_policy != "none":
         ema = stream.sink_policy == "ema"
-        # Consecutive frames leave, so sink frame j absorbs every S-th of them. A static sink keeps its keys in the cache's dtype.
+        # Consecutive frames leave, so sink frame j absorbs every S-th of them. A static sink keeps its keys
+        # in the cache's dtype.
         counts = [len(range(j, frames, stream.sink_frames)) if ema else 0 for j in range(stream.sink_frames)]
         evict = {
             "frame_tokens": n,

@@ -61,12 +61,16 @@ def parse(arguments=None) -> argparse.Namespace:
         "--sanitizer", action="store_true", help="run a small selection of the tests under compute-sanitizer"
     )
     parser.add_argument(
-        "--tuning", action="store_true", help="time the variants of the attention kernel that `make tuning` built"
+        "--tuning",
+        action="store_true",
+        help="time the variants of the attention kernel that `make tuning` built",
     )
     parser.add_argument("--quick", action="store_true", help="the shapes of the design alone")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU through the same code")
     parser.add_argument("--only", action="append", metavar="STAGE", help="this stage alone (repeatable)")
-    parser.add_argument("--budget", type=float, default=460, metavar="S", help="seconds of the whole run (default 460)")
+    parser.add_argument(
+        "--budget", type=float, default=460, metavar="S", help="seconds of the whole run (default 460)"
+    )
     parser.add_argument(
         "--seconds", type=float, default=0.15, metavar="S", help="of timing per candidate (default 0.15)"
     )
@@ -83,8 +87,13 @@ def parse(arguments=None) -> argparse.Namespace:
 
 
 def environment_of_stages() -> dict[str, str]:
-    """The packages of a source tree are found wherever the stage is run; in an installation they are found anyway."""
-    paths = [str(p) for p in (ROOT, ROOT / "python") if (p / "rf_kernels").is_dir() or (p / "reward_forcing").is_dir()]
+    """The packages of a source tree are found wherever the stage is run; in an installation they are found
+    anyway."""
+    paths = [
+        str(p)
+        for p in (ROOT, ROOT / "python")
+        if (p / "rf_kernels").is_dir() or (p / "reward_forcing").is_dir()
+    ]
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
@@ -110,15 +119,21 @@ def run(stage: Stage, options: argparse.Namespace, limit: float) -> dict:
             if process.wait(limit) != 0:
                 status, reason = "failed", f"ended with status {process.returncode} (log.txt has its output)"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the stage's own processes too: the session is theirs alone
+            # the stage's own processes too: the session is theirs alone
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status, reason = "failed", f"stopped at its limit of {limit:.0f} s"
     seconds = time.perf_counter() - begin
     after = machine.smi(machine.READINGS)
     return {
-        "name": stage.name, "status": status, "reason": reason, "seconds": seconds, "limit_s": limit,
-        "before": before, "after": after,
-    }  # fmt: skip
+        "name": stage.name,
+        "status": status,
+        "reason": reason,
+        "seconds": seconds,
+        "limit_s": limit,
+        "before": before,
+        "after": after,
+    }
 
 
 def summary(report: dict) -> str:
@@ -128,8 +143,12 @@ def summary(report: dict) -> str:
     for result in report["results"]:
         if "timings" in result:
             ours = next(iter(result["timings"].values()))
-            peers = ", ".join(f"{ratio:.2f}x vs {peer}" for peer, ratio in result["times_faster_than"].items())
-            lines.append(f"{result['op']} | {result['shape']} {result['dtype']} | {ours['p50'] * 1e6:.1f} us | {peers}")
+            peers = ", ".join(
+                f"{ratio:.2f}x vs {peer}" for peer, ratio in result["times_faster_than"].items()
+            )
+            lines.append(
+                f"{result['op']} | {result['shape']} {result['dtype']} | {ours['p50'] * 1e6:.1f} us | {peers}"
+            )
     if report["left_undone"]:
         lines.append(f"{len(report['left_undone'])} benchmarks were not reached in time")
     lines += [f"PROBLEM {problem}" for problem in report["problems"]]
@@ -144,9 +163,13 @@ def main(arguments=None) -> int:
         (options.out / name).unlink(missing_ok=True)
     if options.mode == "no-gpu":
         print(
-            "torch sees no CUDA device: the functional model's cases are run instead, and nothing is timed", flush=True
+            "torch sees no CUDA device: the functional model's cases are run instead, and nothing is timed",
+            flush=True,
         )
-    facts, done = machine.of_run(ROOT) | {"arguments": sys.argv[1:] if arguments is None else list(arguments)}, []
+    facts, done = (
+        machine.of_run(ROOT) | {"arguments": sys.argv[1:] if arguments is None else list(arguments)},
+        [],
+    )
 
     def report(complete: bool) -> dict:
         found = assemble(options.mode, facts, done, read_rows(options.out / "rows.jsonl"), complete)
@@ -158,7 +181,9 @@ def main(arguments=None) -> int:
         left = options.budget - PLOTS_S - (time.perf_counter() - begin)
         limit = min(stage.limit, left)
         if limit < 5:
-            done.append({"name": stage.name, "status": "failed", "reason": "no time was left", "seconds": 0.0})
+            done.append(
+                {"name": stage.name, "status": "failed", "reason": "no time was left", "seconds": 0.0}
+            )
             continue
         print(f"{stage.name} (at most {limit:.0f} s)", flush=True)
         done.append(run(stage, options, limit))

@@ -1,7 +1,9 @@
-"""Stage: ``sink_window_attention`` beside what is importable. ``python -m benchmarks.gpu_suite.attention --device cuda --rows FILE``
+"""Stage: ``sink_window_attention`` beside what is importable. ``python -m benchmarks.gpu_suite.attention
+--device cuda --rows FILE``
 
-All candidates get the same memory: q ``[1, Nq, H, D]`` and a layer's view of a cache, strided as the cache is, without a copy where
-they can take it so. Every candidate's output is compared with float64 on 64 rows before it is timed.
+All candidates get the same memory: q ``[1, Nq, H, D]`` and a layer's view of a cache, strided as the cache
+is, without a copy where they can take it so. Every candidate's output is compared with float64 on 64 rows
+before it is timed.
 """
 
 import importlib
@@ -125,10 +127,17 @@ def build(shape: Shape, dtype: torch.dtype, peers: dict, device: str):
     return calls, left_out
 
 
-def job(shape: Shape, dtype: torch.dtype = torch.bfloat16, full: bool = False, peers: dict | None = None) -> Job:
-    """``peers`` as in PEERS; else all of those (``full``), or those that neither compile nor have to be tuned."""
+def job(
+    shape: Shape, dtype: torch.dtype = torch.bfloat16, full: bool = False, peers: dict | None = None
+) -> Job:
+    """``peers`` as in PEERS; else all of those (``full``), or those that neither compile nor have to be
+    tuned."""
     if peers is None:
-        costly = [] if full else [name for name in PEERS if name in ("flex_attention", "concatenated") or "," in name]
+        costly = (
+            []
+            if full
+            else [name for name in PEERS if name in ("flex_attention", "concatenated") or "," in name]
+        )
         peers = {name: make for name, make in PEERS.items() if name not in costly}
     label = f"{shape.name} [1, {shape.queries} x {shape.kv_tokens}, {shape.heads}, {shape.head_dim}]"
     cost = floors.sink_window_attention(
@@ -138,7 +147,8 @@ def job(shape: Shape, dtype: torch.dtype = torch.bfloat16, full: bool = False, p
 
 
 def jobs(tiny: bool = False, quick: bool = False) -> list[Job]:
-    """Wan's streaming shapes, the three of the design first: a chunk of 3 frames, of 1, and a quarter of the heads."""
+    """Wan's streaming shapes, the three of the design first: a chunk of 3 frames, of 1, and a quarter of the
+    heads."""
     if tiny:
         return [job(Shape("tiny chunk", grid=(2, 3), heads=2, head_dim=32), full=True)]
     names = {3: "chunk", 1: "frame"}

@@ -1,5 +1,5 @@
-"""Stages that run the source tree's own tests: the GPU tests, a small selection of them under compute-sanitizer, and, without a GPU,
-the functional model's cases of the Hopper kernel."""
+"""Stages that run the source tree's own tests: the GPU tests, a small selection of them under
+compute-sanitizer, and, without a GPU, the functional model's cases of the Hopper kernel."""
 
 import os
 import shutil
@@ -15,8 +15,9 @@ from .report import read_rows
 
 #: A call of every op at small sizes, no graphs (the sanitizer runs without the caching allocator).
 SANITIZED = "dispatch or skips or agrees or dmd_loss or sees_nothing or (attention_of_extreme and bfloat16)"
-#: What each tool runs. racecheck and synccheck are known to misread kernels whose warps have different roles (they do not follow
-#: what mbarriers and the copy engine order): they leave attention out, and what they say is reported, not held against the run.
+#: What each tool runs. racecheck and synccheck are known to misread kernels whose warps have different roles
+#: (they do not follow what mbarriers and the copy engine order): they leave attention out, and what they say
+#: is reported, not held against the run.
 TOOLS = {
     "memcheck": SANITIZED,
     "synccheck": "append_agrees or evict_skips or dmd_loss",
@@ -36,12 +37,17 @@ def gpu_test_files(tests: Path) -> list[Path]:
 
 
 def run_limited(command: list[str], limit: float, environment: dict) -> tuple[int | None, str]:
-    """Exit status (None: past its limit) and output. What is stopped is stopped with all that it started: a sanitizer's child would
-    go on holding the device."""
+    """Exit status (None: past its limit) and output. What is stopped is stopped with all that it started: a
+    sanitizer's child would go on holding the device."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         output = process.communicate(timeout=limit)[0]
         return process.returncode, output
@@ -54,12 +60,21 @@ def run_limited(command: list[str], limit: float, environment: dict) -> tuple[in
 
 
 def run_pytest(selection: list[str], limit: float, *, wrap=(), environment=None) -> list[dict]:
-    """A pytest process, a row per finished test; a process that ends in another way than by passing or failing tests is a row too."""
+    """A pytest process, a row per finished test; a process that ends in another way than by passing or
+    failing tests is a row too."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         environment = os.environ | (environment or {}) | {"RF_TEST_ROWS": str(rows)}
         options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_suite.pytest_rows"]
-        command = [*wrap, sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *selection]
+        command = [
+            *wrap,
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            "--continue-on-collection-errors",
+            *selection,
+        ]
         status, output = run_limited(command, limit, environment)
         found = [{name: value for name, value in row.items() if name != "kind"} for row in read_rows(rows)]
     print(output[-6000:], flush=True)
@@ -95,7 +110,8 @@ def gpu_tests(options: Options, tests: Path) -> None:
 
 
 def sanitizer(options: Options, tests: Path) -> None:
-    """Every tool over its selection; without PyTorch's caching allocator, whose blocks would hide a write out of bounds."""
+    """Every tool over its selection; without PyTorch's caching allocator, whose blocks would hide a write out
+    of bounds."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         options.rows.add("sanitizer", tool=None, outcome="absent", message="compute-sanitizer is not on PATH")
@@ -118,7 +134,10 @@ def chip_model(options: Options, tests: Path) -> None:
     if not built:
         options.rows.add(
             "note",
-            text="the functional model of the chip is not built (python tests/chip/build.py): its cases were not run",
+            text=(
+                "the functional model of the chip is not built (python tests/chip/build.py): its cases were"
+                " not run"
+            ),
         )
         return
     run_files(options, [tests / "chip" / "test_sink_window_attention_sm90.py"], "not heavy")
@@ -131,7 +150,9 @@ def main(arguments=None) -> None:
     which, tests, *rest = sys.argv[1:] if arguments is None else arguments
     options, tests = Options.parse(rest), Path(tests)
     if not tests.is_dir():
-        options.rows.add("note", text=f"{which} were not run: no tests beside the package (a wheel carries none)")
+        options.rows.add(
+            "note", text=f"{which} were not run: no tests beside the package (a wheel carries none)"
+        )
         return
     STAGES[which](options, tests)
 

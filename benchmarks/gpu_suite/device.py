@@ -1,4 +1,5 @@
-"""Stage: the device as PyTorch sees it, its ceilings, and which peers there are. ``python -m benchmarks.gpu_suite.device``"""
+"""Stage: the device as PyTorch sees it, its ceilings, and which peers there are. ``python -m
+benchmarks.gpu_suite.device``"""
 
 import importlib.metadata
 
@@ -10,7 +11,15 @@ from .. import roof
 from .attention import flash_attention_3
 from .jobs import Options, reason
 
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "matplotlib", "pytest")
+PACKAGES = (
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "matplotlib",
+    "pytest",
+)
 
 
 def installed() -> dict[str, str | None]:

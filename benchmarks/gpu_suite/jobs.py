@@ -1,6 +1,8 @@
-"""What a benchmark stage does, in its own process: jobs one after another, a row each, written as soon as it exists.
+"""What a benchmark stage does, in its own process: jobs one after another, a row each, written as soon as it
+exists.
 
-A job that fails is a row with its error. A peer that fails, disagrees or is absent is named in the row, with the reason, and not timed.
+A job that fails is a row with its error. A peer that fails, disagrees or is absent is named in the row, with
+the reason, and not timed.
 """
 
 import argparse
@@ -32,7 +34,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Options:
-    """Of a stage: ``seconds`` of timing per candidate, ``limit`` of the whole stage in seconds; ``tiny`` shapes for a dry run."""
+    """Of a stage: ``seconds`` of timing per candidate, ``limit`` of the whole stage in seconds; ``tiny``
+    shapes for a dry run."""
 
     device: str
     rows: Rows
@@ -61,12 +64,13 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """``build(device)`` returns the calls by name, ours first, all of which have been checked; and the peers that cannot be timed,
-    with the reason.
+    """``build(device)`` returns the calls by name, ours first, all of which have been checked; and the peers
+    that cannot be timed, with the reason.
 
     Args:
-        eager: candidates that are launched from Python in every call (they read the device, or are meant to be timed that way); the
-            others are replayed from a CUDA graph, so that what is timed is the device's work.
+        eager: candidates that are launched from Python in every call (they read the device, or are meant to
+            be timed that way); the others are replayed from a CUDA graph, so that what is timed is the
+            device's work.
     """
 
     op: str
@@ -79,7 +83,9 @@ class Job:
     @classmethod
     def of(cls, case: Case, **more) -> "Job":
         """From a case of benchmarks, whose candidates all have to agree."""
-        return cls(case.op, case.shape, case.dtype, lambda device: (case.candidates(device), {}), case.cost, **more)
+        return cls(
+            case.op, case.shape, case.dtype, lambda device: (case.candidates(device), {}), case.cost, **more
+        )
 
 
 def reason(error: BaseException) -> str:
@@ -88,9 +94,14 @@ def reason(error: BaseException) -> str:
 
 
 def disagreement(name: str, found: torch.Tensor, truth: torch.Tensor, ulps: float) -> str | None:
-    """Why a candidate is not timed: its relative L2 error against ``truth`` is above so many units in the last place of its dtype."""
+    """Why a candidate is not timed: its relative L2 error against ``truth`` is above so many units in the
+    last place of its dtype."""
     error, bound = relative_l2(found, truth), ulps * torch.finfo(found.dtype).eps
-    return None if error <= bound else f"{name} differs from the float64 result by {error:.1e}, allowed {bound:.1e}"
+    return (
+        None
+        if error <= bound
+        else f"{name} differs from the float64 result by {error:.1e}, allowed {bound:.1e}"
+    )
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -127,7 +138,11 @@ def run_job(job: Job, options: Options, roofs: dict[str, float] | None) -> dict:
             timings = measure(calls, device=options.device, seconds=options.seconds)
         counts = {"flops": job.cost.get("flops", 0), "nbytes": job.cost.get("bytes", 0)}
         result = row(job.op, job.shape, job.dtype, timings, **counts, roof=roofs)
-        return facts | result | {"launched": launched, "left_out": left_out, "wall_s": time.perf_counter() - begin}
+        return (
+            facts
+            | result
+            | {"launched": launched, "left_out": left_out, "wall_s": time.perf_counter() - begin}
+        )
     except Exception as error:
         return facts | {"error": reason(error), "trace": traceback.format_exc()[-2000:]}
 
@@ -136,10 +151,12 @@ def run_jobs(jobs: list[Job], options: Options, roofs: dict[str, float] | None =
     """All jobs for which there is time; those for which there is none are rows that say so."""
     longest = 0.0
     for job in jobs:
-        gc.unfreeze()  # every graph capture collects garbage: what lives by now need not be looked at each time
+        # every graph capture collects garbage: what lives by now need not be looked at each time
+        gc.unfreeze()
         gc.collect()
         gc.freeze()
-        if options.left < min(longest, 6.0):  # a first job may have compiled its peers; the others do not take so long
+        # a first job may have compiled its peers; the others do not take so long
+        if options.left < min(longest, 6.0):
             reason_ = f"the stage's {options.limit:.0f} s were nearly over"
             options.rows.add("skipped", op=job.op, shape=job.shape, reason=reason_)
             continue
@@ -158,5 +175,6 @@ def run_jobs(jobs: list[Job], options: Options, roofs: dict[str, float] | None =
 def measured_roof(options: Options, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Copy bandwidth and matrix rate of this process's device."""
     if options.tiny:
-        return {"bytes_per_s": 1e9, "flops_per_s": 1e9}  # a dry run's numbers mean nothing, and need not take long
+        # a dry run's numbers mean nothing, and need not take long
+        return {"bytes_per_s": 1e9, "flops_per_s": 1e9}
     return roof(dtype, options.device)

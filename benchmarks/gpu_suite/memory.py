@@ -1,9 +1,10 @@
-"""Stage: the memory-bound ops, and one layer of a stream, beside the published formulation, eager PyTorch and torch.compile.
+"""Stage: the memory-bound ops, and one layer of a stream, beside the published formulation, eager PyTorch and
+torch.compile.
 
     python -m benchmarks.gpu_suite.memory --device cuda --rows FILE
 
-Cases, inputs and agreement are those of benchmarks; what torch.compile makes of the same job is added here, written with real
-numbers (its generator has no complex ones), on tensors of its own of the same shapes.
+Cases, inputs and agreement are those of benchmarks; what torch.compile makes of the same job is added here,
+written with real numbers (its generator has no complex ones), on tensors of its own of the same shapes.
 """
 
 from functools import partial
@@ -23,7 +24,9 @@ from .jobs import Job, Options, measured_roof, reason, run_jobs
 
 
 def compiled(function, device: str):
-    return torch.compile(function, dynamic=False, fullgraph=True, backend="inductor" if device == "cuda" else "eager")
+    return torch.compile(
+        function, dynamic=False, fullgraph=True, backend="inductor" if device == "cuda" else "eager"
+    )
 
 
 def expect_close(found, wanted, ulps: float) -> None:
@@ -41,7 +44,9 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def compiled_append(shape: rope_append.Shape, dtype: torch.dtype, device: str):
     width, first = shape.heads * shape.head_dim, shape.length - shape.frames
     place = slice(first * shape.frame_tokens, shape.length * shape.frame_tokens)
-    q, k, v = (torch.randn(1, shape.tokens, shape.heads, shape.head_dim, device=device).to(dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, shape.tokens, shape.heads, shape.head_dim, device=device).to(dtype) for _ in range(3)
+    )
     caches = torch.zeros(
         2, 1, shape.length * shape.frame_tokens, shape.heads, shape.head_dim, dtype=dtype, device=device
     )
@@ -102,19 +107,30 @@ def compiled_dmd(shape: tuple[int, ...], dtype: torch.dtype, device: str):
         x, fake, real, uncond = (t.float() for t in (x, fake, real, uncond))
         guided = real + dmd_gradient.GUIDANCE * (real - uncond)
         d = (fake - guided) / (x - guided).abs().mean(dim=axes, keepdim=True)
-        return (weight * d / elements).to(dtype), (weight * d * d).sum() / (2 * elements), d.abs().mean(dim=axes)
+        return (
+            (weight * d / elements).to(dtype),
+            (weight * d * d).sum() / (2 * elements),
+            d.abs().mean(dim=axes),
+        )
 
     function = compiled(step, device)
-    options = {"real_uncond": uncond, "real_guidance": dmd_gradient.GUIDANCE, "weight": weight.expand(shape[0])}
+    options = {
+        "real_uncond": uncond,
+        "real_guidance": dmd_gradient.GUIDANCE,
+        "weight": weight.expand(shape[0]),
+    }
     gradient, aux = dmd_op(x, fake=fake, real=real, return_aux=True, **options)
     found = function(x, fake, real, uncond)
     expect_close(found[:1], (gradient,), ulps=2)
-    expect_close([t.to(dtype) for t in found[1:]], [t.to(dtype) for t in (aux.loss, aux.gradient_norm)], ulps=2)
+    expect_close(
+        [t.to(dtype) for t in found[1:]], [t.to(dtype) for t in (aux.loss, aux.gradient_norm)], ulps=2
+    )
     return lambda: function(x, fake, real, uncond)
 
 
 def with_compiled(case: Case, make) -> Job:
-    """A case of benchmarks with one candidate more. The published formulations are launched as they are, from Python."""
+    """A case of benchmarks with one candidate more. The published formulations are launched as they are, from
+    Python."""
 
     def build(device):
         calls, left_out = case.candidates(device), {}
@@ -139,9 +155,15 @@ def evict_job(grid, heads: int, head_dim: int, dtype: torch.dtype, state: str) -
     build = partial(ema_evict.build, grid, heads, head_dim, dtype, state)
     n, frames = grid[0] * grid[1], ema_evict.SINK_FRAMES
     cost = floors.ema_evict(
-        batch=1, sink_frames=frames, frame_tokens=n, heads=heads, head_dim=head_dim, dtype=dtype,
-        temporal_pairs=RoPE3D.wan(head_dim).temporal_pairs, state=state,
-    )  # fmt: skip
+        batch=1,
+        sink_frames=frames,
+        frame_tokens=n,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        temporal_pairs=RoPE3D.wan(head_dim).temporal_pairs,
+        state=state,
+    )
     shape = f"{frames} frames of {grid[0]}x{grid[1]}, state {state} [1, {frames * n}, {heads}, {head_dim}]"
     case = Case("ema_evict", shape, dtype, ema_evict.NAMES, build, cost)
     return with_compiled(case, partial(compiled_evict, grid, heads, head_dim, dtype))
@@ -175,7 +197,10 @@ def jobs(tiny: bool = False, quick: bool = False) -> list[Job]:
         append_job(wan("Wan-1.3B chunk"), bf16),
         evict_job((30, 52), 12, 128, bf16, "compensated"),
         dmd_job("Wan 480x832, 21 frames", (1, 21, 16, 60, 104), bf16),
-        *(layer_job(what, layer.Layer((30, 52), bf16)) for what in ("repeat forward", "update with norm and RoPE")),
+        *(
+            layer_job(what, layer.Layer((30, 52), bf16))
+            for what in ("repeat forward", "update with norm and RoPE")
+        ),
     ]
     if quick:
         return found

@@ -1,14 +1,17 @@
-"""A whole denoising forward and a whole streamed chunk of a Wan model with random weights, beside the published path.
+"""A whole denoising forward and a whole streamed chunk of a Wan model with random weights, beside the
+published path.
 
     python -m benchmarks.gpu_suite.model --device cuda --rows FILE
 
 Candidates:
 - rf_kernels: ``CausalWanModel`` and ``StreamingPipeline``, launched from Python.
 - rf_kernels, graph: the same forwards captured once in CUDA graphs and replayed under each chunk's plan.
-- published, same attention: the published path with ``rf_kernels.sink_window_attention`` as its attention kernel.
+- published, same attention: the published path with ``rf_kernels.sink_window_attention`` as its attention
+  kernel.
 - published: as it is, on PyTorch's attention.
-All have the same weights and have streamed the same chunks until the cache was full; their flows are compared before they are timed.
-It is a stage of ``python -m benchmarks.gpu_suite``, which starts it in a process of its own.
+All have the same weights and have streamed the same chunks until the cache was full; their flows are compared
+before they are timed. It is a stage of ``python -m benchmarks.gpu_suite``, which starts it in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -17,16 +20,17 @@ import itertools
 import time
 
 import torch
-from reward_forcing.config import ModelConfig, StreamConfig
-from reward_forcing.models import CausalWanModel
-from reward_forcing.pipeline import StreamingPipeline
 
 import rf_kernels as rf
 from benchmarks import published
 from benchmarks.gpu_suite.jobs import Job, Options, measured_roof, run_jobs
+from reward_forcing.config import ModelConfig, StreamConfig
+from reward_forcing.models import CausalWanModel
+from reward_forcing.pipeline import StreamingPipeline
 from rf_kernels.testing import relative_l2
 
-#: Rounding of thirty layers in half precision, at different places: a gross error is what must stop the benchmark.
+#: Rounding of thirty layers in half precision, at different places: a gross error is what must stop the
+#: benchmark.
 AGREEMENT = 0.1
 TINY = ModelConfig(
     dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=4, freq_dim=8
@@ -34,9 +38,12 @@ TINY = ModelConfig(
 
 
 class Ours:
-    """A stream of ours: ``forward`` repeats the last forward of an open chunk, ``chunk`` streams a whole one."""
+    """A stream of ours: ``forward`` repeats the last forward of an open chunk, ``chunk`` streams a whole
+    one."""
 
-    def __init__(self, model: CausalWanModel, stream: StreamConfig, latent: torch.Tensor, context: torch.Tensor):
+    def __init__(
+        self, model: CausalWanModel, stream: StreamConfig, latent: torch.Tensor, context: torch.Tensor
+    ):
         self.pipeline, self.frames = StreamingPipeline(model, stream), latent.shape[1]
         self.model, self.latent, self.context = model, latent, context
         self.text = model.text_keys(context)
@@ -65,8 +72,8 @@ class Ours:
 
 
 class Captured:
-    """The forward of a stream's open chunk, captured in a CUDA graph; ``flow`` is what its replays write. Without CUDA (dry runs) a
-    replay is a call."""
+    """The forward of a stream's open chunk, captured in a CUDA graph; ``flow`` is what its replays write.
+    Without CUDA (dry runs) a replay is a call."""
 
     def __init__(self, stream: Ours):
         self.stream, self.graph = stream, None
@@ -85,7 +92,8 @@ class Captured:
 
 
 class Graphs:
-    """The two forwards of a chunk in a full cache: the first, which evicts, and the repeated one. Takes a chunk to make."""
+    """The two forwards of a chunk in a full cache: the first, which evicts, and the repeated one. Takes a
+    chunk to make."""
 
     def __init__(self, stream: Ours):
         self.stream = stream
@@ -129,9 +137,13 @@ class Published:
         capacity = stream.local_attn_size * frame_tokens
         with torch.device(device):
             self.model = published.CausalWanModel(
-                published.WanConfig(**fields), sink_frames=stream.sink_frames, local_attn_size=stream.local_attn_size,
-                max_attention_tokens=capacity, alpha=stream.alpha, attention=attention,
-            )  # fmt: skip
+                published.WanConfig(**fields),
+                sink_frames=stream.sink_frames,
+                local_attn_size=stream.local_attn_size,
+                max_attention_tokens=capacity,
+                alpha=stream.alpha,
+                attention=attention,
+            )
         self.model.to(model.dtype).requires_grad_(False)
         self.model.load_state_dict(model.state_dict())
         self.caches = self.model.new_caches(1, capacity)
@@ -182,7 +194,8 @@ class Bench:
         return torch.randn(shape, device=self.options.device).to(self.dtype)
 
     def streams(self) -> dict:
-        """Every path after the same chunks, as many as fill the cache and evict twice; the graphs' stream last."""
+        """Every path after the same chunks, as many as fill the cache and evict twice; the graphs' stream
+        last."""
         latent, context = self.draw(*self.size), self.draw(1, self.config.text_len, self.config.text_dim)
         given = (self.model, self.stream, latent, context)
         paths = {
@@ -223,7 +236,8 @@ class Bench:
         return calls, {}
 
     def jobs(self) -> list[Job]:
-        """FLOPs of the self-attention and of the linear layers that see every token; bytes are those of the weights."""
+        """FLOPs of the self-attention and of the linear layers that see every token; bytes are those of the
+        weights."""
         config, dtype = self.config, self.dtype
         tokens = self.size[1] * torch.Size(config.grid(*self.size[3:])).numel()
         keys = self.stream.local_attn_size * tokens // self.size[1]
@@ -237,7 +251,14 @@ class Bench:
         per_chunk = {name: forwards * value for name, value in cost.items()}
         return [
             Job("denoising forward", label, dtype, self.build_forward, cost, eager=names),
-            Job(f"streamed chunk of {forwards} forwards", label, dtype, self.build_chunk, per_chunk, eager=names),
+            Job(
+                f"streamed chunk of {forwards} forwards",
+                label,
+                dtype,
+                self.build_chunk,
+                per_chunk,
+                eager=names,
+            ),
         ]
 
     def series(self, chunks: int) -> None:

@@ -1,5 +1,5 @@
-"""A pytest plugin (``-p benchmarks.gpu_suite.pytest_rows``): a row per finished test, appended to the file that RF_TEST_ROWS names, so
-that what ran before a process was stopped or lost is known."""
+"""A pytest plugin (``-p benchmarks.gpu_suite.pytest_rows``): a row per finished test, appended to the file
+that RF_TEST_ROWS names, so that what ran before a process was stopped or lost is known."""
 
 import os
 from pathlib import Path

@@ -7,9 +7,16 @@ from . import SCHEMA
 
 #: Kinds of rows, and where the report keeps them.
 HOMES = {
-    "result": "results", "skipped": "left_undone", "series": "series", "test": "tests", "sanitizer": "sanitizer",
-    "ceiling": "ceilings", "device": "device", "doctor": "doctor", "note": "notes",
-}  # fmt: skip
+    "result": "results",
+    "skipped": "left_undone",
+    "series": "series",
+    "test": "tests",
+    "sanitizer": "sanitizer",
+    "ceiling": "ceilings",
+    "device": "device",
+    "doctor": "doctor",
+    "note": "notes",
+}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -25,15 +32,26 @@ def read_rows(path: Path) -> list[dict]:
 
 def problems_of(report: dict) -> list[str]:
     """Everything that failed. A peer that cannot be timed is no problem of ours: its row names it."""
-    found = [f"stage {s['name']}: {s['status']}: {s['reason']}" for s in report["stages"] if s["status"] == "failed"]
+    found = [
+        f"stage {s['name']}: {s['status']}: {s['reason']}"
+        for s in report["stages"]
+        if s["status"] == "failed"
+    ]
     for test in report["tests"]:
         if test["outcome"] in ("failed", "error"):
-            found.append(f"test {test['id']}: {test['outcome']}: {(test.get('message') or '').strip()[-300:]}")
+            found.append(
+                f"test {test['id']}: {test['outcome']}: {(test.get('message') or '').strip()[-300:]}"
+            )
     found += [f"{r['op']} {r['shape']} {r['dtype']}: {r['error']}" for r in report["results"] if "error" in r]
-    found += [f"sanitizer {s['tool']}: {s['message']}" for s in report["sanitizer"] if s["outcome"] == "failed"]
+    found += [
+        f"sanitizer {s['tool']}: {s['message']}" for s in report["sanitizer"] if s["outcome"] == "failed"
+    ]
     for entry in report["doctor"]:
         wrong = [row for row in entry["self_test"] if not row["ok"]]
-        found += [f"self-test {row['op']} on {row['device']}: {row.get('message', row.get('error'))}" for row in wrong]
+        found += [
+            f"self-test {row['op']} on {row['device']}: {row.get('message', row.get('error'))}"
+            for row in wrong
+        ]
     return found
 
 

@@ -1,7 +1,8 @@
 """Stage: variants of the Hopper attention kernel beside the kernel as it is installed.
 
-``python -m benchmarks.gpu_suite.tuning FOLDER --device cuda --rows FILE``: the libraries of ``make tuning`` (benchmarks/tuning), one
-change each. All of them get the same memory; a variant whose output differs from float64 is named and not timed.
+``python -m benchmarks.gpu_suite.tuning FOLDER --device cuda --rows FILE``: the libraries of ``make tuning``
+(benchmarks/tuning), one change each. All of them get the same memory; a variant whose output differs from
+float64 is named and not timed.
 """
 
 import ctypes
@@ -24,8 +25,13 @@ class Variant:
         self._forward = library.rf_variant_forward
         self._forward.restype = ctypes.c_int
         self._forward.argtypes = [
-            *(pointer,) * 5, numbers(ctypes.c_int64), numbers(ctypes.c_int32), ctypes.c_float, pointer, pointer
-        ]  # fmt: skip
+            *(pointer,) * 5,
+            numbers(ctypes.c_int64),
+            numbers(ctypes.c_int32),
+            ctypes.c_float,
+            pointer,
+            pointer,
+        ]
         self._workspace_bytes = library.rf_variant_workspace_bytes
         self._workspace_bytes.restype, self._workspace_bytes.argtypes = ctypes.c_int64, [ctypes.c_int]
 
@@ -38,7 +44,7 @@ class Variant:
         strides = (ctypes.c_int64 * 12)(*strides, tokens * heads * dim, heads * dim, dim)
         sizes = (ctypes.c_int32 * 8)(
             batch, tokens, heads, k.shape[2], dim, k.shape[1], q.dtype == torch.float16, sms
-        )  # fmt: skip
+        )
 
         def call():
             out = q.new_empty(q.shape)
@@ -67,7 +73,11 @@ def shapes(tiny: bool, quick: bool) -> list[Shape]:
         Shape("1.3B frame", frames=1),
         Shape("one tile an SM", grid=(11, 128), frames=1, sink_frames=0, window_frames=10),
     ]
-    return found if quick else [*found, Shape("1.3B chunk, 3 heads", heads=3), Shape("head dim 64, chunk", head_dim=64)]
+    return (
+        found
+        if quick
+        else [*found, Shape("1.3B chunk, 3 heads", heads=3), Shape("head dim 64, chunk", head_dim=64)]
+    )
 
 
 def main(arguments=None) -> None:

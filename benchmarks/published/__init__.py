@@ -1,11 +1,14 @@
-"""The published path of Reward Forcing (arXiv 2512.04678) in plain PyTorch: what results are compared with, and timed against.
+"""The published path of Reward Forcing (arXiv 2512.04678) in plain PyTorch: what results are compared with,
+and timed against.
 
-It reproduces the published behaviour for any dtype, unintended behaviour included; docstrings mark that as "Published quirk". Nothing
-is fast on purpose: the cache is rolled by cloning, sink and window are concatenated, keys are rotated in complex128 at every call.
+It reproduces the published behaviour for any dtype, unintended behaviour included; docstrings mark that as
+"Published quirk". Nothing is fast on purpose: the cache is rolled by cloning, sink and window are
+concatenated, keys are rotated in complex128 at every call.
 
-rope: rotary embedding. attention: KV cache with the EMA sink, self- and cross-attention. model: causal and bidirectional Wan
-transformers under the official parameter names. scheduler: flow matching. pipeline: inference and training rollouts. losses:
-Re-DMD, DMD, critic, SiD. Section numbers in docstrings refer to tests/golden/README.md.
+rope: rotary embedding. attention: KV cache with the EMA sink, self- and cross-attention. model: causal and
+bidirectional Wan transformers under the official parameter names. scheduler: flow matching. pipeline:
+inference and training rollouts. losses: Re-DMD, DMD, critic, SiD. Section numbers in docstrings refer to
+tests/golden/README.md.
 """
 
 from .attention import (

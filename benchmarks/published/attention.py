@@ -1,7 +1,9 @@
-"""Self-attention with the EMA sink, as published (golden kind ``ema_self_attention_stream``, README section 3).
+"""Self-attention with the EMA sink, as published (golden kind ``ema_self_attention_stream``, README section
+3).
 
-The cache holds keys before RoPE. It is rolled by cloning when it overflows, sink and window are concatenated, and all attended
-keys are rotated again, in float64, at every call. This structure is kept on purpose: it is what the library is compared with.
+The cache holds keys before RoPE. It is rolled by cloning when it overflows, sink and window are concatenated,
+and all attended keys are rotated again, in float64, at every call. This structure is kept on purpose: it is
+what the library is compared with.
 """
 
 from __future__ import annotations
@@ -21,22 +23,26 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``softmax(q k^T / sqrt(D)) v`` per head, written out, every step in the dtype of the inputs. ``[B, S, H, D]``, no mask."""
+    """``softmax(q k^T / sqrt(D)) v`` per head, written out, every step in the dtype of the inputs. ``[B, S,
+    H, D]``, no mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     probability = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
     return (probability @ v).transpose(1, 2)
 
 
 def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The same through PyTorch's fused attention, which stands for the flash kernels that the published path calls."""
+    """The same through PyTorch's fused attention, which stands for the flash kernels that the published path
+    calls."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis: for q and k the whole model width, all heads together.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis: for q and k the whole model width, all heads
+    together.
 
-    Statistics are float32 (float64 for float64 input); the normalised value is rounded to the input dtype before the weight.
+    Statistics are float32 (float64 for float64 input); the normalised value is rounded to the input dtype
+    before the weight.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -46,11 +52,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
 
 
 class Window(NamedTuple):
-    """What one call attends to, in tokens and frames of the concatenation [sink slots, slots from ``start`` on]."""
+    """What one call attends to, in tokens and frames of the concatenation [sink slots, slots from ``start``
+    on]."""
 
     start: int  #: first slot of the window part; it ends at the local end
     attended_tokens: int  #: keys that enter the softmax, zero slots that were never written included
@@ -63,11 +72,13 @@ def read_window(
 ) -> Window:
     """Keys and positions of a call with ``num_tokens`` queries after which the cache ends at ``local_end``.
 
-    With ``S`` sink tokens and a window of ``M``: slots ``[0, S)`` and ``[a, local_end)``, ``a = max(S, local_end - M + S)``. Queries
-    take the last positions, ``floor((S + local_end - a - num_tokens) / frame_tokens)`` on.
+    With ``S`` sink tokens and a window of ``M``: slots ``[0, S)`` and ``[a, local_end)``, ``a = max(S,
+    local_end - M + S)``. Queries take the last positions, ``floor((S + local_end - a - num_tokens) /
+    frame_tokens)`` on.
 
-    Published quirks: slots of ``[0, S)`` that were never written are attended as zeros; and without a sink the first query frame
-    is ``floor((local_end - M - num_tokens) / frame_tokens)``, which is negative (``rope_apply`` says what that does).
+    Published quirks: slots of ``[0, S)`` that were never written are attended as zeros; and without a sink
+    the first query frame is ``floor((local_end - M - num_tokens) / frame_tokens)``, which is negative
+    (``rope_apply`` says what that does).
     """
     start = max(num_sink_tokens, local_end - max_attention_tokens + num_sink_tokens)
     attended = num_sink_tokens + max(0, local_end - start)
@@ -82,8 +93,8 @@ def read_window(
 class EMASinkKVCache:
     """Keys (normalised, not rotated) and values of one layer: ``k, v [B, capacity, H, D]``, zeros at first.
 
-    ``local_end`` is the first free slot, ``global_end`` the number of tokens of the stream so far; both are device tensors, and
-    reading them is a synchronisation, as in the published code.
+    ``local_end`` is the first free slot, ``global_end`` the number of tokens of the stream so far; both are
+    device tensors, and reading them is a synchronisation, as in the published code.
     """
 
     def __init__(
@@ -113,16 +124,21 @@ class EMASinkKVCache:
         alpha: float,
         windowed: bool = True,
     ) -> int:
-        """Write the keys and values ``[B, L, H, D]`` of one call, evict on overflow, update the sink; return the new local end.
+        """Write the keys and values ``[B, L, H, D]`` of one call, evict on overflow, update the sink; return
+        the new local end.
 
-        ``current_start`` counts tokens since the start of the stream and is the same for all forwards of a chunk: the first one
-        moves the ends, later ones overwrite its slots. Eviction needs ``windowed``, a new end, and ``local_end + L > capacity``:
-        the overflow of ``E`` tokens behind the sink is taken out and what follows it moves down.
+        ``current_start`` counts tokens since the start of the stream and is the same for all forwards of a
+        chunk: the first one moves the ends, later ones overwrite its slots. Eviction needs ``windowed``, a
+        new end, and ``local_end + L > capacity``: the overflow of ``E`` tokens behind the sink is taken out
+        and what follows it moves down.
 
-        - ``E == S``: ``sink = alpha * sink + (1 - alpha) * evicted`` for k and v, each product and the sum rounded to the cache dtype.
-        - ``E != S``, published quirk: the first ``min(E, S)`` sink tokens are replaced by evicted ones, without an average.
+        - ``E == S``: ``sink = alpha * sink + (1 - alpha) * evicted`` for k and v, each product and the sum
+          rounded to the cache dtype.
+        - ``E != S``, published quirk: the first ``min(E, S)`` sink tokens are replaced by evicted ones,
+          without an average.
 
-        Under no_grad the writes keep the autograd history of the slots, also a published quirk (see ``pipeline.training_rollout``).
+        Under no_grad the writes keep the autograd history of the slots, also a published quirk (see
+        ``pipeline.training_rollout``).
         """
         tokens, capacity, sink_end = k.shape[1], self.k.shape[1], num_sink_tokens
         end, local_end, global_end = (current_start + tokens, self.local_end.item(), self.global_end.item())
@@ -153,19 +169,24 @@ def cached_attention(
     table: torch.Tensor,
     attention: Attention = sdpa_attention,
 ) -> torch.Tensor:
-    """Attention of un-rotated queries ``[B, L, H, D]`` on a ``(frames, rows, columns)`` grid over sink and window of ``cache``.
+    """Attention of un-rotated queries ``[B, L, H, D]`` on a ``(frames, rows, columns)`` grid over sink and
+    window of ``cache``.
 
-    Concatenates sink and window, rotates all of it from position 0 on and the queries from ``window.q_start_frame`` on.
+    Concatenates sink and window, rotates all of it from position 0 on and the queries from
+    ``window.q_start_frame`` on.
     """
     local_end = cache.local_end.item()
-    k, v = (torch.cat([x[:, :num_sink_tokens], x[:, window.start : local_end]], dim=1) for x in (cache.k, cache.v))
+    k, v = (
+        torch.cat([x[:, :num_sink_tokens], x[:, window.start : local_end]], dim=1) for x in (cache.k, cache.v)
+    )
     q = rope_apply(q, grid, table, window.q_start_frame)
     k = rope_apply(k, (window.kv_frames, *grid[1:]), table)
     return attention(q, k, v)
 
 
 class SelfAttention(nn.Module):
-    """q, k, v, o projections and q/k RMSNorm over the width, parameters under the official names. ``[B, S, dim]`` in and out."""
+    """q, k, v, o projections and q/k RMSNorm over the width, parameters under the official names. ``[B, S,
+    dim]`` in and out."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6):
         super().__init__()
@@ -197,8 +218,8 @@ class CausalSelfAttention(SelfAttention):
     Args:
         sink_frames: frames of the sink, ``S`` tokens once the grid is known.
         local_attn_size: window in frames; -1 switches eviction off.
-        max_attention_tokens: ``M``, sink included. The published constructor fixes it for 1560 tokens a frame:
-            ``1560 * local_attn_size``, or 32760 without a window; None gives that.
+        max_attention_tokens: ``M``, sink included. The published constructor fixes it for 1560 tokens a
+            frame: ``1560 * local_attn_size``, or 32760 without a window; None gives that.
         alpha: EMA factor. The published model never passes it on, so there it is always 0.999.
     """
 
@@ -230,7 +251,11 @@ class CausalSelfAttention(SelfAttention):
         """``read_window`` of a call on ``grid`` after which the cache ends at ``local_end``."""
         frame_tokens = grid[1] * grid[2]
         return read_window(
-            local_end, grid[0] * frame_tokens, frame_tokens, self.sink_frames * frame_tokens, self.max_attention_tokens
+            local_end,
+            grid[0] * frame_tokens,
+            frame_tokens,
+            self.sink_frames * frame_tokens,
+            self.max_attention_tokens,
         )
 
     def forward(
@@ -261,7 +286,8 @@ class BidirectionalSelfAttention(SelfAttention):
         self.attention = attention
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        """``x [B, S, dim]``; tokens beyond ``f*h*w`` of ``grid`` are padding: not rotated, and masked out as keys."""
+        """``x [B, S, dim]``; tokens beyond ``f*h*w`` of ``grid`` are padding: not rotated, and masked out as
+        keys."""
         tokens = grid[0] * grid[1] * grid[2]
         q, k, v = self.qkv(x)
         table = self.table(x.device)
@@ -278,7 +304,8 @@ class CrossAttentionCache:
 
 
 class CrossAttention(SelfAttention):
-    """Attention to the text: no RoPE, padding of the text is not masked; k and v computed once a rollout if a cache is given."""
+    """Attention to the text: no RoPE, padding of the text is not masked; k and v computed once a rollout if a
+    cache is given."""
 
     def __init__(
         self,
@@ -292,8 +319,11 @@ class CrossAttention(SelfAttention):
         super().__init__(dim, num_heads, qk_norm, eps)
         self.attention = attention
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, cache: CrossAttentionCache | None = None) -> torch.Tensor:
-        """``x [B, S, dim]``, ``text [B, n, dim]``; fills ``cache`` at its first use and ignores ``text`` afterwards."""
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor, cache: CrossAttentionCache | None = None
+    ) -> torch.Tensor:
+        """``x [B, S, dim]``, ``text [B, n, dim]``; fills ``cache`` at its first use and ignores ``text``
+        afterwards."""
         q = self.heads(self.norm_q(self.q(x)))
         if cache is not None and cache.k is not None:
             k, v = cache.k, cache.v

@@ -1,7 +1,7 @@
 """Wan diffusion transformers of the published path: causal (README section 4) and bidirectional (section 8).
 
-Both have the official parameter names, so one state dict fits both. Inputs are latents ``[B, C, F, H, W]``; the output is the flow
-``noise - x0`` in the same layout.
+Both have the official parameter names, so one state dict fits both. Inputs are latents ``[B, C, F, H, W]``;
+the output is the flow ``noise - x0`` in the same layout.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ class RolloutCaches:
 
 
 def sinusoidal_embedding(dim: int, position: torch.Tensor) -> torch.Tensor:
-    """``[cos(t w_0), cos(t w_1), ..., sin(t w_0), ...]``, ``w_i = 10000^(-i/(dim/2))``: ``[N] -> [N, dim]`` float64."""
-    frequency = torch.pow(10000, -torch.arange(dim // 2, dtype=torch.float64, device=position.device) / (dim // 2))
+    """``[cos(t w_0), cos(t w_1), ..., sin(t w_0), ...]``, ``w_i = 10000^(-i/(dim/2))``: ``[N] -> [N, dim]``
+    float64."""
+    frequency = torch.pow(
+        10000, -torch.arange(dim // 2, dtype=torch.float64, device=position.device) / (dim // 2)
+    )
     angle = torch.outer(position.double(), frequency)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -71,7 +74,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x * (1 + scale) + shift``; ``x [B, S, dim]`` in ``G`` equal groups of tokens, ``shift`` and ``scale`` ``[B, G, dim]``."""
+    """``x * (1 + scale) + shift``; ``x [B, S, dim]`` in ``G`` equal groups of tokens, ``shift`` and ``scale``
+    ``[B, G, dim]``."""
     grouped = x.unflatten(1, (shift.shape[1], -1))
     return (grouped * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
 
@@ -84,8 +88,8 @@ def _gate(y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 class Block(nn.Module):
     """``x += g1 SelfAttn(LN(x)(1+sc1) + sh1); x += CrossAttn(norm3(x)); x += g2 FFN(LN(x)(1+sc2) + sh2)``.
 
-    ``(sh1, sc1, g1, sh2, sc2, g2) = modulation + e``, ``e [B, G, 6, dim]`` for ``G`` groups of tokens: the frames in the causal
-    model, one group in the bidirectional one.
+    ``(sh1, sc1, g1, sh2, sc2, g2) = modulation + e``, ``e [B, G, 6, dim]`` for ``G`` groups of tokens: the
+    frames in the causal model, one group in the bidirectional one.
     """
 
     def __init__(self, config: WanConfig, self_attn: nn.Module, attention: Attention):
@@ -96,7 +100,9 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(dim, config.num_heads, config.qk_norm, eps, attention=attention)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
@@ -117,7 +123,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """``head(LN(x)(1+sc) + sh)``, ``(sh, sc) = modulation + e``: the time embedding before its projection, added to both rows."""
+    """``head(LN(x)(1+sc) + sh)``, ``(sh, sc) = modulation + e``: the time embedding before its projection,
+    added to both rows."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -147,19 +154,24 @@ class _WanModel(nn.Module):
             nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
-        self.blocks = nn.ModuleList(Block(config, make_self_attn(), attention) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, make_self_attn(), attention) for _ in range(config.num_layers)
+        )
         self.head = Head(config)
 
     def grid(self, latent: torch.Tensor) -> tuple[int, int, int]:
         """Tokens of a latent along (frames, rows, columns)."""
-        return tuple(size // patch for size, patch in zip(latent.shape[2:], self.config.patch_size, strict=True))
+        return tuple(
+            size // patch for size, patch in zip(latent.shape[2:], self.config.patch_size, strict=True)
+        )
 
     def embed_patches(self, latent: torch.Tensor) -> torch.Tensor:
         """``[B, C, F, H, W] -> [B, S, dim]``, tokens frame-major, then row, then column."""
         return self.patch_embedding(latent).flatten(2).transpose(1, 2)
 
     def embed_text(self, text: torch.Tensor) -> torch.Tensor:
-        """Zero-pad ``[B, n, text_dim]`` to ``text_len`` and embed. Published quirk: the padding is attended to."""
+        """Zero-pad ``[B, n, text_dim]`` to ``text_len`` and embed. Published quirk: the padding is attended
+        to."""
         padding = text.new_zeros(text.shape[0], self.config.text_len - text.shape[1], text.shape[2])
         return self.text_embedding(torch.cat([text, padding], dim=1))
 
@@ -171,7 +183,8 @@ class _WanModel(nn.Module):
         return e.unflatten(0, timestep.shape), e0.unflatten(0, timestep.shape)
 
     def unpatchify(self, y: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        """``[B, S, features] -> [B, C, F, H, W]``; features are (frame, row, column in the patch, channel), channel fastest."""
+        """``[B, S, features] -> [B, C, F, H, W]``; features are (frame, row, column in the patch, channel),
+        channel fastest."""
         patch = self.config.patch_size
         y = y.reshape(y.shape[0], *grid, *patch, self.config.out_dim)
         y = y.permute(0, 7, 1, 4, 2, 5, 3, 6)
@@ -185,8 +198,9 @@ class CausalWanModel(_WanModel):
         config: sizes.
         sink_frames, local_attn_size, max_attention_tokens, alpha: see ``CausalSelfAttention``.
         attention: kernel of self- and cross-attention.
-        gradient_checkpointing: recompute blocks in the backward. Published quirk: a call with gradients then does not use the
-            cross-attention cache, so text keys and values are recomputed, with gradient, even after a no-grad call cached them.
+        gradient_checkpointing: recompute blocks in the backward. Published quirk: a call with gradients then
+            does not use the cross-attention cache, so text keys and values are recomputed, with gradient,
+            even after a no-grad call cached them.
     """
 
     def __init__(
@@ -239,7 +253,8 @@ class CausalWanModel(_WanModel):
         Args:
             latent: ``[B, C, F, H, W]``.
             timestep: ``[B, F]``, or ``[B, 1]`` for all frames of the chunk.
-            text: ``[B, n, text_dim]``, ``n <= text_len``; only looked at until the cross-attention caches are filled.
+            text: ``[B, n, text_dim]``, ``n <= text_len``; only looked at until the cross-attention caches are
+                filled.
             caches: mutated.
             current_start: tokens before this chunk, the same in all forwards of a chunk.
         """
@@ -260,7 +275,12 @@ class BidirectionalWanModel(_WanModel):
 
     def __init__(self, config: WanConfig, *, attention: Attention = sdpa_attention):
         make_self_attn = functools.partial(
-            BidirectionalSelfAttention, config.dim, config.num_heads, config.qk_norm, config.eps, attention=attention
+            BidirectionalSelfAttention,
+            config.dim,
+            config.num_heads,
+            config.qk_norm,
+            config.eps,
+            attention=attention,
         )
         super().__init__(config, make_self_attn, attention)
 
@@ -273,8 +293,8 @@ class BidirectionalWanModel(_WanModel):
             latent: ``[B, C, F, H, W]``.
             timestep: ``[B]``.
             text: ``[B, n, text_dim]``, ``n <= text_len``.
-            seq_len: pad the tokens with zeros to this length, as the published wrapper does; padding is masked out as keys and
-                dropped at the end, so the result does not depend on it.
+            seq_len: pad the tokens with zeros to this length, as the published wrapper does; padding is
+                masked out as keys and dropped at the end, so the result does not depend on it.
         """
         grid = self.grid(latent)
         x = self.embed_patches(latent)

@@ -1,15 +1,16 @@
 """Three-axis rotary embedding of the published path (golden kind ``rope``, tests/golden/README.md section 2).
 
-A head of ``D`` components has ``D/2`` pairs of adjacent components ``(2j, 2j+1)``, read as complex numbers. The first
-``D/2 - 2*(D/2 // 3)`` of them turn with the frame, the next ``D/2 // 3`` with the row, the last ``D/2 // 3`` with the column. Pair
-``j`` of a group of ``n`` pairs turns by ``position * 10000^(-j/n)``.
+A head of ``D`` components has ``D/2`` pairs of adjacent components ``(2j, 2j+1)``, read as complex numbers.
+The first ``D/2 - 2*(D/2 // 3)`` of them turn with the frame, the next ``D/2 // 3`` with the row, the last
+``D/2 // 3`` with the column. Pair ``j`` of a group of ``n`` pairs turns by ``position * 10000^(-j/n)``.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: Rows of the published table; the frame position, and therefore the length of the key sequence, is limited to it.
+#: Rows of the published table; the frame position, and therefore the length of the key sequence, is limited
+#: to it.
 TABLE_ROWS = 1024
 
 
@@ -23,7 +24,8 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 def rope_table(
     head_dim: int, rows: int = TABLE_ROWS, theta: float = 10000.0, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Unit complex numbers ``exp(i * row * theta^(-j/n))``: complex128 ``[rows, head_dim/2]``, columns time | height | width."""
+    """Unit complex numbers ``exp(i * row * theta^(-j/n))``: complex128 ``[rows, head_dim/2]``, columns time |
+    height | width."""
     position = torch.arange(rows, dtype=torch.float64, device=device)
     angles = []
     for pairs in axis_pairs(head_dim):
@@ -33,17 +35,21 @@ def rope_table(
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def rope_apply(x: torch.Tensor, grid: tuple[int, int, int], table: torch.Tensor, start_frame: int = 0) -> torch.Tensor:
+def rope_apply(
+    x: torch.Tensor, grid: tuple[int, int, int], table: torch.Tensor, start_frame: int = 0
+) -> torch.Tensor:
     """Rotate the first ``f*h*w`` tokens of ``x``, in complex128, and round back to the dtype of ``x``.
 
     Args:
-        x: ``[B, S, H, D]``, tokens frame-major, then row, then column. Tokens from ``f*h*w`` on pass through unchanged.
+        x: ``[B, S, H, D]``, tokens frame-major, then row, then column. Tokens from ``f*h*w`` on pass through
+            unchanged.
         grid: ``(f, h, w)``, frames, rows and columns of the rotated tokens.
         table: ``rope_table(D)``.
         start_frame: frame position of the first frame.
 
-    Published quirk: the temporal rows are the slice ``table[start_frame : start_frame + f]``. A negative ``start_frame`` therefore
-    wraps to ``rows + start_frame``, and a slice that reaches row 0 from below is empty and raises RuntimeError.
+    Published quirk: the temporal rows are the slice ``table[start_frame : start_frame + f]``. A negative
+    ``start_frame`` therefore wraps to ``rows + start_frame``, and a slice that reaches row 0 from below is
+    empty and raises RuntimeError.
     """
     frames, height, width = grid
     tokens = frames * height * width

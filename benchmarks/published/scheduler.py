@@ -1,7 +1,7 @@
 """Flow-matching scheduler of the published path (golden kind ``scheduler``, README section 6).
 
-``x_t = (1 - sigma) x0 + sigma eps``, flow ``v = eps - x0``, ``timestep = 1000 sigma``, and the table is warped by ``shift``:
-``sigma_i = shift s_i / (1 + (shift - 1) s_i)``, ``s_i`` from 1 down in equal steps.
+``x_t = (1 - sigma) x0 + sigma eps``, flow ``v = eps - x0``, ``timestep = 1000 sigma``, and the table is
+warped by ``shift``: ``sigma_i = shift s_i / (1 + (shift - 1) s_i)``, ``s_i`` from 1 down in equal steps.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import torch
 
 
 class FlowMatchScheduler:
-    """Tables ``sigmas``, ``timesteps`` and ``training_weights``, float32 ``[num_steps]`` in every run, and what is computed from them.
+    """Tables ``sigmas``, ``timesteps`` and ``training_weights``, float32 ``[num_steps]`` in every run, and
+    what is computed from them.
 
-    A timestep is looked up as the nearest entry, the first one on ties. Published quirk: timestep 0 is therefore the last entry
-    (sigma 0.004980 at shift 5), not sigma 0.
+    A timestep is looked up as the nearest entry, the first one on ties. Published quirk: timestep 0 is
+    therefore the last entry (sigma 0.004980 at shift 5), not sigma 0.
 
     Samples are ``[N, ...]`` with one timestep each, ``[N]``.
     """
@@ -56,7 +57,8 @@ class FlowMatchScheduler:
         return table[self.num_train_timesteps - torch.tensor(steps, device=table.device)]
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """``(1 - sigma) x0 + sigma noise``, sigma and ``1 - sigma`` in float32, the result in the dtype of ``noise``."""
+        """``(1 - sigma) x0 + sigma noise``, sigma and ``1 - sigma`` in float32, the result in the dtype of
+        ``noise``."""
         sigma = _per_sample(self.sigma(timestep), x0)
         return ((1 - sigma) * x0 + sigma * noise).to(noise.dtype)
 
@@ -78,7 +80,8 @@ class FlowMatchScheduler:
     def step(self, flow: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Euler step to the next table entry, ``sample + flow (sigma_next - sigma)``.
 
-        Published quirk: if any sample of the batch sits on the last entry, ``sigma_next`` is 0 for all of them.
+        Published quirk: if any sample of the batch sits on the last entry, ``sigma_next`` is 0 for all of
+        them.
         """
         index = self.index(timestep)
         if (index + 1 >= len(self.timesteps)).any():
@@ -95,10 +98,11 @@ def score_timestep(
     max_step: float = 980,
     num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
-    """Timestep at which the score networks look, from a uniform integer ``n`` in ``[0, num_train_timesteps)``.
+    """Timestep at which the score networks look, from a uniform integer ``n`` in ``[0,
+    num_train_timesteps)``.
 
-    ``shift s / (1 + (shift - 1) s) * num_train_timesteps`` with ``s = n / num_train_timesteps``, in float32, clamped to
-    ``[min_step, max_step]`` (README section 7).
+    ``shift s / (1 + (shift - 1) s) * num_train_timesteps`` with ``s = n / num_train_timesteps``, in float32,
+    clamped to ``[min_step, max_step]`` (README section 7).
     """
     s = index / num_train_timesteps
     return (shift * s / (1 + (shift - 1) * s) * num_train_timesteps).clamp(min_step, max_step)

@@ -1,8 +1,9 @@
-"""`make tuning`: every variant of the Hopper attention kernel as a library, build/tuning/<name>.so, for the stage `tuning` of
-benchmarks.gpu_suite; and what the compiler made of each.
+"""`make tuning`: every variant of the Hopper attention kernel as a library, build/tuning/<name>.so, for the
+stage `tuning` of benchmarks.gpu_suite; and what the compiler made of each.
 
-The command is that of the library's own build (build/cmake/compile_commands.json, from `make ext`), with the variant's edited sources
-first on the include path. A variant that spills is built and measured all the same: its line says so.
+The command is that of the library's own build (build/cmake/compile_commands.json, from `make ext`), with the
+variant's edited sources first on the include path. A variant that spills is built and measured all the same:
+its line says so.
 """
 
 import argparse
@@ -28,7 +29,9 @@ def own_command() -> list[str]:
     entries = json.loads(database.read_text()) if database.exists() else []
     commands = [shlex.split(e["command"]) for e in entries if e["file"].endswith("sm90/launch.cu")]
     if not commands:
-        sys.exit("tuning: no Hopper kernels in build/cmake; `make ext` with nvcc and CUTLASS first (README.md)")
+        sys.exit(
+            "tuning: no Hopper kernels in build/cmake; `make ext` with nvcc and CUTLASS first (README.md)"
+        )
     command = commands[0]
     return command[: command.index("-c")]
 
@@ -50,7 +53,9 @@ def build(variant) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants alone")
     arguments = parser.parse_args()
     known = {v.name: v for v in variants.VARIANTS}
@@ -65,8 +70,8 @@ def main():
                 head_dim = 128 if "HeadDim128" in kernel.title else 64
                 overlap = audit.between_waits(audit.main_loop(kernel))["MUFU.EX2"]
                 print(
-                    f"{variant.name:24s} {head_dim:4d} {kernel.registers:5d} {kernel.stack:6d} {len(kernel.instructions):6d} "
-                    f"{overlap:15d}",
+                    f"{variant.name:24s} {head_dim:4d} {kernel.registers:5d} {kernel.stack:6d}"
+                    f" {len(kernel.instructions):6d} {overlap:15d}",
                     flush=True,
                 )
 

@@ -1,7 +1,7 @@
 """Sources with some places changed, in a folder of their own that an include path names first.
 
-Shared by what plants faults in a kernel (tests/chip/faults.py) and what tries other choices (variants.py). A text that is not found
-exactly once is an error: a list of edits cannot silently go stale.
+Shared by what plants faults in a kernel (tests/chip/faults.py) and what tries other choices (variants.py). A
+text that is not found exactly once is an error: a list of edits cannot silently go stale.
 """
 
 import re
@@ -26,7 +26,8 @@ def edited(root: Path, file: str, edits, name: str) -> str:
 
 
 def write(root: Path, folder: Path, edits: Mapping[str, tuple], name: str) -> None:
-    """The edited files, at `folder`/<path>; what is the same already is not touched, so it is not compiled again."""
+    """The edited files, at `folder`/<path>; what is the same already is not touched, so it is not compiled
+    again."""
     for file, pairs in edits.items():
         text, target = edited(root, file, pairs, name), folder / file
         if not target.exists() or target.read_text() != text:

@@ -1,8 +1,10 @@
-"""Other choices for the Hopper attention kernel, as edits of its sources: what to try on a GPU, one change at a time.
+"""Other choices for the Hopper attention kernel, as edits of its sources: what to try on a GPU, one change at
+a time.
 
-The kernel itself carries no switches. `build_variants.py` compiles each variant into a library of its own, the stage `tuning` of
-benchmarks.gpu_suite times them all in one run, and docs/tuning.md holds what was expected of each. Those marked `on_model` change code
-that the functional model runs: `python variants.py ROOT OUT` writes their sources for tests/chip, where each must compute attention.
+The kernel itself carries no switches. `build_variants.py` compiles each variant into a library of its own,
+the stage `tuning` of benchmarks.gpu_suite times them all in one run, and docs/tuning.md holds what was
+expected of each. Those marked `on_model` change code that the functional model runs: `python variants.py ROOT
+OUT` writes their sources for tests/chip, where each must compute attention.
 """
 
 import sys
@@ -30,9 +32,12 @@ class Variant(NamedTuple):
 
 def tile_n(keys: int) -> dict:
     """Another key tile at head dim 128; 176 is the kernel's own."""
-    atoms = "RF_WGMMA_ATOMS(bf16, 176, BF16)", f"RF_WGMMA_ATOMS(bf16, 176, BF16) RF_WGMMA_ATOMS(bf16, {keys}, BF16)"
+    atoms = (
+        "RF_WGMMA_ATOMS(bf16, 176, BF16)",
+        f"RF_WGMMA_ATOMS(bf16, 176, BF16) RF_WGMMA_ATOMS(bf16, {keys}, BF16)",
+    )
     half = "RF_WGMMA_ATOMS(f16, 176, F16)", f"RF_WGMMA_ATOMS(f16, 176, F16) RF_WGMMA_ATOMS(f16, {keys}, F16)"
-    config = "{128, 2, 176, 2, 40, 232}", f"{{128, 2, {keys}, 2, 40, 232}}"
+    config = "{128, 2, 176, 2, 40, 232, 0}", f"{{128, 2, {keys}, 2, 40, 232, 0}}"
     return {CONFIG: (config,)} | ({} if keys == 128 else {WGMMA: (atoms, half)})
 
 
@@ -50,6 +55,18 @@ VARIANTS = (
     Variant("no_order", {MAINLOOP: (("order_before(f.row[0].sum + f.row[1].sum);", ""),)}),
     Variant("rescale_at_once", {SOFTMAX: (("kSoftmaxSlack = 8.f;", "kSoftmaxSlack = 0.f;"),)}),
     Variant("rescale_always", {MAINLOOP: (("const bool exceeds =", "const bool exceeds = true ||"),)}),
+    *(
+        Variant(
+            f"polynomial_{blocks}_of_8",
+            {
+                CONFIG: (
+                    ("2, 40, 232, 0}", f"2, 40, 232, {blocks}}}"),
+                    ("2, 32, 160, 0}", f"2, 32, 160, {blocks}}}"),
+                )
+            },
+        )
+        for blocks in (1, 2)
+    ),
     Variant("tile_n_128", tile_n(128)),
     Variant("tile_n_160", tile_n(160)),
     Variant("tile_n_192", tile_n(192)),
@@ -67,7 +84,10 @@ VARIANTS = (
         False,
     ),
     # ---- schedule
-    Variant("split_everything", {SCHEDULE: (("const int full_waves = tiles / ranges;", "const int full_waves = 0;"),)}),
+    Variant(
+        "split_everything",
+        {SCHEDULE: (("const int full_waves = tiles / ranges;", "const int full_waves = 0;"),)},
+    ),
     Variant("fragments_4", {SCHEDULE: (("int max_fragments = 8;", "int max_fragments = 4;"),)}),
     Variant("fragments_16", {SCHEDULE: (("int max_fragments = 8;", "int max_fragments = 16;"),)}),
     Variant("fragment_units_4", {SCHEDULE: (("int min_fragment = 2;", "int min_fragment = 4;"),)}),

@@ -109,6 +109,10 @@ inline void check_cuda(const char* op, const CudaStatus& status) {
 // Why this library's CUDA runtime does not run here, nullptr when it does. It is linked statically, hence not
 // torch's: on a driver that is older than the nvcc of the build torch may run and this library not.
 const char* cuda_problem();
+// Whether the build has code that a device runs.
+bool cuda_has_code(int32_t device_index);
+// Of a device; 0 where there is none.
+int cuda_capability_major(int32_t device_index);
 
 // a * b below 2^31, for sizes of any tensor: an empty one may claim sizes whose product overflows.
 inline bool product_fits_int32(int64_t a, int64_t b) {

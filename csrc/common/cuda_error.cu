@@ -2,6 +2,8 @@
 // The one file outside the ops that needs it.
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
 #include <string>
 
 namespace rf {
@@ -24,6 +26,36 @@ const char* cuda_problem() {
            " (install a newer driver, or build with an nvcc of the driver's major version)";
   }();
   return problem.empty() ? nullptr : problem.c_str();
+}
+
+namespace {
+__global__ void probe_kernel() {}
+}  // namespace
+
+int cuda_capability_major(int32_t device_index) {
+  int major = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index) == cudaSuccess)
+    return major;
+  cudaGetLastError();
+  return 0;
+}
+
+bool cuda_has_code(int32_t device_index) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: not asked yet
+  const bool kept = device_index >= 0 && device_index < kDevices;
+  if (kept && known[device_index] != 0) return known[device_index] == 1;
+  int before = 0;
+  cudaFuncAttributes attributes;
+  bool found = true;  // of an error of another kind the launch itself speaks
+  if (cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(device_index) == cudaSuccess) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
+    found = error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction;
+    cudaSetDevice(before);
+  }
+  cudaGetLastError();
+  if (kept) known[device_index] = found ? 1 : 2;
+  return found;
 }
 
 }  // namespace rf

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "csrc/common/aten.h"
 #include "csrc/common/check.h"
 #include "csrc/math/dtype.h"
 
@@ -38,11 +39,30 @@ void record_dispatch(const char* op, const char* backend, const char* reason);
 // The same where a slower path than the device's own kernel is taken: an error under RF_STRICT=1.
 void record_fallback(const char* op, const char* backend, const char* reason);
 
-// Runs a checked call where its tensors are: cpu() or cuda(stream). Both return why they took the path that
-// they took, a literal; a build without a CUDA part refuses CUDA tensors.
-template <typename Cpu, typename Cuda>
-void run_where_tensors_are(const char* op, const Tensor& like, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+bool on_rocm();
+
+// Why this library's own CUDA kernels do not run on a device, a literal; nullptr where they do.
+const char* own_kernels_problem(int32_t device_index);
+
+// Whether Triton serves a checked call: because RF_BACKEND or rf_kernels.backend() asks for it, or because
+// nothing else can (`problem`: why; nullptr where something can). Records it; throws where it is asked for
+// and cannot serve.
+bool triton_serves(const char* op, const Tensor& like, const char* problem);
+
+// Triton's kernels are started from Python: ops named triton_<op> that take a checked call and its outputs.
+template <typename... Args>
+void call_triton(const char* op, const Args&... args) {
+  call_aten(concat("rf_kernels::triton_", op).c_str(), "", 0, args...);
+}
+
+// Runs a checked call: cpu() or cuda(stream), where its tensors are, which return why they took the path that
+// they took, a literal; or triton().
+template <typename Cpu, typename Cuda, typename Triton>
+void run_where_tensors_are(const char* op, const Tensor& like, Cpu cpu, [[maybe_unused]] Cuda cuda,
+                           Triton triton) {
   if (is_meta(like)) return;
+  const char* problem = like.is_cuda() ? own_kernels_problem(like.get_device_index()) : nullptr;
+  if (triton_serves(op, like, problem)) return triton();
   if (like.is_cpu()) return record_dispatch(op, "cpu", cpu());
 #if defined(RF_WITH_CUDA)
   const int32_t device = like.get_device_index();

@@ -179,6 +179,11 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
       [&](void* stream) {
         check_cuda(kOp, run_cuda(p, stream));
         return "CUDA tensors";
+      },
+      [&] {
+        call_triton(kOp, x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma,
+                    weight, mask, normalize, eps, nan, reduction, scale_gradient, gradient, loss, sample_loss,
+                    gradient_norm, normalizer, dropped, scale);
       });
   if (p.nan_rule == NanRule::kRaise) {  // the only mode that waits for the device
     const Tensor host = x.is_cpu()

@@ -244,6 +244,10 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
         const Config config = choose_config(p);
         check_cuda(kOp, run_cuda(p, config, stream));
         return config.reason;
+      },
+      [&] {
+        call_triton(kOp, k_cache, v_cache, k_state, k_state_lo, v_state, schedule, turns, alpha, frame_tokens,
+                    temporal, state_name, skip_nonfinite, skipped);
       });
 }
 

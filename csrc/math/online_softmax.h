@@ -51,6 +51,9 @@ RF_HD float softmax_raise(SoftmaxRow& row, float largest_score, float scale) {
 RF_HD float softmax_weight(float score, float scale, float base) {
   return exp2_approx(score * scale - base);
 }
+RF_HD float softmax_weight_polynomial(float score, float scale, float base) {
+  return exp2_polynomial(score * scale - base);
+}
 
 // Joins two disjoint sets of keys: accumulated values of `row` are to be multiplied by .own, those of `other`
 // by .other.

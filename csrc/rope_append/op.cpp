@@ -170,14 +170,16 @@ const Tensor* address(const std::optional<Tensor>& t) {
 
 // ---- the two ops, and where they run ----
 
-void run(const char* op, const Tensor& data, const Params& p) {
+template <typename Triton>
+void run(const char* op, const Tensor& data, const Params& p, Triton triton) {
   run_where_tensors_are(
       op, data, [&] { return run_cpu(p); },
       [&](void* stream) {
         const Config config = choose_config(p);
         check_cuda(op, run_cuda(p, config, stream));
         return config.reason;
-      });
+      },
+      triton);
 }
 
 bool empty(const Tensor& t) {
@@ -201,7 +203,8 @@ Tensor rope(const Tensor& x, const std::optional<Tensor>& angles, std::vector<in
   p.q.in = rows_of(x);
   p.q.out = mutable_rows_of(out);
   p.q.heads = static_cast<int32_t>(x.size(2));
-  if (!empty(x)) run(kRope, x, p);
+  if (!empty(x))
+    run(kRope, x, p, [&] { call_triton(kRope, x, angles, axes, layout, weight, norm, eps, out); });
   return out;
 }
 
@@ -277,7 +280,11 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                                  norm, eps);
   Tensor q_out = torch::stable::new_empty(q, q.sizes());
   p.q.out = mutable_rows_of(q_out);
-  if (!empty(q) || !empty(k)) run(kRopeAppend, q, p);
+  if (!empty(q) || !empty(k))
+    run(kRopeAppend, q, p, [&] {
+      call_triton(kRopeAppend, q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight,
+                  norm, eps, q_out);
+    });
   return q_out;
 }
 

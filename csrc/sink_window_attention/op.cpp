@@ -118,6 +118,31 @@ const Backend& choose_cuda_backward(const Problem& problem) {
   return choose_cuda(problem, "the backward has no kernel of this library");
 }
 
+// Triton comes after PyTorch's kernels, where those do not run: on ROCm, and on GPUs before compute
+// capability 8.0.
+const char* torch_problem(const Tensor& q) {
+  if (!q.is_cuda()) return nullptr;
+  if (on_rocm()) return "ROCm";
+#if defined(RF_WITH_CUDA)
+  const int major = cuda_capability_major(q.get_device_index());
+  if (major > 0 && major < 8) return "PyTorch's flash kernels need compute capability 8.0";
+#endif
+  return nullptr;
+}
+
+std::optional<Attended> forward_triton(const Problem& p, std::optional<int64_t> kv_tokens,
+                                       const std::optional<std::vector<int64_t>>& chunk_ends,
+                                       int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
+                                       const char* problem) {
+  if (!triton_serves(kOp, p.q, problem)) return std::nullopt;
+  const Attended whole{
+      torch::stable::new_empty(p.q, p.q.sizes()),
+      torch::stable::new_empty(p.q, {p.q.size(0), p.q.size(2), p.q.size(1)}, lse_dtype(p.q))};
+  call_triton(kOp, p.q, p.k, p.v, kv_tokens, p.softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens,
+              whole.out, whole.lse);
+  return whole;
+}
+
 // Always deterministic: the flag changes nothing here.
 std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
                                        double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
@@ -125,6 +150,9 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, std::option
                                        bool deterministic) {
   const Problem problem =
       check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+  if (const auto result =
+          forward_triton(problem, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens, nullptr))
+    return {result->out, result->lse};
   const Attended result = attend(problem, choose_cpu(problem));
   return {result.out, result.lse};
 }
@@ -137,6 +165,9 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optio
                                         bool deterministic) {
   const Problem problem =
       check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+  if (const auto result = forward_triton(problem, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens,
+                                         torch_problem(q)))
+    return {result->out, result->lse};
   const char* reason = kNoHopperPart;
 #if defined(RF_WITH_HOPPER)
   const Sm90Options options{num_sink_tokens, num_window_tokens, chunk_ends.has_value(), deterministic};
@@ -183,6 +214,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
   check_dtype(kOp, "lse", lse, lse_dtype(q));
   check_same_device(kOp, "lse", lse, q);
   const Attended whole{torch::stable::contiguous(out), lse};
+  if (triton_serves(kOp, q, torch_problem(q))) {
+    // Zeros where no query sees a key.
+    const Gradients grad{torch::stable::new_zeros(q, q.sizes()), torch::stable::new_zeros(k, k.sizes()),
+                         torch::stable::new_zeros(v, v.sizes())};
+    call_triton("sink_window_attention_backward", grad_out, q, k, v, out, lse, kv_tokens, softmax_scale,
+                chunk_ends, num_sink_tokens, num_window_tokens, grad.q, grad.k, grad.v);
+    return {grad.q, grad.k, grad.v};
+  }
   const Gradients grad = attend_backward(grad_out, problem, whole, choose(problem));
   return {grad.q, grad.k, grad.v};
 }

@@ -1,8 +1,9 @@
 """What a checkpoint file claims, checked before a reader believes it.
 
-Readers build objects of many times the size of a file's description (a safetensors header; a pickle and the directory of its zip
-archive), so a description may take ``_SMALL`` bytes or the ``_SHARE``-th part of the file, whichever is more: memory then stays below
-twice the file. Those of the published models take less than a ten-thousandth.
+Readers build objects of many times the size of a file's description (a safetensors header; a pickle and the
+directory of its zip archive), so a description may take ``_SMALL`` bytes or the ``_SHARE``-th part of the
+file, whichever is more: memory then stays below twice the file. Those of the published models take less than
+a ten-thousandth.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 _SMALL = 1 << 18
 _SHARE = 128
 
-#: Levels of tuples in tuples. A tensor has two; hashing a hundred thousand overflows the C stack, and with it the process.
+#: Levels of tuples in tuples. A tensor has two; hashing a hundred thousand overflows the C stack, and with it
+#: the process.
 _DEPTH = 32
 
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE")
@@ -26,7 +28,8 @@ def check_description(claimed: int, file_bytes: int) -> None:
     limit = max(_SMALL, file_bytes // _SHARE)
     if claimed > limit:
         raise ValueError(
-            f"its description of tensors claims {claimed} bytes; expected at most {limit} in a file of {file_bytes}"
+            f"its description of tensors claims {claimed} bytes; expected at most {limit} in a file of"
+            f" {file_bytes}"
         )
 
 
@@ -88,8 +91,8 @@ def _tuple_depth(pickled: bytes) -> int:
 def _places(file, records: list[zipfile.ZipInfo], end: int) -> dict[int, int]:
     """Size of the contents of each record by where they begin.
 
-    Records lie one behind the other, as their own headers and the directory agree. Only the headers say where contents begin, and a
-    reader that maps them checks nothing: a damaged length would shift a tensor.
+    Records lie one behind the other, as their own headers and the directory agree. Only the headers say where
+    contents begin, and a reader that maps them checks nothing: a damaged length would shift a tensor.
     """
     places = {}
     records = sorted(records, key=lambda record: record.header_offset)
@@ -110,8 +113,8 @@ def _places(file, records: list[zipfile.ZipInfo], end: int) -> dict[int, int]:
 
 
 def check_archive(path: Path) -> dict[int, int]:
-    """The zip archive of ``torch.save``: nothing compressed (a few bytes could become gigabytes), every record in its place, pickles
-    undamaged and shallow.
+    """The zip archive of ``torch.save``: nothing compressed (a few bytes could become gigabytes), every
+    record in its place, pickles undamaged and shallow.
 
     Returns:
         size of every record's contents by their offset in the file, ascending.
@@ -131,7 +134,8 @@ def check_archive(path: Path) -> dict[int, int]:
                 depth = _tuple_depth(archive.read(record))  # the read compares the checksum
                 if depth > _DEPTH:
                     raise ValueError(
-                        f"record {record.filename} nests tuples {depth} levels deep, at most {_DEPTH} expected"
+                        f"record {record.filename} nests tuples {depth} levels deep, at most {_DEPTH}"
+                        " expected"
                     )
     return places
 

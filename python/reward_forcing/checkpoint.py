@@ -1,8 +1,10 @@
-"""Checkpoints: published parameter names from .safetensors and .pt files, whatever wrapped the model when it was saved.
+"""Checkpoints: published parameter names from .safetensors and .pt files, whatever wrapped the model when it
+was saved.
 
-A file may hold the parameters at its top level or under ``generator``, ``generator_ema`` or ``model``; names may carry
-FSDP, compile, activation-checkpointing or DDP wrappers and a leading prefix such as ``model.``. A .pt file is read
-with ``weights_only=True``: a pickle that wants to run code is refused, and so are archives older than torch 1.6.
+A file may hold the parameters at its top level or under ``generator``, ``generator_ema`` or ``model``; names
+may carry FSDP, compile, activation-checkpointing or DDP wrappers and a leading prefix such as ``model.``. A
+.pt file is read with ``weights_only=True``: a pickle that wants to run code is refused, and so are archives
+older than torch 1.6.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except PermissionError:
         raise
-    except Exception as error:  # a damaged header fails in the parser, or anywhere in what builds tensors from it
+    except Exception as error:
+        # a damaged header fails in the parser, or anywhere in what builds tensors from it
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
@@ -66,9 +69,13 @@ def _read_pickle(path: Path) -> Mapping:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: refused, it holds more than tensors and plain containers: {reason}") from error
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors and plain containers: {reason}"
+        ) from error
     except Exception as error:  # a damaged pickle fails wherever its opcodes lead
-        raise CheckpointError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, found {type(data).__name__}")
     _check_storages(data, places, path)
@@ -76,9 +83,12 @@ def _read_pickle(path: Path) -> Mapping:
 
 
 def _check_storages(data: Mapping, places: dict[int, int], path: Path) -> None:
-    """Tensors are mapped, and what a storage claims is not compared with its record: it would reach into its neighbours."""
+    """Tensors are mapped, and what a storage claims is not compared with its record: it would reach into its
+    neighbours."""
     entries = [values for values in data.values() if isinstance(values, Mapping)]
-    tensors = [value for mapping in (data, *entries) for value in mapping.values() if isinstance(value, Tensor)]
+    tensors = [
+        value for mapping in (data, *entries) for value in mapping.values() if isinstance(value, Tensor)
+    ]
     dense = [
         t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"
     ]  # others are refused where asked for
@@ -92,7 +102,9 @@ def _select(data: Mapping, entry: str | None, path: Path) -> Mapping:
     nested = [name for name in data if isinstance(data[name], Mapping)]
     if entry is not None:
         if entry not in nested:
-            raise CheckpointError(f"{path}: no entry '{entry}'; it has {_some(map(str, nested)) or 'no entries'}")
+            raise CheckpointError(
+                f"{path}: no entry '{entry}'; it has {_some(map(str, nested)) or 'no entries'}"
+            )
         return data[entry]
     for name in ENTRIES:
         if name in nested:
@@ -107,29 +119,39 @@ def _unwrapped(name: str) -> str:
 
 
 def _published_names(tensors: Mapping, path: Path) -> dict[str, Tensor]:
-    """Parameters under their published names: without wrappers and common prefix, and with nothing left over."""
+    """Parameters under their published names: without wrappers and common prefix, and with nothing left
+    over."""
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: expected tensors by name, found {name!r:.80}: {type(tensor).__name__}")
+            raise CheckpointError(
+                f"{path}: expected tensors by name, found {name!r:.80}: {type(tensor).__name__}"
+            )
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
             found = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
-            raise CheckpointError(f"{path}: expected {name} as a dense tensor of floating point, found {found}")
+            raise CheckpointError(
+                f"{path}: expected {name} as a dense tensor of floating point, found {found}"
+            )
         bare = _unwrapped(name)
         if bare in state:
             raise CheckpointError(f"{path}: two tensors for {bare}, one of them named {name}")
         state[bare] = tensor
-    # Strides of 0 make a tensor of any size out of one element; the copy that a conversion makes would have that size.
+    # Strides of 0 make a tensor of any size out of one element; the copy that a conversion makes would have
+    # that size.
     claimed, held = sum(t.numel() * t.element_size() for t in state.values()), path.stat().st_size
     if claimed > held:
         raise CheckpointError(f"{path}: its tensors claim {claimed} bytes, in a file of {held}")
-    prefixes = [name.removesuffix(_ANCHOR) for name in state if name == _ANCHOR or name.endswith("." + _ANCHOR)]
+    prefixes = [
+        name.removesuffix(_ANCHOR) for name in state if name == _ANCHOR or name.endswith("." + _ANCHOR)
+    ]
     if len(prefixes) != 1:
         found = f"the prefixes {prefixes}" if prefixes else f"none among {_some(state) or 'no tensors'}"
         raise CheckpointError(f"{path}: expected one tensor named [prefix.]{_ANCHOR}, found {found}")
     outside = [name for name in state if not name.startswith(prefixes[0])]
     if outside:
-        raise CheckpointError(f"{path}: names without the prefix '{prefixes[0]}' of the others: {_some(outside)}")
+        raise CheckpointError(
+            f"{path}: names without the prefix '{prefixes[0]}' of the others: {_some(outside)}"
+        )
     return {name.removeprefix(prefixes[0]): tensor for name, tensor in state.items()}
 
 
@@ -138,8 +160,8 @@ def read_checkpoint(path: str | Path, *, entry: str | None = None) -> dict[str, 
 
     Args:
         path: a .safetensors file, or what ``torch.save`` wrote.
-        entry: name of the entry that holds the model. Default: the first of ``ENTRIES`` that the file has, else its
-            top level.
+        entry: name of the entry that holds the model. Default: the first of ``ENTRIES`` that the file has,
+            else its top level.
     Raises:
         CheckpointError: unreadable, hostile, ambiguous, or not a Wan transformer.
         FileNotFoundError: no such file.
@@ -161,20 +183,27 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, *
 
     Args:
         state: parameters under their published names.
-        num_heads: tensors do not show it. Default: that of the published model (1.3B, 14B) with this width and depth;
-            an error without one.
+        num_heads: tensors do not show it. Default: that of the published model (1.3B, 14B) with this width
+            and depth; an error without one.
         overrides: further fields of ``ModelConfig`` (``text_len`` and ``eps`` are not in the tensors either).
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     needed = {
-        _ANCHOR: 5, "blocks.0.ffn.0.weight": 2, "time_embedding.0.weight": 2, "text_embedding.0.weight": 2,
-            "head.head.weight": 2,
-    }  # fmt: skip
+        _ANCHOR: 5,
+        "blocks.0.ffn.0.weight": 2,
+        "time_embedding.0.weight": 2,
+        "text_embedding.0.weight": 2,
+        "head.head.weight": 2,
+    }
     wrong = [name for name, rank in needed.items() if len(shapes.get(name, ())) != rank]
     if wrong:
         raise CheckpointError(f"cannot infer a configuration: missing or of another rank: {_some(wrong)}")
     dim, in_dim, *patch_size = shapes[_ANCHOR]
-    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.") and name.split(".")[1].isdigit()}
+    layers = {
+        int(name.split(".")[1])
+        for name in shapes
+        if name.startswith("blocks.") and name.split(".")[1].isdigit()
+    }
     sizes = {
         "dim": dim,
         "in_dim": in_dim,
@@ -207,7 +236,9 @@ def check_state(state: Mapping[str, Tensor], model: torch.nn.Module, source: str
     if unexpected := found.keys() - wanted.keys():
         faults.append(f"unexpected: {_some(unexpected)}")
     shared = sorted(wanted.keys() & found.keys())
-    if wrong := [f"{name} {found[name]}, expected {wanted[name]}" for name in shared if found[name] != wanted[name]]:
+    if wrong := [
+        f"{name} {found[name]}, expected {wanted[name]}" for name in shared if found[name] != wanted[name]
+    ]:
         faults.append(f"shape: {_some(wrong)}")
     if faults:
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}")
@@ -223,7 +254,8 @@ def _load(cls, path: str | Path, config: ModelConfig | None, entry: str | None, 
 
 
 def build_model(cls, state: Mapping[str, Tensor], config: ModelConfig, *, source: str, dtype, device):
-    """A model of class ``cls`` around the parameters that ``read_checkpoint`` returned; ``source`` names them in errors."""
+    """A model of class ``cls`` around the parameters that ``read_checkpoint`` returned; ``source`` names them
+    in errors."""
     with torch.device("meta"):  # no memory, and no random numbers, for what the checkpoint replaces
         model = cls(config)
     check_state(state, model, source)
@@ -244,7 +276,8 @@ def load_causal_model(
 
     Args:
         path, entry: see ``read_checkpoint``.
-        config: sizes of the model. Default: ``infer_config`` with ``sizes`` (``num_heads=...``, ``text_len=...``).
+        config: sizes of the model. Default: ``infer_config`` with ``sizes`` (``num_heads=...``,
+            ``text_len=...``).
     Raises:
         CheckpointError: unreadable, or it does not fit the model; nothing is loaded in part.
     """
@@ -260,5 +293,6 @@ def load_bidirectional_model(
     device: torch.device | str = "cpu",
     **sizes,
 ) -> BidirectionalWanModel:
-    """As ``load_causal_model``, for the bidirectional model; the parameters of the two have the same names and shapes."""
+    """As ``load_causal_model``, for the bidirectional model; the parameters of the two have the same names
+    and shapes."""
     return _load(BidirectionalWanModel, path, config, entry, dtype, device, sizes)

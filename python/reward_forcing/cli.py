@@ -1,33 +1,28 @@
-"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are generated.
+"""`reward-forcing stream`: stream the latents of a video from a checkpoint into a folder, as they are
+generated.
 
-A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after the chunk under way and
-exits with 130; the same command with `--resume` continues it, and its latents are those of a run that nobody stopped.
+A wrong value is one line on stderr and exit code 2, before anything is generated. Ctrl-C ends a stream after
+the chunk under way and exits with 130; the same command with `--resume` continues it, and its latents are
+those of a run that nobody stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # PyTorch takes seconds to import: options are refused, and Ctrl-C is heard, before
+    from .job import StreamJob
 
-import rf_kernels as rf
-
-from .config import StreamConfig
-from .folder import StreamFolder
-from .job import PreparedStream, StreamJob
-
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 #: The options whose names differ from the arguments that they set.
 _OPTIONS = {
@@ -47,15 +42,15 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: str, code: int = 2):
     """End with one line on stderr."""
-    _say("error: " + " ".join(message.split()))
+    say("error: " + " ".join(message.split()))
     sys.exit(code)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(f"reward-forcing: {line}", file=sys.stderr)
 
 
-def refused(error: rf.ArgumentError) -> str:
+def refused(error: ValueError) -> str:
     """The text of a refused argument, in the names of the options."""
     match = re.match(r"[\w.]+: argument `([\w, ]+)`: ", str(error))
     if match is None:
@@ -91,10 +86,16 @@ def _one_of(names):
 
 
 def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The options of a stream. ``defaults`` replace those of a published model; an option without one is required."""
-    defaults = {"height": 60, "width": 104, "dtype": "bfloat16", "out": Path("out"), "heads": None, **defaults}
-    if "device" not in defaults:
-        defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """The options of a stream. ``defaults`` replace those of a published model; an option without one is
+    required."""
+    defaults = {
+        "height": 60,
+        "width": 104,
+        "dtype": "bfloat16",
+        "out": Path("out"),
+        "heads": None,
+        **defaults,
+    }
 
     def add(name, text, type=str, default=None, **more):
         default = defaults.get(name.replace("-", "_"), default)
@@ -112,7 +113,7 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("out", "folder of the latents", Path)
     add("seed", "of the noise", _whole(), 0)
     add("dtype", ", ".join(_DTYPES), _one_of(_DTYPES))
-    add("device", "cpu, cuda or cuda:N")
+    add("device", "cpu, cuda or cuda:N; cuda where there is a GPU if none is named")
     add("chunk-frames", "frames generated together", at_least_1, 3)
     add("sink-frames", "frames of the sink (default: 3, or 0 with --sink-policy none)", at_least_0)
     add("window", "frames attended, the sink included", at_least_1, 9)
@@ -130,6 +131,11 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
 
 def stream_job(options: argparse.Namespace) -> StreamJob:
     """The job that the options describe."""
+    import torch
+
+    from .config import StreamConfig
+    from .job import StreamJob
+
     sink_frames = options.sink_frames
     if sink_frames is None:
         sink_frames = 0 if options.sink_policy == "none" else 3
@@ -143,83 +149,39 @@ def stream_job(options: argparse.Namespace) -> StreamJob:
         denoising_step_list=tuple(options.steps),
         shift=options.shift,
     )
-    names = ("checkpoint", "frames", "height", "width", "heads", "context", "seed", "device")
-    return StreamJob(**{n: getattr(options, n) for n in names}, dtype=_DTYPES[options.dtype], stream=stream)
+    names = ("checkpoint", "frames", "height", "width", "heads", "context", "seed")
+    values = {name: getattr(options, name) for name in names}
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return StreamJob(**values, device=device, dtype=getattr(torch, options.dtype), stream=stream)
 
 
-class Stop:
-    """Ctrl-C, and signals that ask a process to end, are noted until the chunk under way is finished; a second one ends it at once."""
+def _stream(options: argparse.Namespace, again: str) -> int:
+    import torch
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    import rf_kernels as rf
 
-    def __enter__(self) -> Stop:
-        self.signal: int | None = None
-        # One that the parent ignores (nohup, a job in the background) stays ignored.
-        heard = [s for s in self.SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
-        self._previous = {s: signal.signal(s, self._note) for s in heard}
-        return self
+    from .folder import StreamFolder
+    from .run import Stopped, begin, generate
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        if sys.stderr.isatty():
-            print("\nfinishing this chunk; again to stop at once", file=sys.stderr)
-
-
-def _progress(frames: int, of: int, seconds: float) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if frames == of else ""
-        print(f"\r{frames} of {of} frames, {seconds:.2f} s a chunk", end=end, file=sys.stderr, flush=True)
-
-
-def _stream(prepared: PreparedStream, cache: rf.SinkWindowCache, folder: StreamFolder, stop: Stop) -> None:
-    """Generate what is missing, until a signal says otherwise."""
-    begin = time.perf_counter()
-    for chunk in prepared.chunks(cache):
-        folder.append(chunk.latents[0])
-        folder.save(cache, now=stop.signal is not None)
-        _progress(folder.frames, prepared.job.frames, time.perf_counter() - begin)
-        if stop.signal is not None:
-            return
-        begin = time.perf_counter()
-
-
-def _write_facts(prepared: PreparedStream, settings: dict, path: Path) -> None:
-    job = prepared.job
-    files = {"checkpoint": str(job.checkpoint), "context": job.context and str(job.context)}
-    versions = {"rf_kernels": rf.__version__, "torch": torch.__version__}
-    facts = {"settings": settings, "files": files, "model": asdict(prepared.model.config), "versions": versions}
-    path.write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def _run(options: argparse.Namespace, again: str) -> int:
+    use = {"resume": options.resume, "overwrite": options.overwrite, "save_seconds": options.save_seconds}
     with ExitStack() as stack:
         try:
-            use = {"resume": options.resume, "overwrite": options.overwrite, "save_seconds": options.save_seconds}
-            folder = stack.enter_context(StreamFolder(options.out, **use))
-            job = stream_job(options)
-            prepared = job.prepare()
-            settings = job.settings()
-            folder.begin(settings, prepared.shape)
-            cache = prepared.new_cache()
-            if not folder.complete:
-                folder.restore(cache)
-        except rf.ArgumentError as error:
-            fail(refused(error))
-        stop = stack.enter_context(Stop())
-        if not folder.complete:
-            _stream(prepared, cache, folder, stop)
-        if not folder.complete:
-            _say(f"stopped after {folder.frames} of {job.frames} frames; {again}")
-            return 128 + stop.signal
-        _write_facts(prepared, settings, folder.part / "stream.json")
-        for path in folder.finish(["stream.json"]):
-            print(path)
+            try:
+                folder = stack.enter_context(StreamFolder(options.out, **use))
+                begun = begin(stream_job(options), folder)
+            except rf.ArgumentError as error:
+                fail(refused(error))
+            for path in generate(*begun, folder):
+                print(path)
+        except Stopped as stopped:
+            say(f"stopped after {stopped.frames} of {options.frames} frames; {again}")
+            return 128 + stopped.signal
+        except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+            fail(str(error), code=1)
+        except RuntimeError as error:  # on the CPU PyTorch has no error of its own for memory that runs out
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            fail(str(error), code=1)
     return 0
 
 
@@ -234,26 +196,47 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     either = stream.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the unfinished stream in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the stream that is in --out")
+    train = commands.add_parser("train", help="train one stage (docs/training.md)", allow_abbrev=False)
+    train.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    train.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
+    )
     return parser.parse_args(argv)
 
 
+def _train(options: argparse.Namespace) -> int:
+    import rf_kernels as rf
+
+    from .checkpoint import CheckpointError
+    from .trainer import load, run
+
+    try:
+        print(run(load(options.config), options.out))
+    except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the newest checkpoint")
+        return 128 + signal.SIGINT
+    except (ArithmeticError, OSError) as error:
+        fail(str(error), code=1)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n: stopped by signal n."""
+    """The command line; returns, or exits with, 0: finished, 1: failed on the way, 2: refused, 128 + n:
+    stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
+    if options.command == "train":
+        return _train(options)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
     again = f"go on with: reward-forcing {shlex.join(repeated)} --resume"
     try:
-        return _run(options, again)
+        return _stream(options, again)
     except KeyboardInterrupt:
-        _say(f"stopped; {again if StreamFolder(options.out).begun else 'nothing was written'}")
+        unfinished = options.out / "stream.part" / "latents.safetensors"
+        say(f"stopped; {again if unfinished.exists() else 'nothing was written'}")
         return 128 + signal.SIGINT
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        fail(str(error), code=1)
-    except RuntimeError as error:  # on the CPU PyTorch has no error of its own for it
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        fail(str(error), code=1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Configuration: every size of a model, and every choice of a stream. Nothing elsewhere in the package is fixed at one
-model's sizes.
+"""Configuration: every size of a model, and every choice of a stream. Nothing elsewhere in the package is
+fixed at one model's sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from ._check import expect
 #: What a field of each annotated type may hold.
 _KINDS = {
     "int": ("an integer", lambda v: isinstance(v, Integral) and not isinstance(v, bool)),
-    "float": ("a finite number", lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)),
+    "float": (
+        "a finite number",
+        lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v),
+    ),
     "bool": ("True or False", lambda v: isinstance(v, bool)),
     "str": ("a string", lambda v: isinstance(v, str)),
     "tuple": ("a tuple of integers", lambda v: isinstance(v, tuple) and all(map(_KINDS["int"][1], v))),
@@ -38,7 +41,13 @@ def _from_dict(cls, values: Mapping[str, Any]):
     expect(isinstance(values, Mapping), who, "values", "a mapping of names to values", type(values).__name__)
     known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
     for name, needed in known.items():
-        expect(name in values or not needed, who, name, "a value", f"none among the keys {sorted(map(str, values))}")
+        expect(
+            name in values or not needed,
+            who,
+            name,
+            "a value",
+            f"none among the keys {sorted(map(str, values))}",
+        )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
 
@@ -48,8 +57,8 @@ class ModelConfig:
 
     Args:
         model_type: "t2v" (text to video); other conditionings have further parameters and are refused.
-        patch_size: latent (frames, rows, columns) per token. One frame a token: positions and caches count in latent
-            frames.
+        patch_size: latent (frames, rows, columns) per token. One frame a token: positions and caches count in
+            latent frames.
         text_len: tokens the text features are zero-padded to (the padding is attended, as published).
         in_dim, out_dim: latent channels in and out.
         dim, ffn_dim: model width and feed-forward width.
@@ -79,7 +88,17 @@ class ModelConfig:
     def __post_init__(self):
         who = "ModelConfig"
         _check_kinds(self)
-        sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
+        sizes = (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "in_dim",
+            "out_dim",
+            "text_dim",
+            "text_len",
+            "freq_dim",
+        )
         for name in sizes:
             expect(getattr(self, name) >= 1, who, name, "at least 1", getattr(self, name))
         expect(self.model_type == "t2v", who, "model_type", "'t2v'", repr(self.model_type))
@@ -108,8 +127,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From a mapping with the published names (a config.json, a golden case's hyper-parameters); other keys are
-        not ours.
+        """From a mapping with the published names (a config.json, a golden case's hyper-parameters); other
+        keys are not ours.
         """
         return _from_dict(cls, values)
 
@@ -131,9 +150,11 @@ class StreamConfig:
     Args:
         chunk_frames: latent frames generated together.
         sink_frames: frames of the sink.
-        local_attn_size: frames a query sees, the sink included (so ``window_frames = local_attn_size - sink_frames``).
+        local_attn_size: frames a query sees, the sink included (so ``window_frames = local_attn_size -
+            sink_frames``).
         alpha: decay of the sink's moving average.
-        sink_policy: "ema", "static", or "none" (needs ``sink_frames = 0``); "ema" without sink frames is "none".
+        sink_policy: "ema", "static", or "none" (needs ``sink_frames = 0``); "ema" without sink frames is
+            "none".
         sink_state: precision of the sink's state, see ``rf_kernels.EMASink``.
         denoising_step_list: nominal timesteps, 1000 = pure noise.
         warp: look the nominal steps up in the shifted schedule.

@@ -1,8 +1,10 @@
-"""Where a stream's latents go: written chunk by chunk beside what a resume needs, moved into place when they are complete.
+"""Where a stream's latents go: written chunk by chunk beside what a resume needs, moved into place when they
+are complete.
 
-While a stream runs, everything lies in ``<out>/stream.part``: ``latents.safetensors`` (its header is written first, each chunk is
-appended), ``cache.safetensors`` (the cache after one of the chunks), and ``settings.json``. A process may be killed anywhere: the
-cache on disk is never ahead of the latents, and ``<out>`` holds the files of one finished stream, or of none.
+While a stream runs, everything lies in ``<out>/stream.part``: ``latents.safetensors`` (its header is written
+first, each chunk is appended), ``cache.safetensors`` (the cache after one of the chunks), and
+``settings.json``. A process may be killed anywhere: the cache on disk is never ahead of the latents, and
+``<out>`` holds the files of one finished stream, or of none.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _WHO = "StreamFolder"
 _PART = "stream.part"
 LATENTS = "latents.safetensors"
 
-#: Every file that a finished stream, or a report on one, leaves in its folder. They describe each other: all go together.
+#: Every file that a finished stream, or a report on one, leaves in its folder. They describe each other: all
+#: go together.
 OUTPUTS = (LATENTS, "stream.json", "report.json", "report.html", "preview.gif", "preview.png")
 
 
@@ -44,7 +47,9 @@ class StreamFolder:
         rf_kernels.ArgumentError: the folder cannot be used so; nothing in it has changed.
     """
 
-    def __init__(self, out: Path, *, resume: bool = False, overwrite: bool = False, save_seconds: float = 60.0):
+    def __init__(
+        self, out: Path, *, resume: bool = False, overwrite: bool = False, save_seconds: float = 60.0
+    ):
         self.out, self.part = Path(out), Path(out) / _PART
         self._resume, self._overwrite, self._save_seconds = resume, overwrite, save_seconds
 
@@ -77,7 +82,8 @@ class StreamFolder:
         self._lock.close()
 
     def _locked(self):
-        """The open lock file. A lock of a file that is no longer in its place protects nothing: the run that held it has finished."""
+        """The open lock file. A lock of a file that is no longer in its place protects nothing: the run that
+        held it has finished."""
         while True:
             self.part.mkdir(exist_ok=True)
             file = (self.part / "lock").open("w")
@@ -104,15 +110,18 @@ class StreamFolder:
             where = f"an unfinished stream in {self.part}"
             expect(self.begun, _WHO, "resume", where, "none")
         elif not self._overwrite:
-            expected = "a folder without an unfinished stream (--resume continues it, --overwrite discards it)"
+            expected = (
+                "a folder without an unfinished stream (--resume continues it, --overwrite discards it)"
+            )
             expect(not self.begun, _WHO, "out", expected, self.part)
             expected = "a folder without files of an earlier stream (--overwrite replaces them at the end)"
             for name in OUTPUTS:
                 expect(not (self.out / name).exists(), _WHO, "out", expected, self.out / name)
 
-    # ---- a stream -----------------------------------------------------------------------------------------------------
+    # ---- a stream ------------------------------------------------------------------------------------------
     def begin(self, settings: dict, shape: tuple[int, int, int, int]) -> None:
-        """Open the latents ``[F, C, H, W]``, which are float32: new ones, or those of the stream that is resumed.
+        """Open the latents ``[F, C, H, W]``, which are float32: new ones, or those of the stream that is
+        resumed.
 
         Args:
             settings: all that the latents depend on. A resume needs the same.
@@ -132,7 +141,9 @@ class StreamFolder:
                 (self.part / LATENTS).unlink()
             (self.part / "cache.safetensors").unlink(missing_ok=True)
             free = shutil.disk_usage(self.out).free
-            expect(total <= free, _WHO, "frames", f"latents that fit the {free} bytes free in {self.out}", total)
+            expect(
+                total <= free, _WHO, "frames", f"latents that fit the {free} bytes free in {self.out}", total
+            )
             (self.part / "settings.json").write_text(json.dumps(settings))
             (self.part / "header").write_bytes(header)
             (self.part / "header").rename(self.part / LATENTS)
@@ -170,7 +181,13 @@ class StreamFolder:
                 expect(False, _WHO, "resume", f"the saved cache of this stream in {path}", error)
         frame = cache.next_frame
         found = f"{self.frames} frames in {self.part / LATENTS}"
-        expect(frame <= self.frames, _WHO, "resume", f"at least the {frame} frames that the cache has seen", found)
+        expect(
+            frame <= self.frames,
+            _WHO,
+            "resume",
+            f"at least the {frame} frames that the cache has seen",
+            found,
+        )
         self._file.truncate(self._begin + frame * self._frame_bytes)
         self._file.seek(0, os.SEEK_END)
 
@@ -192,7 +209,8 @@ class StreamFolder:
             self._saved_at = time.monotonic()
 
     def finish(self, side_files: Iterable[str] = ()) -> list[Path]:
-        """Move the finished stream into place: the latents, and files of these names that were written into ``part``."""
+        """Move the finished stream into place: the latents, and files of these names that were written into
+        ``part``."""
         os.fsync(self._file.fileno())
         for name in OUTPUTS:
             (self.out / name).unlink(missing_ok=True)

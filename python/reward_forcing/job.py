@@ -18,7 +18,7 @@ import rf_kernels as rf
 from ._check import expect
 from .checkpoint import CheckpointError, build_model, infer_config, read_checkpoint, read_safetensors
 from .config import ModelConfig, StreamConfig
-from .model import CausalWanModel
+from .models import CausalWanModel
 from .pipeline import Chunk, StreamingPipeline
 
 _WHO = "StreamJob"
@@ -31,8 +31,10 @@ class StreamJob:
     Args:
         checkpoint: .safetensors or .pt file in the published format.
         frames, height, width: of the latent clip.
-        heads: attention heads. Tensors do not show them; needed unless width and depth are a published model's.
-        context: .safetensors file with text features ``[1, n, text_dim]`` named `context`; random features without it.
+        heads: attention heads. Tensors do not show them; needed unless width and depth are a published
+            model's.
+        context: .safetensors file with text features ``[1, n, text_dim]`` named `context`; random features
+            without it.
         seed: of all noise, and of random text features.
         stream: chunks, window, sink and schedule.
     """
@@ -89,9 +91,13 @@ class StreamJob:
         whole = (self.frames - first) % stream.chunk_frames == 0
         multiple = f"{'1 + ' * first}a multiple of the {stream.chunk_frames} frames of a chunk"
         expect(whole, _WHO, "frames", multiple, self.frames)
-        # Frames of the sink have slots of their own until it is full, so the last chunk needs the largest window.
+        # Frames of the sink have slots of their own until it is full, so the last chunk needs the largest
+        # window.
         needed = min(stream.chunk_frames, max(0, self.frames - stream.sink_frames))
-        found = f"{stream.window_frames} ({stream.local_attn_size} frames attended, {stream.sink_frames} of the sink)"
+        found = (
+            f"{stream.window_frames} ({stream.local_attn_size} frames attended, {stream.sink_frames} of the"
+            " sink)"
+        )
         expect(stream.window_frames >= needed, _WHO, "local_attn_size", f"a window of {needed} frames", found)
 
     def _check_memory(self, config: ModelConfig, weights: int, device: torch.device) -> None:
@@ -116,13 +122,20 @@ class StreamJob:
             return ChunkNoise(self.seed, "text").draw((1, config.text_len, config.text_dim))
         with _refused_as("context", "a readable safetensors file"):
             tensors = read_safetensors(Path(self.context))
-        shape = f"a tensor named `context`, [n, {config.text_dim}] with n in 1..{config.text_len}, of floating point"
+        shape = (
+            f"a tensor named `context`, [n, {config.text_dim}] with n in 1..{config.text_len}, of floating"
+            " point"
+        )
         found = f"{self.context} with {sorted(tensors)[:8]}"
         expect("context" in tensors, _WHO, "context", shape, found)
         context = tensors["context"]
         found = f"{context.dtype} {list(context.shape)}"
         context = context[0] if context.dim() == 3 and len(context) == 1 else context
-        fits = context.dim() == 2 and 1 <= len(context) <= config.text_len and context.shape[1] == config.text_dim
+        fits = (
+            context.dim() == 2
+            and 1 <= len(context) <= config.text_len
+            and context.shape[1] == config.text_dim
+        )
         expect(fits and context.is_floating_point(), _WHO, "context", shape, found)
         expect(bool(context.isfinite().all()), _WHO, "context", "finite numbers", "a NaN or an infinity")
         return context.unsqueeze(0)
@@ -146,7 +159,8 @@ class PreparedStream:
         return self.job.frames, self.model.config.in_dim, self.job.height, self.job.width
 
     def noise(self, first_frame: int) -> ChunkNoise:
-        """The noise of the chunk that begins at a frame: its initial noise first, then one draw a renoising."""
+        """The noise of the chunk that begins at a frame: its initial noise first, then one draw a
+        renoising."""
         return ChunkNoise(self.job.seed, first_frame, self.model.device, self.model.dtype)
 
     def chunks(self, cache: rf.SinkWindowCache, on_phase=None) -> Iterator[Chunk]:
@@ -181,7 +195,8 @@ class PreparedStream:
 
 
 class ChunkNoise:
-    """Gaussian noise that depends on a seed and a place in the stream alone, so that a resumed stream draws the same.
+    """Gaussian noise that depends on a seed and a place in the stream alone, so that a resumed stream draws
+    the same.
 
     Numbers are drawn on the CPU: every device gets the same.
     """
@@ -242,7 +257,8 @@ def _gib(count: int) -> str:
 
 
 def _fingerprint(path: str | os.PathLike | None, blocks: int = 256, block: int = 4096) -> str | None:
-    """Size and a hash of blocks spread over a file: another training step changes every tensor, so some of them."""
+    """Size and a hash of blocks spread over a file: another training step changes every tensor, so some of
+    them."""
     if path is None:
         return None
     size = os.path.getsize(path)

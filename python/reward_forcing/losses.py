@@ -1,9 +1,9 @@
-"""Losses of distillation: DMD and Re-DMD through ``rf_kernels.dmd_loss``, the critic's flow loss and SiD in plain
-PyTorch.
+"""Losses of distillation: DMD and Re-DMD through ``rf_kernels.dmd_loss``, the critic's flow loss and SiD in
+plain PyTorch.
 
-A scorer is a callable ``scorer(x_t, t) -> x0 prediction``, with its text (or the empty one, for guidance) bound: clips
-``[B, F, C, H, W]``, one timestep per sample ``[B]``. All losses take the noise and the timesteps they shall use, so
-that a step can be repeated.
+A scorer is a callable ``scorer(x_t, t) -> x0 prediction``, with its text (or the empty one, for guidance)
+bound: clips ``[B, F, C, H, W]``, one timestep per sample ``[B]``. All losses take the noise and the timesteps
+they shall use, so that a step can be repeated.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 def warp_timesteps(
     n: Tensor, *, shift: float, min_step: float = 20, max_step: float = 980, num_train_timesteps: int = 1000
 ) -> Tensor:
-    """Timesteps of integers n in [0, num_train_timesteps): ``T shift (n/T) / (1 + (shift - 1) n/T)``, clamped to
-    [min_step, max_step].
+    """Timesteps of integers n in [0, num_train_timesteps): ``T shift (n/T) / (1 + (shift - 1) n/T)``, clamped
+    to [min_step, max_step].
 
     Float32, of n's shape. The clamp keeps training off both ends, where the score is undefined or trivial.
     """
@@ -45,7 +45,9 @@ def draw_timesteps(
 ) -> Tensor:
     """One training timestep per sample, float32 ``[batch]``: a uniform integer through ``warp_timesteps``."""
     n = torch.randint(0, num_train_timesteps, (batch,), device=device, generator=generator)
-    return warp_timesteps(n, shift=shift, min_step=min_step, max_step=max_step, num_train_timesteps=num_train_timesteps)
+    return warp_timesteps(
+        n, shift=shift, min_step=min_step, max_step=max_step, num_train_timesteps=num_train_timesteps
+    )
 
 
 def guided(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
@@ -79,14 +81,14 @@ def dmd_loss(
 ) -> Tensor:
     """Distribution matching distillation (DMD2, arXiv 2405.14867), differentiable in x alone.
 
-    ``x_t = add_noise(x, noise, t)``; with the guided estimates real and fake, ``d = nan_rule((fake - real) / mean|x -
-    real|)``, one normaliser per sample; ``loss = sum(weight mask d^2) / (2 N)`` over the N selected elements, and ``d
-    loss / d x = weight mask d / N``.
+    ``x_t = add_noise(x, noise, t)``; with the guided estimates real and fake, ``d = nan_rule((fake - real) /
+    mean|x - real|)``, one normaliser per sample; ``loss = sum(weight mask d^2) / (2 N)`` over the N selected
+    elements, and ``d loss / d x = weight mask d / N``.
 
     Args:
         x: generator output ``[B, F, C, H, W]``.
-        fake, real, fake_uncond, real_uncond: scorers; the unconditional ones are called only where their guidance is
-            not 0.
+        fake, real, fake_uncond, real_uncond: scorers; the unconditional ones are called only where their
+            guidance is not 0.
         noise: as x. t: ``[B]``.
         weight: per sample, frame or element. mask: bool, True where an element counts.
         options: normaliser and NaN rule; default ``rf.DMDOptions()``.
@@ -115,7 +117,8 @@ def re_dmd_loss(x: Tensor, *, reward: Tensor, beta: float, **arguments) -> Tenso
     differentiated.
 
     Args:
-        reward: standardised motion-quality reward, ``[B]``; or ``[1]``, one reward for the whole batch, as published.
+        reward: standardised motion-quality reward, ``[B]``; or ``[1]``, one reward for the whole batch, as
+            published.
         arguments: of ``dmd_loss``, without ``weight``.
     """
     fits = reward.dim() == 1 and reward.shape[0] in (1, x.shape[0])
@@ -127,8 +130,8 @@ def re_dmd_loss(x: Tensor, *, reward: Tensor, beta: float, **arguments) -> Tenso
 def critic_flow_loss(
     fake: Scorer, generated: Tensor, *, noise: Tensor, t: Tensor, scheduler: FlowMatchScheduler
 ) -> Tensor:
-    """What the critic is trained on: ``mean((flow - (noise - x))^2)`` with ``flow = (x_t - fake(x_t, t)) / sigma``, on
-    detached x.
+    """What the critic is trained on: ``mean((flow - (noise - x))^2)`` with ``flow = (x_t - fake(x_t, t)) /
+    sigma``, on detached x.
 
     Differentiable in the critic's parameters; a scalar in the prediction's dtype.
     """
@@ -152,9 +155,9 @@ def sid_loss(
 ) -> Tensor:
     """Score identity distillation (arXiv 2404.04057), as published for causal video.
 
-    With ``d = real - fake``: ``mean(nan_to_num(d ((real - x) - alpha d) / mean|x - real|))``, products in float64, one
-    normaliser per sample, not differentiated. The gradient runs through x and through both scorers (x_t is not
-    detached). A float64 scalar.
+    With ``d = real - fake``: ``mean(nan_to_num(d ((real - x) - alpha d) / mean|x - real|))``, products in
+    float64, one normaliser per sample, not differentiated. The gradient runs through x and through both
+    scorers (x_t is not detached). A float64 scalar.
     """
     x_t = scheduler.add_noise(x, noise, t)
     fake_x0 = fake(x_t, t).double()

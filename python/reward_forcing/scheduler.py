@@ -3,10 +3,12 @@
 With ``x_t = (1 - sigma) x0 + sigma eps`` the model predicts the flow ``eps - x0``. The schedule is a table of
 ``num_steps`` entries,
 
-    s_i = 1 - i / num_steps,   sigma_i = shift s_i / (1 + (shift - 1) s_i),   timestep_i = num_train_timesteps sigma_i,
+    s_i = 1 - i / num_steps,   sigma_i = shift s_i / (1 + (shift - 1) s_i),
+    timestep_i = num_train_timesteps sigma_i,
 
-and any timestep means its nearest entry (the first of two equally near). Timestep 0 is therefore the last entry, whose
-sigma is small but not 0. Tables are float32, whatever the data: a published float64 run uses the float32 numbers too.
+and any timestep means its nearest entry (the first of two equally near). Timestep 0 is therefore the last
+entry, whose sigma is small but not 0. Tables are float32, whatever the data: a published float64 run uses the
+float32 numbers too.
 """
 
 from __future__ import annotations
@@ -47,11 +49,11 @@ class FlowMatchScheduler:
         expect(0 < shift < math.inf, "FlowMatchScheduler", "shift", "a positive finite number", shift)
         expect(num_steps >= 2, "FlowMatchScheduler", "num_steps", "at least 2", num_steps)
         self.shift, self.num_train_timesteps, self.num_steps = shift, num_train_timesteps, num_steps
-        # In float32 from the start, as published: another rounding of sigma would show in float64 runs, which use
-        # these numbers.
-        s = torch.linspace(sigma_max, sigma_min, num_steps + int(extra_one_step), dtype=torch.float32, device="cpu")[
-            :num_steps
-        ]
+        # In float32 from the start, as published: another rounding of sigma would show in float64 runs, which
+        # use these numbers.
+        s = torch.linspace(
+            sigma_max, sigma_min, num_steps + int(extra_one_step), dtype=torch.float32, device="cpu"
+        )[:num_steps]
         self.sigmas = shift * s / (1 + (shift - 1) * s)
         self.timesteps = self.sigmas * num_train_timesteps
         bell = torch.exp(-2 * ((self.timesteps - num_steps / 2) / num_steps) ** 2)
@@ -95,8 +97,8 @@ class FlowMatchScheduler:
         return self.sigma(t).reshape(t.shape + (1,) * (data.dim() - t.dim()))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``x_t = (1 - sigma) x0 + sigma noise`` in ``noise``'s dtype; sigma and 1 - sigma are float32, products at
-        least float32.
+        """``x_t = (1 - sigma) x0 + sigma noise`` in ``noise``'s dtype; sigma and 1 - sigma are float32,
+        products at least float32.
         """
         sigma = self._sigma_like(t, noise)
         return ((1 - sigma) * x0 + sigma * noise).to(noise.dtype)
@@ -119,8 +121,8 @@ class FlowMatchScheduler:
     def step(self, flow: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """One Euler step, ``x_t + flow (sigma_next - sigma)``, to the next table entry.
 
-        As published, sigma_next is 0 for *all* samples as soon as *any* of them is on the last entry: step samples
-        that end at different times in separate calls.
+        As published, sigma_next is 0 for *all* samples as soon as *any* of them is on the last entry: step
+        samples that end at different times in separate calls.
         """
         index = self.index(t)
         last = index == self.num_steps - 1

@@ -6,6 +6,17 @@ from .plan import CacheSpec, ChunkPlan, Ring
 from .sinks import EMASink, NonFiniteError, NoSink, SinkPolicy, SinkState, StaticSink
 
 __all__ = [
-    "KV", "CacheSpec", "Chunk", "ChunkPlan", "EMASink", "NoSink", "NonFiniteError", "Ring", "SinkPolicy", "SinkState",
-    "SinkWindowCache", "StaticSink", "StreamClosedError",
-]  # fmt: skip
+    "KV",
+    "CacheSpec",
+    "Chunk",
+    "ChunkPlan",
+    "EMASink",
+    "NoSink",
+    "NonFiniteError",
+    "Ring",
+    "SinkPolicy",
+    "SinkState",
+    "SinkWindowCache",
+    "StaticSink",
+    "StreamClosedError",
+]

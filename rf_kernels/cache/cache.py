@@ -1,15 +1,16 @@
-"""SinkWindowCache: the KV cache of a stream. Sink first, then a ring; nothing in it ever moves, and every key is rotated once.
+"""SinkWindowCache: the KV cache of a stream. Sink first, then a ring; nothing in it ever moves, and every key
+is rotated once.
 
-    spec = rf.CacheSpec(layers=30, batch=1, heads=12, head_dim=128, grid=(30, 52), sink_frames=3, window_frames=6,
-                        rope=rf.RoPE3D.wan(128), dtype=torch.bfloat16, device="cuda")
+    spec = rf.CacheSpec(layers=30, batch=1, heads=12, head_dim=128, grid=(30, 52), sink_frames=3,
+                        window_frames=6, rope=rf.RoPE3D.wan(128), dtype=torch.bfloat16, device="cuda")
     cache = rf.SinkWindowCache(spec, sink=rf.EMASink(alpha=0.999))
     with cache.chunk(frames=3) as chunk:                      # commits at the end
         for each denoising forward, and the one on the clean result:
             for layer, block in enumerate(blocks):
                 y = chunk.attend(layer, q, k, v, q_norm=..., k_norm=...)
 
-Geometry is in plan.py, the open chunk in chunk.py, what leaves and what absorbs it in sinks.py; docs/cache.md tells the rules with
-their reasons.
+Geometry is in plan.py, the open chunk in chunk.py, what leaves and what absorbs it in sinks.py; docs/cache.md
+tells the rules with their reasons.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ _OP = "SinkWindowCache"
 
 
 class StreamClosedError(ArgumentError):
-    """A chunk without undo failed after it had written: the stream cannot go on. ``reset`` the cache, or load a stream into it."""
+    """A chunk without undo failed after it had written: the stream cannot go on. ``reset`` the cache, or load
+    a stream into it."""
 
 
 class SinkWindowCache:
-    """Keys and values of a stream: ``sink_frames`` at the front, then a ring of ``window_frames``; all memory is allocated here.
+    """Keys and values of a stream: ``sink_frames`` at the front, then a ring of ``window_frames``; all memory
+    is allocated here.
 
     Args:
         spec: sizes, positions, dtype and device.
-        sink: what happens to frames that leave the window: ``NoSink()``, ``StaticSink()``, ``EMASink(...)``, or a policy of your own
-            (docs/sinks.md).
+        sink: what happens to frames that leave the window: ``NoSink()``, ``StaticSink()``, ``EMASink(...)``,
+            or a policy of your own (docs/sinks.md).
 
     Attributes:
         k, v: ``[layers, B, L * n, H, D]``.
@@ -67,7 +70,7 @@ class SinkWindowCache:
         self._broken: str | None = None
         self.next_frame = 0
 
-    # ---- looking ------------------------------------------------------------------------------------------------------------
+    # ---- looking -------------------------------------------------------------------------------------------
     @property
     def ring(self) -> Ring:
         """Where frames lie, in plain integers."""
@@ -93,27 +96,29 @@ class SinkWindowCache:
 
     @property
     def skipped_tokens(self) -> Tensor:
-        """``int64 [layers]`` on the device; counts tokens of leaving frames that were not fused because they were not finite."""
+        """``int64 [layers]`` on the device; counts tokens of leaving frames that were not fused because they
+        were not finite."""
         return self._sink.skipped_tokens
 
     def sink_state(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The sink's keys (at the temporal phase of their own slots) and values ``[B, S * n, H, D]`` of one layer, in float32
-        (float64 for a float64 cache); a copy, for inspection."""
+        """The sink's keys (at the temporal phase of their own slots) and values ``[B, S * n, H, D]`` of one
+        layer, in float32 (float64 for a float64 cache); a copy, for inspection."""
         self._check_whole("sink_state")
         wide = torch.float64 if self.spec.dtype == torch.float64 else torch.float32
         tokens = min(self.next_frame, self.spec.sink_frames) * self.spec.frame_tokens
         k, v = (x[:, :tokens] for x in self._slots[layer])
-        if self.next_frame > self.ring.length:  # until the first frame leaves, slots and state are one and the same
+        # until the first frame leaves, slots and state are one and the same
+        if self.next_frame > self.ring.length:
             k, v = self._sink.keys_values(layer, k, v)
         return k.to(wide, copy=True), v.to(wide, copy=True)
 
-    # ---- a chunk ------------------------------------------------------------------------------------------------------------
+    # ---- a chunk -------------------------------------------------------------------------------------------
     def chunk(self, frames: int, *, undo: bool = False) -> Chunk:
         """The next chunk of ``frames`` latent frames, for a ``with`` block, at whose end it commits.
 
-        With an exception in the block: a chunk that has written nothing is as if it had never been opened; one that has is rolled
-        back with ``undo``; without, the stream is closed, and every use of it says so, until ``reset``. A commit that fails (a layer
-        was not written, ``NonFiniteError``) ends the same way.
+        With an exception in the block: a chunk that has written nothing is as if it had never been opened;
+        one that has is rolled back with ``undo``; without, the stream is closed, and every use of it says so,
+        until ``reset``. A commit that fails (a layer was not written, ``NonFiniteError``) ends the same way.
 
         Args:
             undo: first save what the chunk will destroy (its slots, the sink, the sink's state). Needs
@@ -125,8 +130,9 @@ class SinkWindowCache:
         return self.open(frames, undo=undo)
 
     def open(self, frames: int, *, undo: bool = False) -> Chunk:
-        """As ``chunk``, for callers that cannot hold a ``with`` over an event loop: they end it with ``Chunk.commit`` or
-        ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are saved)."""
+        """As ``chunk``, for callers that cannot hold a ``with`` over an event loop: they end it with
+        ``Chunk.commit`` or ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are
+        saved)."""
         op = f"{_OP}.open"
         if not is_integer(frames) or frames < 1:
             raise argument_error(op, "frames", "an integer >= 1", repr(frames))
@@ -142,10 +148,19 @@ class SinkWindowCache:
         slots, angles, axes, schedule, turns = self._buffers.views(frames)
         acts = sources is not None
         plan = ChunkPlan(
-            ring=ring, t_begin=t_begin, t_end=t_end, kv_tokens=min(t_end, ring.length) * self.spec.frame_tokens, shift=shift,
-            leaving=leaving, sources=sources, slots=slots, angles=angles, axes=axes, schedule=schedule if acts else None,
+            ring=ring,
+            t_begin=t_begin,
+            t_end=t_end,
+            kv_tokens=min(t_end, ring.length) * self.spec.frame_tokens,
+            shift=shift,
+            leaving=leaving,
+            sources=sources,
+            slots=slots,
+            angles=angles,
+            axes=axes,
+            schedule=schedule if acts else None,
             turns=turns if acts else None,
-        )  # fmt: skip
+        )
         self._buffers.upload(plan)
         if undo:
             self._copy_undo(plan, save=True)
@@ -153,14 +168,16 @@ class SinkWindowCache:
         return self._chunk
 
     def reset(self) -> None:
-        """Start a new stream: frame 0, slots zeroed (nothing of the old stream stays in memory), an open chunk void."""
+        """Start a new stream: frame 0, slots zeroed (nothing of the old stream stays in memory), an open
+        chunk void."""
         for tensor in (self.k, self.v, *self._sink.tensors.values(), *self._undo.values()):
             tensor.zero_()
         self._restart(next_frame=0)
 
-    # ---- saving and copying a stream between chunks ----------------------------------------------------------------------------
+    # ---- saving and copying a stream between chunks --------------------------------------------------------
     def state_dict(self) -> dict:
-        """The stream between chunks: ``{"meta": {...}, "tensors": {...}}``, tensors cloned, valid slots only."""
+        """The stream between chunks: ``{"meta": {...}, "tensors": {...}}``, tensors cloned, valid slots
+        only."""
         self._check_between("state_dict")
         return stream_file.state_of(self)
 
@@ -178,12 +195,14 @@ class SinkWindowCache:
         stream_file.save(self, path)
 
     def load(self, path) -> None:
-        """Continue the stream of a file written by ``save`` on a cache of the same geometry, dtype and policy."""
+        """Continue the stream of a file written by ``save`` on a cache of the same geometry, dtype and
+        policy."""
         self.load_state_dict(stream_file.read(self, path))
 
-    # copy and pickle: tensors that share memory (k, and each layer's view of it) would come back as tensors that do not. So a copy is
-    # a new cache that continues the same stream; like state_dict, between chunks only. copy.copy shares nothing either. The stream
-    # travels as bytes: PyTorch hands a spawned process the shared memory of tensors, and that of our clones would be gone by then.
+    # copy and pickle: tensors that share memory (k, and each layer's view of it) would come back as tensors
+    # that do not. So a copy is a new cache that continues the same stream; like state_dict, between chunks
+    # only. copy.copy shares nothing either. The stream travels as bytes: PyTorch hands a spawned process the
+    # shared memory of tensors, and that of our clones would be gone by then.
     def __getstate__(self) -> dict:
         self._check_between("__getstate__")
         return {"spec": self.spec, "sink": self.sink, "stream": stream_file.to_bytes(self.state_dict())}
@@ -192,7 +211,7 @@ class SinkWindowCache:
         self.__init__(state["spec"], sink=state["sink"])
         self.load_state_dict(stream_file.from_bytes(state["stream"]))
 
-    # ---- for the open chunk ---------------------------------------------------------------------------------------------------
+    # ---- for the open chunk --------------------------------------------------------------------------------
     def _close(self, chunk: Chunk, how: str, next_frame: int) -> None:
         chunk._ended, self._chunk = how, None
         self.next_frame = next_frame
@@ -206,7 +225,8 @@ class SinkWindowCache:
         """The end of a chunk that has written and cannot be taken back."""
         self._close(chunk, f"ended by {reason}", chunk.plan.t_begin)
         self._broken = (
-            f"a stream closed by {reason} in the frames {chunk.plan.t_begin}..{chunk.plan.t_end}, written without undo"
+            f"a stream closed by {reason} in the frames {chunk.plan.t_begin}..{chunk.plan.t_end}, written"
+            " without undo"
         )
 
     def _check_apart_from_sink(self, **inputs) -> None:
@@ -216,9 +236,11 @@ class SinkWindowCache:
         held = {t.untyped_storage().data_ptr() for t in self._sink.tensors.values()}
         for name, tensor in inputs.items():
             if tensor.untyped_storage().data_ptr() in held:
-                raise argument_error("Chunk.attend", name, "memory apart from the sink's state", "the state's own")
+                raise argument_error(
+                    "Chunk.attend", name, "memory apart from the sink's state", "the state's own"
+                )
 
-    # ---- inside ---------------------------------------------------------------------------------------------------------------
+    # ---- inside --------------------------------------------------------------------------------------------
     def _check_whole(self, what: str) -> None:
         if self._broken is not None:
             text = argument_error(
@@ -240,7 +262,9 @@ class SinkWindowCache:
         most = self._sink.max_sources
         fits = len(sources) == self.spec.sink_frames and all(len(frames) <= most for frames in sources)
         if not fits or any(e not in leaving for frames in sources for e in frames):
-            expected = f"{self.spec.sink_frames} lists of at most {most} of the leaving frames {list(leaving)}"
+            expected = (
+                f"{self.spec.sink_frames} lists of at most {most} of the leaving frames {list(leaving)}"
+            )
             raise argument_error(f"{type(self._sink).__name__}.sources", "result", expected, sources)
 
     def _copy_undo(self, plan: ChunkPlan, *, save: bool) -> None:

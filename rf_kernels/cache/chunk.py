@@ -45,24 +45,30 @@ def _weight_and_eps(name: str, norm, dtype: torch.dtype) -> tuple[Tensor | None,
     """Weight and eps of a ``q_norm`` or ``k_norm``: a weight, a module that has one, or None."""
     if norm is None or isinstance(norm, Tensor):
         return norm, None
+    if isinstance(norm, nn.RMSNorm) and norm.weight is not None:
+        if norm.eps is not None:
+            return norm.weight, norm.eps
+        # PyTorch takes that of the type that it computes in.
+        return norm.weight, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     if isinstance(norm, nn.Identity):
         return None, None
     weight = getattr(norm, "weight", None)
     if isinstance(norm, nn.Module) and isinstance(weight, Tensor) and getattr(norm, "bias", None) is None:
-        if (
-            isinstance(norm, nn.RMSNorm) and norm.eps is None
-        ):  # what PyTorch takes then: that of the type it computes in
-            return weight, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         return weight, getattr(norm, "eps", None)
     found = f"{type(norm).__name__} without a weight" if isinstance(norm, nn.Module) else type(norm).__name__
-    raise argument_error(f"{_OP}.attend", name, "a weight tensor, an nn.RMSNorm with a weight, or None", found)
+    raise argument_error(
+        f"{_OP}.attend", name, "a weight tensor, an nn.RMSNorm with a weight, or None", found
+    )
 
 
 def norms_of(spec: CacheSpec, q_norm, k_norm, norm: str | None, eps: float | None) -> Norms:
     """The arguments of ``attend`` and ``append`` about norms, as the ops take them."""
     if q_norm is None and k_norm is None:
         return Norms(
-            None, None, choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model", _DEFAULT_EPS
+            None,
+            None,
+            choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model",
+            _DEFAULT_EPS,
         )
     q_weight, q_eps = _weight_and_eps("q_norm", q_norm, spec.dtype)
     k_weight, k_eps = _weight_and_eps("k_norm", k_norm, spec.dtype)
@@ -80,8 +86,8 @@ def norms_of(spec: CacheSpec, q_norm, k_norm, norm: str | None, eps: float | Non
 class Chunk:
     """One chunk of latent frames, open: from ``cache.chunk`` or ``cache.open`` to its commit or rollback.
 
-    Any number of forwards may go through it, with the same positions and slots; the last one's keys and values stay. Every layer must
-    have been written before the commit.
+    Any number of forwards may go through it, with the same positions and slots; the last one's keys and
+    values stay. Every layer must have been written before the commit.
 
     Attributes:
         plan: the chunk in numbers, for those who call the ops themselves.
@@ -98,7 +104,7 @@ class Chunk:
         self._opened_in = inside_backward()
         self._pasts: dict[int, Past] = {}
 
-    # ---- looking ------------------------------------------------------------------------------------------------------------
+    # ---- looking -------------------------------------------------------------------------------------------
     @property
     def cache(self) -> SinkWindowCache:
         """The cache it belongs to."""
@@ -132,7 +138,7 @@ class Chunk:
         state = "open" if self._ended is None else self._ended
         return f"Chunk(frames {self.plan.t_begin}..{self.plan.t_end}, {state})"
 
-    # ---- a layer's forward --------------------------------------------------------------------------------------------------
+    # ---- a layer's forward ---------------------------------------------------------------------------------
     def attend(
         self,
         layer: int,
@@ -147,15 +153,17 @@ class Chunk:
         softmax_scale: float | None = None,
         deterministic: bool | None = None,
     ) -> Tensor:
-        """Self-attention of the chunk in one layer: absorb what leaves the window (in the layer's first forward), normalise and
-        rotate q and k, write k and v to the chunk's slots, and attend all valid keys.
+        """Self-attention of the chunk in one layer: absorb what leaves the window (in the layer's first
+        forward), normalise and rotate q and k, write k and v to the chunk's slots, and attend all valid keys.
 
         Args:
             layer: index of the layer.
-            q: ``[B, F * n, Hq, D]`` of the cache's dtype, neither normalised nor rotated; k, v: ``[B, F * n, H, D]``.
-            q_norm, k_norm: RMSNorm of q and k: an ``nn.RMSNorm`` (or another module with ``weight`` and ``eps``), the weight alone,
-                or None for none. An ``nn.Identity`` counts as None.
-            norm: what one mean spans: "model" (all heads of a token) or "head". By default as the weight's size says.
+            q: ``[B, F * n, Hq, D]`` of the cache's dtype, neither normalised nor rotated; k, v: ``[B, F * n,
+                H, D]``.
+            q_norm, k_norm: RMSNorm of q and k: an ``nn.RMSNorm`` (or another module with ``weight`` and
+                ``eps``), the weight alone, or None for none. An ``nn.Identity`` counts as None.
+            norm: what one mean spans: "model" (all heads of a token) or "head". By default as the weight's
+                size says.
             eps: added to the mean of squares. By default the module's; 1e-6 for a weight alone.
             softmax_scale, deterministic: see ``sink_window_attention``.
         Returns:
@@ -163,9 +171,10 @@ class Chunk:
         Raises:
             ArgumentError: before anything is written.
 
-        Under grad the result is differentiable with respect to q, k, v and the weights. The past is a constant: what the forward saw
-        of it is copied once per chunk and layer, so that backward may come after the chunk has ended and its slots are taken by
-        others. Under ``torch.utils.checkpoint`` (``use_reentrant=False``) the recomputation writes nothing and reads that copy.
+        Under grad the result is differentiable with respect to q, k, v and the weights. The past is a
+        constant: what the forward saw of it is copied once per chunk and layer, so that backward may come
+        after the chunk has ended and its slots are taken by others. Under ``torch.utils.checkpoint``
+        (``use_reentrant=False``) the recomputation writes nothing and reads that copy.
         """
         tracing = torch.compiler.is_compiling()
         recomputed = not tracing and self._is_recomputation()
@@ -178,7 +187,12 @@ class Chunk:
         q = self._append(layer, q, k, v, norms)
         k_slots, v_slots = self._cache._slots[layer]
         return sink_window_attention(
-            q, k_slots, v_slots, kv_tokens=self.plan.kv_tokens, softmax_scale=softmax_scale, deterministic=deterministic
+            q,
+            k_slots,
+            v_slots,
+            kv_tokens=self.plan.kv_tokens,
+            softmax_scale=softmax_scale,
+            deterministic=deterministic,
         )
 
     def append(
@@ -186,7 +200,8 @@ class Chunk:
     ) -> Tensor:
         """The first half of ``attend``, for attention of one's own: everything but the attention.
 
-        Arguments as for ``attend``. Not differentiable: it refuses inputs that require grad while grad mode is on.
+        Arguments as for ``attend``. Not differentiable: it refuses inputs that require grad while grad mode
+        is on.
 
         Returns:
             q, normalised and rotated, ``[B, F * n, Hq, D]``; ``kv(layer)`` has the keys and values to attend.
@@ -204,7 +219,8 @@ class Chunk:
         return self._append(layer, q, k, v, norms_of(self._cache.spec, q_norm, k_norm, norm, eps))
 
     def kv(self, layer: int) -> KV:
-        """The keys and values that the chunk's queries may see in one layer, after its ``append``: views of the valid slots."""
+        """The keys and values that the chunk's queries may see in one layer, after its ``append``: views of
+        the valid slots."""
         self._check_layer("kv", layer)
         if not self._appended[layer]:
             raise argument_error(
@@ -214,18 +230,20 @@ class Chunk:
         return KV(k[:, :tokens], v[:, :tokens], tokens)
 
     def mark_written(self) -> None:
-        """Note that all layers were written by other means: the replay of a captured CUDA graph, or the raw ops on ``plan``."""
+        """Note that all layers were written by other means: the replay of a captured CUDA graph, or the raw
+        ops on ``plan``."""
         self._check_open("mark_written")
         self._appended[:] = [True] * len(self._appended)
         self._evicted[:] = [_DONE] * len(self._evicted)
 
-    # ---- the end ------------------------------------------------------------------------------------------------------------
+    # ---- the end -------------------------------------------------------------------------------------------
     def commit(self) -> None:
         """End the chunk: its frames belong to the stream.
 
         Raises:
             ArgumentError: layers were not written.
-            NonFiniteError: with ``EMASink(on_nonfinite="raise")``, when leaving frames had tokens that were not finite.
+            NonFiniteError: with ``EMASink(on_nonfinite="raise")``, when leaving frames had tokens that were
+                not finite.
 
         A commit that fails ends the chunk as an exception inside ``with cache.chunk(...)`` does.
         """
@@ -233,7 +251,9 @@ class Chunk:
         try:
             if not all(self._appended):
                 missing = [layer for layer, done in enumerate(self._appended) if not done]
-                raise argument_error(f"{_OP}.commit", "self", "every layer written", f"nothing in layers {missing}")
+                raise argument_error(
+                    f"{_OP}.commit", "self", "every layer written", f"nothing in layers {missing}"
+                )
             self._cache._sink.check_commit(self.plan)
         except BaseException:
             self._fail("a failed commit")
@@ -241,7 +261,8 @@ class Chunk:
         self._cache._close(self, "committed", next_frame=self.plan.t_end)
 
     def rollback(self) -> None:
-        """Return to before the chunk was opened, bit for bit. A chunk that has written needs ``undo=True`` for it."""
+        """Return to before the chunk was opened, bit for bit. A chunk that has written needs ``undo=True``
+        for it."""
         self._check_open("rollback")
         if self.written and not self.undo:
             raise argument_error(
@@ -268,7 +289,7 @@ class Chunk:
         else:
             self._cache._break(self, reason)
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------
+    # ---- inside --------------------------------------------------------------------------------------------
     def _check_open(self, what: str) -> None:
         if self._ended is not None:
             raise argument_error(
@@ -284,7 +305,9 @@ class Chunk:
             self._check_open(what)
         if type(layer) is not int or not 0 <= layer < len(self._appended):
             if not is_integer(layer) or not 0 <= layer < len(self._appended):
-                raise argument_error(f"{_OP}.{what}", "layer", f"a layer 0..{len(self._appended) - 1}", repr(layer))
+                raise argument_error(
+                    f"{_OP}.{what}", "layer", f"a layer 0..{len(self._appended) - 1}", repr(layer)
+                )
 
     def _check_attention(self, q, softmax_scale) -> None:
         """What the attention would refuse after the append has written: both ops or none."""
@@ -298,25 +321,37 @@ class Chunk:
         if softmax_scale is not None and not (
             isinstance(softmax_scale, int | float) and 0 < softmax_scale < float("inf")
         ):
-            raise argument_error(f"{_OP}.attend", "softmax_scale", "a number above 0, or None", repr(softmax_scale))
+            raise argument_error(
+                f"{_OP}.attend", "softmax_scale", "a number above 0, or None", repr(softmax_scale)
+            )
 
     def _is_recomputation(self) -> bool:
-        """Whether this call comes from a backward that the chunk was not opened in: activation checkpointing."""
+        """Whether this call comes from a backward that the chunk was not opened in: activation
+        checkpointing."""
         task = inside_backward()
         return task != -1 and task != self._opened_in
 
     def _options(self, norms: Norms) -> dict:
         plan = self.plan
         return {
-            "slots": plan.slots, "angles": plan.angles, "axes": plan.axes, "layout": self._cache.spec.layout,
-            "q_weight": norms.q_weight, "k_weight": norms.k_weight, "norm": norms.norm, "eps": norms.eps,
-        }  # fmt: skip
+            "slots": plan.slots,
+            "angles": plan.angles,
+            "axes": plan.axes,
+            "layout": self._cache.spec.layout,
+            "q_weight": norms.q_weight,
+            "k_weight": norms.k_weight,
+            "norm": norms.norm,
+            "eps": norms.eps,
+        }
 
     def _evict(self, layer: int, q, k, v, options: dict) -> None:
-        """The layer's first forward. Both ops or none: what would make the append refuse is known before the sink is touched."""
+        """The layer's first forward. Both ops or none: what would make the append refuse is known before the
+        sink is touched."""
         cache = self._cache
         if self._evicted[layer] == _BEGUN:
-            raise argument_error(f"{_OP}.attend", "layer", "a layer whose eviction was not interrupted", layer)
+            raise argument_error(
+                f"{_OP}.attend", "layer", "a layer whose eviction was not interrupted", layer
+            )
         rope_append_check(q, k, v, *cache._slots[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
@@ -337,14 +372,16 @@ class Chunk:
         if past is None:
             if recomputed:
                 raise ArgumentError(
-                    f"rf_kernels.{_OP}.attend: argument `self`: expected a forward under grad before its recomputation, found none "
-                    f"in layer {layer} (checkpoint with use_reentrant=False: a reentrant one runs its forward without grad, and the "
-                    "past that it saw is gone)"
+                    f"rf_kernels.{_OP}.attend: argument `self`: expected a forward under grad before its"
+                    f" recomputation, found none in layer {layer} (checkpoint with use_reentrant=False: a"
+                    " reentrant one runs its forward without grad, and the past that it saw is gone)"
                 )
             with torch.no_grad():
                 if self._evicted[layer] != _DONE:
                     self._evict(
-                        layer, *(x.detach() if isinstance(x, Tensor) else x for x in (q, k, v)), self._options(norms)
+                        layer,
+                        *(x.detach() if isinstance(x, Tensor) else x for x in (q, k, v)),
+                        self._options(norms),
                     )
                 frozen = next(iter(self._pasts.values()), None)
                 past = self._pasts[layer] = Past.of(*cache._slots[layer], plan, cache.spec, frozen)
@@ -354,4 +391,6 @@ class Chunk:
         def written() -> None:
             self._appended[layer] = True
 
-        return attend_with_grad(q, k, v, norms, past, cache._slots[layer], written, softmax_scale, deterministic)
+        return attend_with_grad(
+            q, k, v, norms, past, cache._slots[layer], written, softmax_scale, deterministic
+        )

@@ -1,11 +1,14 @@
-"""``Chunk.attend`` under grad: the values of the ordinary path, and a backward that never reads the live cache.
+"""``Chunk.attend`` under grad: the values of the ordinary path, and a backward that never reads the live
+cache.
 
-The slots of a cache, and the angles of its plan, are rewritten by every chunk that follows; backward, and the recomputation of a
-checkpointed block, may come after that. So what a forward sees of the past is copied once per chunk and layer (``Past``). Every forward
-of the chunk shares the copy; graph and chunk hold it, and the cache does not.
+The slots of a cache, and the angles of its plan, are rewritten by every chunk that follows; backward, and the
+recomputation of a checkpointed block, may come after that. So what a forward sees of the past is copied once
+per chunk and layer (``Past``). Every forward of the chunk shares the copy; graph and chunk hold it, and the
+cache does not.
 
-Saved for backward, per forward and layer: q, k, v, the norm weights, the result and its log-sum-exp. Rotated queries and keys are formed
-again. Per chunk and layer, once: keys and values of the other valid slots. Per chunk, once: its slots and angles.
+Saved for backward, per forward and layer: q, k, v, the norm weights, the result and its log-sum-exp. Rotated
+queries and keys are formed again. Per chunk and layer, once: keys and values of the other valid slots. Per
+chunk, once: its slots and angles.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ def inside_backward() -> int:
 
 
 def snapshot_is_wanted(q, k, v, norms: Norms) -> bool:
-    """Whether a forward with grad mode on will be differentiated, or recomputed: a checkpointed block recomputes all of itself, also
-    parts of it that need no gradient. Its forward is known by the hooks that it puts on saved tensors."""
+    """Whether a forward with grad mode on will be differentiated, or recomputed: a checkpointed block
+    recomputes all of itself, also parts of it that need no gradient. Its forward is known by the hooks that
+    it puts on saved tensors."""
     tensors = (q, k, v, norms.q_weight, norms.k_weight)
     if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return True
@@ -43,8 +47,8 @@ def snapshot_is_wanted(q, k, v, norms: Norms) -> bool:
 class Past:
     """What the forwards of a chunk see beside the chunk itself, in one layer: copies.
 
-    ``k``, ``v``: ``[B, others, H, D]``, the valid slots that are not the chunk's, in the order of the slots. ``pieces``: how own and
-    other slots follow one another (``ChunkPlan.pieces``).
+    ``k``, ``v``: ``[B, others, H, D]``, the valid slots that are not the chunk's, in the order of the slots.
+    ``pieces``: how own and other slots follow one another (``ChunkPlan.pieces``).
     """
 
     k: Tensor
@@ -59,7 +63,8 @@ class Past:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, plan: ChunkPlan, spec: CacheSpec, chunk: Past | None) -> Past:
-        """Taken after the layer's eviction. ``chunk``: the past of another layer, which has the chunk's slots and angles."""
+        """Taken after the layer's eviction. ``chunk``: the past of another layer, which has the chunk's slots
+        and angles."""
         n, pieces, at, runs = spec.frame_tokens, plan.pieces, 0, []
         for own, begin, end in pieces:
             if not own:
@@ -88,24 +93,43 @@ class Past:
 
 
 class _Attend(torch.autograd.Function):
-    """Forward: append and attention on the live slots, or, in a recomputation, on a copy put together from the past."""
+    """Forward: append and attention on the live slots, or, in a recomputation, on a copy put together from
+    the past."""
 
     @staticmethod
-    def forward(ctx, q, k, v, q_weight, k_weight, norm, eps, past, slots, written, softmax_scale, deterministic):
+    def forward(
+        ctx, q, k, v, q_weight, k_weight, norm, eps, past, slots, written, softmax_scale, deterministic
+    ):
         k_slots, v_slots = slots or (
             past.joined(past.k, k),
             past.joined(past.v, v),
         )  # the append overwrites what k and v left
         rotated = rope_append(
-            q, k, v, k_slots, v_slots, slots=past.slots, angles=past.angles, axes=past.axes, layout=past.layout,
-            q_weight=q_weight, k_weight=k_weight, norm=norm, eps=eps,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            k_slots,
+            v_slots,
+            slots=past.slots,
+            angles=past.angles,
+            axes=past.axes,
+            layout=past.layout,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            norm=norm,
+            eps=eps,
+        )
         if written is not None:
             written()
         out, lse = sink_window_attention(
-            rotated, k_slots, v_slots, kv_tokens=past.kv_tokens, softmax_scale=softmax_scale, deterministic=deterministic,
+            rotated,
+            k_slots,
+            v_slots,
+            kv_tokens=past.kv_tokens,
+            softmax_scale=softmax_scale,
+            deterministic=deterministic,
             return_lse=True,
-        )  # fmt: skip
+        )
         ctx.save_for_backward(q, k, v, q_weight, k_weight, out, lse, past.k, past.v, past.angles)
         ctx.place = _without_tensors(past)
         ctx.settings = norm, eps, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -126,24 +150,42 @@ class _Attend(torch.autograd.Function):
             common = {"angles": angles, "axes": place.axes, "layout": place.layout, "norm": norm, "eps": eps}
             rotated = [rope(x, weight=w, **common) for x, w in ((q, q_weight), (k, k_weight))]
         grads = ops.sink_window_attention_backward(
-            grad_out, rotated[0].detach(), place.joined(past_k, rotated[1].detach()), place.joined(past_v, v), out, lse,
-            place.kv_tokens, softmax_scale, None, 0, None,
-        )  # fmt: skip
+            grad_out,
+            rotated[0].detach(),
+            place.joined(past_k, rotated[1].detach()),
+            place.joined(past_v, v),
+            out,
+            lse,
+            place.kv_tokens,
+            softmax_scale,
+            None,
+            0,
+            None,
+        )
         dv = place.own(grads[2]) if needed[2] else None
-        pairs = [(y, g) for y, g in zip(rotated, (grads[0], place.own(grads[1])), strict=True) if y.requires_grad]
+        pairs = [
+            (y, g) for y, g in zip(rotated, (grads[0], place.own(grads[1])), strict=True) if y.requires_grad
+        ]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs]) if wanted else ())
-        dq, dk, dq_weight, dk_weight = (next(found) if t is not None and t.requires_grad else None for t in leaves)
+        found = iter(
+            torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs]) if wanted else ()
+        )
+        dq, dk, dq_weight, dk_weight = (
+            next(found) if t is not None and t.requires_grad else None for t in leaves
+        )
         return dq, dk, dv, dq_weight, dk_weight, *[None] * 7
 
 
 def _without_tensors(past: Past) -> Past:
     """The numbers of a past: its tensors are the graph's to keep and to free, not the node's."""
-    return Past(None, None, None, None, past.axes, past.layout, past.pieces, past.frame_tokens, past.kv_tokens)
+    return Past(
+        None, None, None, None, past.axes, past.layout, past.pieces, past.frame_tokens, past.kv_tokens
+    )
 
 
 def attend_with_grad(q, k, v, norms, past, slots, written, softmax_scale, deterministic) -> Tensor:
-    """``slots``: the layer's keys and values, and ``written`` is called when they are; both None in a recomputation."""
+    """``slots``: the layer's keys and values, and ``written`` is called when they are; both None in a
+    recomputation."""
     return _Attend.apply(
         q,
         k,

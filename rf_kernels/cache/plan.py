@@ -1,10 +1,10 @@
 """Geometry of a cache and of its chunks, computed on the host from integers that the host already knows.
 
-The arithmetic of slots and positions is here, in one place, in plain integers. Notation: S sink frames, W window frames,
-L = S + W, n tokens a frame; a chunk is the frames [t_begin, t_end) of the stream.
+The arithmetic of slots and positions is here, in one place, in plain integers. Notation: S sink frames, W
+window frames, L = S + W, n tokens a frame; a chunk is the frames [t_begin, t_end) of the stream.
 
 - slot of frame f:      f while f < S, then S + (f - S) mod W              (nothing in the cache moves)
-- attended prefix:      min(t_end, L) * n tokens                            (softmax does not care about the order of keys)
+- attended prefix:      min(t_end, L) * n tokens         (softmax does not care about the order of keys)
 - frames that leave:    e = f - W for every new frame f >= L: the slot that e leaves is the slot that f takes
 - position shift of the sink:  max(0, t_end - L): seen from the window, sink frame j stays at distance L - j
   (Reward Forcing, arXiv 2512.04678, gives the sink positions 0..S-1 and the window the positions that follow)
@@ -32,13 +32,16 @@ class CacheSpec:
     """What a cache is made for. Checked when it is written down.
 
     Args:
-        layers, batch, heads, head_dim: as in the model (``heads`` are key/value heads; queries may have a multiple of them).
+        layers, batch, heads, head_dim: as in the model (``heads`` are key/value heads; queries may have a
+            multiple of them).
         grid: tokens of a frame along its spatial axes, e.g. ``(30, 52)``; n = their product.
-        sink_frames, window_frames: S and W in latent frames; sink and window together are what a query sees (L = S + W).
-        rope: positions of ``(frame, *grid)``, ``RoPE3D.wan(head_dim)`` for Wan; None for keys without positions.
+        sink_frames, window_frames: S and W in latent frames; sink and window together are what a query sees
+            (L = S + W).
+        rope: positions of ``(frame, *grid)``, ``RoPE3D.wan(head_dim)`` for Wan; None for keys without
+            positions.
         dtype, device: of keys and values.
-        undo_frames: frames of the largest chunk that ``chunk(frames, undo=True)`` may be asked for (its save area is allocated with
-            the cache).
+        undo_frames: frames of the largest chunk that ``chunk(frames, undo=True)`` may be asked for (its save
+            area is allocated with the cache).
     """
 
     layers: int
@@ -89,7 +92,9 @@ class CacheSpec:
             if not isinstance(rope, RoPE):
                 raise argument_error(op, "rope", "a RoPE or None", repr(rope))
             if len(rope.pairs) != 1 + len(grid):
-                raise argument_error(op, "rope", f"{1 + len(grid)} axes (frame, *grid)", f"{len(rope.pairs)} axes")
+                raise argument_error(
+                    op, "rope", f"{1 + len(grid)} axes (frame, *grid)", f"{len(rope.pairs)} axes"
+                )
             if rope.temporal_axis not in (0, None) or (rope.temporal_axis is None and rope.pairs[0]):
                 raise argument_error(op, "rope", "temporal_axis 0, or None with pairs[0] = 0", rope)
             if rope.rotated_dims > self.head_dim:
@@ -112,7 +117,8 @@ class CacheSpec:
             object.__setattr__(self, name, value)
 
     def zeros(self, tokens: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``[layers, B, tokens, H, D]`` of zeros on the device, of the cache's dtype unless another is named."""
+        """``[layers, B, tokens, H, D]`` of zeros on the device, of the cache's dtype unless another is
+        named."""
         size = (self.layers, self.batch, tokens, self.heads, self.head_dim)
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
@@ -137,14 +143,17 @@ class Ring:
 
     def leaving(self, t_begin: int, t_end: int) -> range:
         """Frames that leave the window when the chunk [t_begin, t_end) comes in, ascending."""
-        return range(max(t_begin, self.length) - self.window_frames, max(t_end, self.length) - self.window_frames)
+        return range(
+            max(t_begin, self.length) - self.window_frames, max(t_end, self.length) - self.window_frames
+        )
 
     def shift(self, t_end: int) -> int:
         """Frames by which the sink's positions have moved when the newest frame is t_end - 1."""
         return max(0, t_end - self.length)
 
     def held(self, t_end: int) -> list[int]:
-        """Frames of the stream whose own keys and values are in the cache, ascending (sink frames: as they were absorbed into)."""
+        """Frames of the stream whose own keys and values are in the cache, ascending (sink frames: as they
+        were absorbed into)."""
         first = min(t_end, self.sink_frames)
         return [*range(first), *range(max(first, t_end - self.window_frames), t_end)]
 
@@ -165,11 +174,12 @@ class Ring:
 class ChunkPlan:
     """What one chunk does, as its ops take it. ``chunk.plan``; the same for every forward of the chunk.
 
-    Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens`` (length of the valid prefix
-    to attend), ``shift`` (frames by which the sink's positions have moved), ``leaving`` (frames that leave the window), ``sources``
-    (for each sink frame those that it absorbs; None when the sink has nothing to do), ``first`` (no frame has left before).
-    Device tensors, read by the ops, rewritten when the next chunk opens: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``,
-    ``schedule`` int32 [S, 2 + E] and ``turns`` [S, E + 1, nt, 2] (None when the sink has nothing to do).
+    Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens``
+    (length of the valid prefix to attend), ``shift`` (frames by which the sink's positions have moved),
+    ``leaving`` (frames that leave the window), ``sources`` (for each sink frame those that it absorbs; None
+    when the sink has nothing to do), ``first`` (no frame has left before). Device tensors, read by the ops,
+    rewritten when the next chunk opens: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``, ``schedule``
+    int32 [S, 2 + E] and ``turns`` [S, E + 1, nt, 2] (None when the sink has nothing to do).
     """
 
     ring: Ring
@@ -191,13 +201,14 @@ class ChunkPlan:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first chunk that makes a frame leave: the sink's state is then taken from its slots."""
+        """Whether this is the first chunk that makes a frame leave. The sink's state is then taken from its
+        slots."""
         return self.t_begin <= self.ring.length < self.t_end
 
     @property
     def pieces(self) -> list[tuple[bool, int, int]]:
-        """The valid slots in order, as runs of (the chunk's own?, first frame, one past the last), frames counted among the chunk's
-        own and among the others."""
+        """The valid slots in order, as runs of (the chunk's own?, first frame, one past the last), frames
+        counted among the chunk's own and among the others."""
         place = {self.ring.slot(f): i for i, f in enumerate(range(self.t_begin, self.t_end))}
         runs, others = [], 0
         for slot in range(min(self.t_end, self.ring.length)):
@@ -212,10 +223,12 @@ class ChunkPlan:
 
 
 class PlanBuffers:
-    """The device tensors of a cache's plans: allocated once, rewritten by every ``begin`` with two small copies.
+    """The device tensors of a cache's plans: allocated once, rewritten by every ``begin`` with two small
+    copies.
 
-    Layout of the float buffer (rows of (cos, sin)): spatial axes of the grid, never rewritten; then the temporal axis of a chunk;
-    then the turns of the sink. One buffer serves all chunks, so a captured CUDA graph reads each chunk's plan at the same address.
+    Layout of the float buffer (rows of (cos, sin)): spatial axes of the grid, never rewritten; then the
+    temporal axis of a chunk; then the turns of the sink. One buffer serves all chunks, so a captured CUDA
+    graph reads each chunk's plan at the same address.
     """
 
     def __init__(self, spec: CacheSpec, max_sources: int):
@@ -235,8 +248,8 @@ class PlanBuffers:
         on_host = device.type in ("cpu", "meta")
         self.ints = torch.zeros(ring.length + S * (2 + E), dtype=torch.int32, device=device)
         self.floats = torch.zeros(max(rows, 1), 2, dtype=dtype, device=device)
-        # Host images. On the CPU the kernels read them directly. For a GPU they are pinned and used in turn, each guarded by an
-        # event, so that an upload still under way is never overwritten.
+        # Host images. On the CPU the kernels read them directly. For a GPU they are pinned and used in turn,
+        # each guarded by an event, so that an upload still under way is never overwritten.
         self._stages = [self._stage(device) for _ in range(1 if on_host else 2)]
         self._turn = 0
         if rope is not None and device.type != "meta":
@@ -251,7 +264,9 @@ class PlanBuffers:
         if device.type in ("cpu", "meta"):
             on_host = {"ints": self.ints, "floats": self.floats}
             if device.type == "meta":
-                on_host = {name: torch.zeros(t.shape, dtype=t.dtype, device="cpu") for name, t in on_host.items()}
+                on_host = {
+                    name: torch.zeros(t.shape, dtype=t.dtype, device="cpu") for name, t in on_host.items()
+                }
             return on_host | {"event": None}
         pinned = {"device": "cpu", "pin_memory": True}
         return {
@@ -261,11 +276,16 @@ class PlanBuffers:
         }
 
     def views(self, frames):
-        """(slots, angles, axes, schedule, turns) for a chunk of so many frames: views of the buffers, made once per length."""
+        """(slots, angles, axes, schedule, turns) for a chunk of so many frames: views of the buffers, made
+        once per length."""
         if frames not in self._views:
             S, E, nt = self.ring.sink_frames, self.max_sources, self._pairs_t
             schedule = self.ints[self.ring.length :].view(S, 2 + E) if S else None
-            turns = self.floats[self._turn_row : self._turn_row + S * (E + 1) * nt].view(S, E + 1, nt, 2) if S else None
+            turns = (
+                self.floats[self._turn_row : self._turn_row + S * (E + 1) * nt].view(S, E + 1, nt, 2)
+                if S
+                else None
+            )
             angles, axes = None, []
             if self.rope is not None:
                 end = self._temporal_row + frames * self._pairs_t
@@ -301,7 +321,8 @@ class PlanBuffers:
                     if frames:
                         turns[j, : len(frames)] = rope.temporal_table([j - e for e in frames])
         if stage["event"] is None:
-            # Written through numpy, which autograd does not see: a graph that has saved such a view must find out.
+            # Written through numpy, which autograd does not see: a graph that has saved such a view must find
+            # out.
             for tensor in (self.ints, self.floats):
                 if not tensor.is_inference():
                     torch.autograd.graph.increment_version(tensor)

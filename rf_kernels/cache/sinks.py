@@ -1,8 +1,10 @@
-"""Sink policies: what a cache does with the frames that leave its window, and with its sink frames. One class pair a policy.
+"""Sink policies: what a cache does with the frames that leave its window, and with its sink frames. One class
+pair a policy.
 
-A policy is two objects. The *policy* (``SinkPolicy``) is what a user writes down: a frozen value of settings without tensors, which may
-serve any number of caches. ``policy.bind(spec)`` gives the *state* (``SinkState``) of one cache: the tensors that the sink keeps beside
-the slots, and the rules that act on them. The cache asks the state and knows no policy by name; docs/sinks.md writes a new one.
+A policy is two objects. The *policy* (``SinkPolicy``) is what a user writes down: a frozen value of settings
+without tensors, which may serve any number of caches. ``policy.bind(spec)`` gives the *state* (``SinkState``)
+of one cache: the tensors that the sink keeps beside the slots, and the rules that act on them. The cache asks
+the state and knows no policy by name; docs/sinks.md writes a new one.
 """
 
 from __future__ import annotations
@@ -32,42 +34,50 @@ class SinkPolicy:
     """Base of the policies. Subclass it as a frozen dataclass of plain settings, and implement ``bind``.
 
     Attributes:
-        rephase: whether the sink's positions move along with the window, so that it keeps its distance to the newest frame.
+        rephase: whether the sink's positions move along with the window, so that it keeps its distance to the
+            newest frame.
     """
 
     rephase = False
 
     def bind(self, spec: CacheSpec) -> SinkState:
-        """The state of one cache, zeroed. Raises ``ArgumentError`` where the policy cannot serve such a cache."""
+        """The state of one cache, zeroed. Raises ``ArgumentError`` where the policy cannot serve such a
+        cache."""
         raise NotImplementedError(f"{type(self).__name__}.bind")
 
     def identity(self) -> dict:
-        """What a saved stream must share with the policy that continues it, in JSON types. By default: the class and its fields."""
+        """What a saved stream must share with the policy that continues it, in JSON types. By default: the
+        class and its fields."""
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         return {"policy": type(self).__qualname__, **{f.name: _plain(getattr(self, f.name)) for f in fields}}
 
 
 class SinkState:
-    """What one cache keeps for its sink, and the rules that act on it. Base of all states; by itself: a sink that is never touched.
+    """What one cache keeps for its sink, and the rules that act on it. Base of all states; by itself: a sink
+    that is never touched.
 
     Args:
         policy, spec: the settings, and the cache they are bound to.
 
     Attributes:
-        tensors: everything that ``evict`` mutates, by name; the layers are the first dimension. The cache saves, loads, zeroes and
-            counts these, and takes them back in a rollback. Add to it with ``allocate``.
-        max_sources: most frames that one sink frame absorbs in a chunk. The schedule of a chunk has room for so many.
+        tensors: everything that ``evict`` mutates, by name; the layers are the first dimension. The cache
+            saves, loads, zeroes and counts these, and takes them back in a rollback. Add to it with
+            ``allocate``.
+        max_sources: most frames that one sink frame absorbs in a chunk. The schedule of a chunk has room for
+            so many.
     """
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
         self.policy, self.spec = policy, spec
         self.tensors: dict[str, Tensor] = {}
         self.max_sources = spec.window_frames if spec.sink_frames else 0
-        #: Whether keys turn at all when the sink moves: without temporal positions re-phasing is the identity.
+        #: Whether keys turn at all when the sink moves. Without temporal positions re-phasing is the
+        #: identity.
         self.turns = policy.rephase and spec.rope is not None and spec.rope.temporal_pairs > 0
 
     def allocate(self, name: str, dtype: torch.dtype | None = None, tokens: int | None = None) -> Tensor:
-        """A zeroed tensor ``[layers, B, tokens, H, D]`` of the state; by default of the sink's tokens and the cache's dtype."""
+        """A zeroed tensor ``[layers, B, tokens, H, D]`` of the state; by default of the sink's tokens and the
+        cache's dtype."""
         spec = self.spec
         tokens = spec.sink_frames * spec.frame_tokens if tokens is None else tokens
         self.tensors[name] = spec.zeros(tokens, dtype)
@@ -76,39 +86,43 @@ class SinkState:
     def sources(self, leaving: range) -> list[list[int]] | None:
         """For each sink frame, the leaving frames that it absorbs, in order. Called when a chunk opens.
 
-        Empty lists: nothing is absorbed, but ``evict`` is called (to re-phase the keys). None: ``evict`` is not called in this chunk.
-        ``leaving`` may be empty.
+        Empty lists: nothing is absorbed, but ``evict`` is called (to re-phase the keys). None: ``evict`` is
+        not called in this chunk. ``leaving`` may be empty.
         """
         return None
 
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: ChunkPlan) -> None:
         """Rewrite the sink of one layer in place: absorb ``plan.sources``, turn the keys by ``plan.shift``.
 
-        Called once per chunk and layer, before the chunk's own keys are written, without grad. It may write the sink's slots and
-        ``tensors[...][layer]``, and nothing else. It must not read a device value back.
+        Called once per chunk and layer, before the chunk's own keys are written, without grad. It may write
+        the sink's slots and ``tensors[...][layer]``, and nothing else. It must not read a device value back.
 
         Args:
-            k, v: the layer's slots ``[B, L * n, H, D]``; frame ``f`` of the stream is in slot ``plan.ring.slot(f)``.
-            plan: what the chunk does; ``plan.first`` says that no frame has left before, so that slots and state are to be united;
-                ``plan.turns`` has the rotations.
+            k, v: the layer's slots ``[B, L * n, H, D]``; frame ``f`` of the stream is in slot
+                ``plan.ring.slot(f)``.
+            plan: what the chunk does; ``plan.first`` says that no frame has left before, so that slots and
+                state are to be united; ``plan.turns`` has the rotations.
         """
         raise NotImplementedError(f"{type(self).__name__}.evict")
 
     def check_commit(self, plan: ChunkPlan) -> None:
-        """Called when a chunk is about to be committed; an exception here ends the chunk as any other does."""
+        """Called when a chunk is about to be committed; an exception here ends the chunk as any other
+        does."""
 
     @property
     def skipped_tokens(self) -> Tensor:
-        """``int64 [layers]``: tokens of leaving frames that were not absorbed because they were not finite."""
+        """``int64 [layers]``: tokens of leaving frames that were not absorbed because they were not
+        finite."""
         return torch.zeros(self.spec.layers, dtype=torch.int64, device=self.spec.device)
 
     def keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The average as the state holds it, ``[B, S * n, H, D]`` in the widest dtype at hand, for inspection; ``k``, ``v``: the
-        sink's slots."""
+        """The average as the state holds it, ``[B, S * n, H, D]`` in the widest dtype at hand, for
+        inspection; ``k``, ``v``: the sink's slots."""
         return k, v
 
     def turned(self, keys: Tensor, table: Tensor) -> Tensor:
-        """Keys ``[..., D]`` with their temporal pairs turned by ``table`` ``[nt, 2]`` (cos, sin), as ``plan.turns[j, i]`` has them."""
+        """Keys ``[..., D]`` with their temporal pairs turned by ``table`` ``[nt, 2]`` (cos, sin), as
+        ``plan.turns[j, i]`` has them."""
         if table.shape[0] == 0:
             return keys
         x0, y0, step = self.spec.temporal_dims
@@ -127,7 +141,9 @@ class NoSink(SinkPolicy):
 
     def bind(self, spec: CacheSpec) -> SinkState:
         if spec.sink_frames:
-            raise argument_error("SinkWindowCache", "sink", f"a policy for {spec.sink_frames} sink frames", "NoSink()")
+            raise argument_error(
+                "SinkWindowCache", "sink", f"a policy for {spec.sink_frames} sink frames", "NoSink()"
+            )
         return SinkState(self, spec)
 
 
@@ -136,7 +152,8 @@ class StaticSink(SinkPolicy):
     """The first frames stay as they are.
 
     Args:
-        rephase: True keeps their distance to the window (their keys are turned); False (default) keeps their absolute positions.
+        rephase: True keeps their distance to the window (their keys are turned); False (default) keeps their
+            absolute positions.
     """
 
     rephase: bool = False
@@ -150,20 +167,23 @@ class StaticSink(SinkPolicy):
 
 @dataclasses.dataclass(frozen=True)
 class EMASink(SinkPolicy):
-    """Frames that leave the window are absorbed by exponential moving average (Reward Forcing, arXiv 2512.04678, eq. 4-7):
-    ``sink <- alpha * sink + (1 - alpha) * evicted``, keys and values alike, token by token. Of S sink frames, frame
-    ``(e - S) mod S`` absorbs frame ``e`` of the stream.
+    """Frames that leave the window are absorbed by exponential moving average (Reward Forcing, arXiv
+    2512.04678, eq. 4-7): ``sink <- alpha * sink + (1 - alpha) * evicted``, keys and values alike, token by
+    token. Of S sink frames, frame ``(e - S) mod S`` absorbs frame ``e`` of the stream.
 
     Args:
-        alpha: in [0, 1]; a number, one per sink frame ``[S]``, or one per sink frame and token ``[S, n]``: nested sequences or a
-            tensor, of which a copy is kept.
-        state: precision of the average. "compensated" (default): a hi + lo pair in the cache's dtype; "float32"; "published": the
-            cache's dtype alone, each product and the sum rounded, as the published code does. A float32 or float64 cache keeps its
-            state in its own dtype, whichever is named.
+        alpha: in [0, 1]; a number, one per sink frame ``[S]``, or one per sink frame and token ``[S, n]``:
+            nested sequences or a tensor, of which a copy is kept.
+        state: precision of the average. "compensated" (default): a hi + lo pair in the cache's dtype;
+            "float32"; "published": the cache's dtype alone, each product and the sum rounded, as the
+            published code does. A float32 or float64 cache keeps its state in its own dtype, whichever is
+            named.
         held: sink frames that absorb nothing (they are re-phased only).
-        on_nonfinite: a token of a leaving frame with a NaN or an infinity anywhere in its K or V is fused in neither and counted
-            ("skip"); fused all the same ("propagate"); or skipped, and the commit raises ("raise": the only mode that synchronises).
-        rephase: True (default, as published): the sink's positions move along with the window. False: they are absolute.
+        on_nonfinite: a token of a leaving frame with a NaN or an infinity anywhere in its K or V is fused in
+            neither and counted ("skip"); fused all the same ("propagate"); or skipped, and the commit raises
+            ("raise": the only mode that synchronises).
+        rephase: True (default, as published): the sink's positions move along with the window. False: they
+            are absolute.
     """
 
     alpha: float | Sequence = 0.999
@@ -179,7 +199,8 @@ class EMASink(SinkPolicy):
         if not isinstance(self.held, tuple | list) or not all(map(_is_integer, self.held)):
             raise argument_error("EMASink", "held", "a tuple of sink frames", repr(self.held))
         try:
-            # Host tensors name their device throughout: a model is often built under torch.device("meta") or a default device.
+            # Host tensors name their device throughout: a model is often built under torch.device("meta") or
+            # a default device.
             alpha = torch.as_tensor(self.alpha, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise argument_error(
@@ -187,7 +208,8 @@ class EMASink(SinkPolicy):
             ) from None
         if not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise argument_error("EMASink", "alpha", "values in [0, 1]", self.alpha)
-        # Frozen all the way down: what the caller does to a list or tensor afterwards must not change a stream half way.
+        # Frozen all the way down: what the caller does to a list or tensor afterwards must not change a
+        # stream half way.
         object.__setattr__(self, "alpha", _frozen(alpha.tolist()))
         object.__setattr__(self, "held", tuple(self.held))
 
@@ -196,8 +218,8 @@ class EMASink(SinkPolicy):
 
 
 class _Rephased(SinkState):
-    """What static and averaging sinks share: the keys' state at the temporal phase of their own slots, fused and turned by
-    ``ema_evict``."""
+    """What static and averaging sinks share: the keys' state at the temporal phase of their own slots, fused
+    and turned by ``ema_evict``."""
 
     precision, alpha = "published", 1.0
     skipped: Tensor | None = None
@@ -298,8 +320,8 @@ class _EMAState(_Rephased):
         # A chunk that is committed has skipped nothing in this mode, so the count is this chunk's.
         if skipped := int(self.tensors["skipped"].sum()):
             raise NonFiniteError(
-                f"rf_kernels.SinkWindowCache: {skipped} tokens of the frames {list(plan.leaving)} that left the window were not "
-                "finite; they were not fused into the sink"
+                f"rf_kernels.SinkWindowCache: {skipped} tokens of the frames {list(plan.leaving)} that left"
+                " the window were not finite; they were not fused into the sink"
             )
 
 

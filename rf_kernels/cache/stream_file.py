@@ -31,7 +31,9 @@ def identity_of(cache: SinkWindowCache) -> dict:
         "window_frames": spec.window_frames,
         "dtype": str(spec.dtype).removeprefix("torch."),
         "sink": cache.sink.identity(),
-        "rope": None if rope is None else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis],
+        "rope": None
+        if rope is None
+        else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis],
     }
 
 
@@ -43,7 +45,9 @@ def _parts(cache: SinkWindowCache, next_frame: int) -> dict[str, Tensor]:
 
 
 def state_of(cache: SinkWindowCache) -> dict:
-    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, cache.next_frame).items()}
+    tensors = {
+        n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, cache.next_frame).items()
+    }
     return {"meta": identity_of(cache) | {"next_frame": cache.next_frame}, "tensors": tensors}
 
 
@@ -88,10 +92,15 @@ def to_bytes(state: dict) -> dict:
 def from_bytes(state: dict) -> dict:
     def unpacked(dtype: torch.dtype, shape: torch.Size, data: bytes) -> Tensor:
         return (
-            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
+            torch.frombuffer(bytearray(data), dtype=dtype)
+            if data
+            else torch.empty(0, dtype=dtype, device="cpu")
         ).reshape(shape)
 
-    return {"meta": state["meta"], "tensors": {name: unpacked(*packed) for name, packed in state["tensors"].items()}}
+    return {
+        "meta": state["meta"],
+        "tensors": {name: unpacked(*packed) for name, packed in state["tensors"].items()},
+    }
 
 
 def _path(op: str, path) -> str:
@@ -116,7 +125,8 @@ def read(cache: SinkWindowCache, path) -> dict:
     op = f"{_OP}.load"
     path = _path(op, path)
     try:
-        # What the parser builds from a header is many times its size: only one as long as ours is given to it.
+        # What the parser builds from a header is many times its size: only one as long as ours is given to
+        # it.
         with open(path, "rb") as file:
             claimed = int.from_bytes(file.read(8), "little")
         limit = 4096 + 4 * len(json.dumps(identity_of(cache)))

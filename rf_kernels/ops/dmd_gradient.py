@@ -1,4 +1,5 @@
-"""dmd_gradient, dmd_loss, reward_weight: the distribution-matching gradient with guidance, reward weight, mask and NaN rule."""
+"""dmd_gradient, dmd_loss, reward_weight: the distribution-matching gradient with guidance, reward weight,
+mask and NaN rule."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 class DMDAux(NamedTuple):
-    """What the launch knows besides the gradient; all on the device, float32 (float64 for float64 ``x``), no host read."""
+    """What the launch knows besides the gradient; all on the device, float32 (float64 for float64 ``x``), no
+    host read."""
 
     loss: Tensor
     """[] sum(w m d^2) / (2 N)."""
@@ -34,11 +36,14 @@ class DMDAux(NamedTuple):
 def reward_weight(r: Tensor, beta: float) -> Tensor:
     """exp(beta r): the weight of Re-DMD (Reward Forcing, arXiv 2512.04678, eq. 11), for ``weight=``.
 
-    ``r``: rewards, any shape that ``weight`` takes ([B] for one reward per sample). The result is float32 (float64 for float64
-    ``r``) and carries no gradient. In the paper's notation ``beta`` here is 1 / beta there.
+    ``r``: rewards, any shape that ``weight`` takes ([B] for one reward per sample). The result is float32
+    (float64 for float64 ``r``) and carries no gradient. In the paper's notation ``beta`` here is 1 / beta
+    there.
     """
     if not isinstance(r, Tensor) or not r.is_floating_point():
-        raise argument_error("reward_weight", "r", "a floating-point tensor", getattr(r, "dtype", type(r).__name__))
+        raise argument_error(
+            "reward_weight", "r", "a floating-point tensor", getattr(r, "dtype", type(r).__name__)
+        )
     beta = number("reward_weight", "beta", beta)
     if not math.isfinite(beta):
         raise argument_error("reward_weight", "beta", "a finite number", beta)
@@ -51,15 +56,16 @@ class DMDOptions:
     """How ``dmd_gradient`` and ``dmd_loss`` compute what their tensors do not say.
 
     Args:
-        guidance: "self_forcing": v = c + s (c - u), none at s = 0 (CausVid, Self-Forcing, Reward Forcing; their 3.0 is 4.0 of the
-            other). "dmd2": v = u + s (c - u), none at s = 1.
+        guidance: "self_forcing": v = c + s (c - u), none at s = 0 (CausVid, Self-Forcing, Reward Forcing;
+            their 3.0 is 4.0 of the other). "dmd2": v = u + s (c - u), none at s = 1.
         normalize, eps: False divides by 1 (``x`` is then not read). A sample whose divisor is 0 has d = 0.
-        nan: "sample" (default): a sample whose d (or weight) is not finite in every element, in the predictions' dtype, gets
-            gradient 0 and is counted in ``dropped``; N does not change. "published": NaN -> 0, +-inf -> the largest finite
-            number of the predictions' dtype, element by element, a zero divisor included (the loss may then overflow).
-            "raise": an ArgumentError instead of a dropped sample; the only mode that waits for the device.
-        reduction: "mean": divided by N, the selected elements of the whole batch. "sum", "none": the divisor N is 1, the
-            gradient is w m d ("none" for ``dmd_gradient`` alone).
+        nan: "sample" (default): a sample whose d (or weight) is not finite in every element, in the
+            predictions' dtype, gets gradient 0 and is counted in ``dropped``; N does not change. "published":
+            NaN -> 0, +-inf -> the largest finite number of the predictions' dtype, element by element, a zero
+            divisor included (the loss may then overflow). "raise": an ArgumentError instead of a dropped
+            sample; the only mode that waits for the device.
+        reduction: "mean": divided by N, the selected elements of the whole batch. "sum", "none": the divisor
+            N is 1, the gradient is w m d ("none" for ``dmd_gradient`` alone).
     """
 
     guidance: str = "self_forcing"
@@ -97,36 +103,40 @@ def dmd_gradient(
     options: DMDOptions = _DEFAULT,
     return_aux: bool = False,
 ):
-    """Gradient of the distribution-matching loss on the generator's output ``x`` (DMD, arXiv 2311.18828, eq. 7-8; Re-DMD, arXiv
-    2512.04678, eq. 11)::
+    """Gradient of the distribution-matching loss on the generator's output ``x`` (DMD, arXiv 2311.18828, eq.
+    7-8; Re-DMD, arXiv 2512.04678, eq. 11)::
 
         real = c + g (c - u), fake likewise;     g = s ("self_forcing"), s - 1 ("dmd2": real = u + s (c - u))
-        d    = (fake - real) / (mean|x - real| + eps), the mean over all elements of the sample, then the NaN rule
+        d    = (fake - real) / (mean|x - real| + eps), the mean over the sample's elements, then the NaN rule
         gradient = w m d / N,     loss = sum(w m d^2) / (2 N),     N = selected elements of the whole batch
 
     Args:
         x: [B, ...] generator output (video latents [B, F, C, H, W]), float64, float32, bfloat16 or float16.
-        fake, real: conditional predictions of the fake and the real score, shape of ``x``, dtype of ``x`` or float32 (one dtype
-            for all predictions and ``x_t``).
+        fake, real: conditional predictions of the fake and the real score, shape of ``x``, dtype of ``x`` or
+            float32 (one dtype for all predictions and ``x_t``).
         fake_uncond, real_uncond: unconditional predictions. Not read where g = 0.
         fake_guidance, real_guidance: the scale s of the convention; default: no guidance.
-        weight: [B], [B, F], or as many dimensions as ``x`` (size 1 broadcasts); used in float32 (float64 for float64 ``x``).
-            See ``reward_weight``.
-        mask: bool, shapes as ``weight``; True selects. It acts on gradient, loss and N, not on the normaliser.
-        x_t, sigma: where the predictions are flows, x0 = x_t - sigma * prediction for each of them: the noisy input [B, ...] and
-            its noise level, [B] or [B, F]. Without them the predictions are x0.
+        weight: [B], [B, F], or as many dimensions as ``x`` (size 1 broadcasts); used in float32 (float64 for
+            float64 ``x``). See ``reward_weight``.
+        mask: bool, shapes as ``weight``; True selects. It acts on gradient, loss and N, not on the
+            normaliser.
+        x_t, sigma: where the predictions are flows, x0 = x_t - sigma * prediction for each of them: the noisy
+            input [B, ...] and its noise level, [B] or [B, F]. Without them the predictions are x0.
         options: a ``DMDOptions``: convention of guidance, normaliser, NaN rule, reduction.
         return_aux: also return a ``DMDAux``.
 
     Returns:
-        gradient, shape and dtype of ``x``, without graph; or (gradient, DMDAux). N = 0: gradient and loss are 0.
+        gradient, shape and dtype of ``x``, without graph; or (gradient, DMDAux). N = 0: gradient and loss are
+        0.
 
-    Arithmetic is float32 (float64 for float64 ``x``); sums have two levels, fixed tiles in float32 (the normaliser's in float64)
-    and their sums in float64, so results do not depend on threads, and norms and ``reduction="none"`` not on the other samples.
-    Nothing is mutated. Inputs that are not contiguous are copied. Raises ArgumentError for a wrong call, before anything is
-    computed.
+    Arithmetic is float32 (float64 for float64 ``x``); sums have two levels, fixed tiles in float32 (the
+    normaliser's in float64) and their sums in float64, so results do not depend on threads, and norms and
+    ``reduction="none"`` not on the other samples. Nothing is mutated. Inputs that are not contiguous are
+    copied. Raises ArgumentError for a wrong call, before anything is computed.
     """
-    inputs = _Inputs(x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma)
+    inputs = _Inputs(
+        x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma
+    )
     with torch.no_grad():
         gradient, *aux = _launch(inputs, options, scale_gradient=True)
     return (gradient, DMDAux(*aux)) if flag(_OP, "return_aux", return_aux) else gradient
@@ -153,14 +163,17 @@ def dmd_loss(
 
         loss = sum( w m (x - stop(x - d))^2 ) / (2 N)        d loss / d x = w m d / N
 
-    Arguments as in ``dmd_gradient`` (same launch; loss and gradient come out together, backward is one multiplication); every
-    other argument is a constant of the loss, as its definition says. ``options.reduction``: "mean" or "sum" (N = 1). For float16
-    ``x`` the division by N waits for backward, so that a scaled loss keeps small gradients out of the subnormal range. Returns
-    the loss, [], float32 (float64 for float64 ``x``); or (loss, DMDAux). Differentiating twice raises.
+    Arguments as in ``dmd_gradient`` (same launch; loss and gradient come out together, backward is one
+    multiplication); every other argument is a constant of the loss, as its definition says.
+    ``options.reduction``: "mean" or "sum" (N = 1). For float16 ``x`` the division by N waits for backward, so
+    that a scaled loss keeps small gradients out of the subnormal range. Returns the loss, [], float32
+    (float64 for float64 ``x``); or (loss, DMDAux). Differentiating twice raises.
     """
     if isinstance(options, DMDOptions):
         choice("dmd_loss", "options.reduction", ("mean", "sum"), options.reduction)
-    inputs = _Inputs(x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma)
+    inputs = _Inputs(
+        x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, weight, mask, x_t, sigma
+    )
     constants = _Inputs(x, *(t.detach() if isinstance(t, Tensor) else t for t in inputs[1:]))
     scale_gradient = isinstance(x, Tensor) and x.dtype != torch.float16
     loss, *aux = _launch(constants, options, scale_gradient=scale_gradient)[1:]
@@ -191,7 +204,9 @@ def _coefficient(which, scale, uncond, guidance):
     """The g of c + g (c - u)."""
     if scale is None:
         if uncond is not None:
-            raise argument_error(_OP, which, f"a number, `{which.replace('guidance', 'uncond')}` being given", None)
+            raise argument_error(
+                _OP, which, f"a number, `{which.replace('guidance', 'uncond')}` being given", None
+            )
         return 0.0
     return number(_OP, which, scale) - (1.0 if guidance == "dmd2" else 0.0)
 
@@ -245,7 +260,8 @@ def _fake(x, fake, *arguments):
 
 
 class _Once(torch.autograd.Function):
-    """dx, bound to x and to the gradient of the loss by a node that raises: without it a second derivative of the loss would be 0."""
+    """dx, bound to x and to the gradient of the loss by a node that raises: without it a second derivative of
+    the loss would be 0."""
 
     @staticmethod
     def forward(ctx, dx, grad_loss, x):
@@ -253,7 +269,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError("rf_kernels.dmd_loss: its gradient is not differentiable (no double backward)")
+        raise NotImplementedError(
+            "rf_kernels.dmd_loss: its gradient is not differentiable (no double backward)"
+        )
 
 
 def _setup_context(ctx, inputs, output):

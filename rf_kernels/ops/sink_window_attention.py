@@ -1,4 +1,5 @@
-"""Attention of a chunk's queries over sink and window; and over whole sequences, a sink and a window per chunk."""
+"""Attention of a chunk's queries over sink and window; and over whole sequences, a sink and a window per
+chunk."""
 
 import torch
 
@@ -29,42 +30,50 @@ def sink_window_attention(
         lse[i] = log sum_{j in K(i)} exp(softmax_scale * q[i] . k[j])
         out[i] = sum_{j in K(i)} exp(softmax_scale * q[i] . k[j] - lse[i]) v[j]
 
-    *Dense prefix* (streaming, the default): ``K(i) = [0, kv_tokens)`` for every query. The cache keeps sink and window in one
-    buffer whose valid slots are a prefix, and softmax does not care about the order of keys.
+    *Dense prefix* (streaming, the default): ``K(i) = [0, kv_tokens)`` for every query. The cache keeps sink
+    and window in one buffer whose valid slots are a prefix, and softmax does not care about the order of
+    keys.
 
-    *Whole sequence* (``chunk_ends``; diffusion-forced training): the queries of the chunk that ends at token ``t`` see the
-    sink ``[0, min(S, t))`` and their window ``[max(S, t - W), t)``, with ``S = num_sink_tokens``, ``W = num_window_tokens``. This
-    is what streaming the same sequence with a static sink and absolute positions computes.
+    *Whole sequence* (``chunk_ends``; diffusion-forced training): the queries of the chunk that ends at token
+    ``t`` see the sink ``[0, min(S, t))`` and their window ``[max(S, t - W), t)``, with ``S =
+    num_sink_tokens``, ``W = num_window_tokens``. This is what streaming the same sequence with a static sink
+    and absolute positions computes.
 
     Args:
-        q: queries ``[B, Nq, Hq, D]``; float64, float32, bfloat16 or float16 (float64 on CPU only), ``1 <= D <= 256``.
-        k: keys ``[B, T, Hkv, D]``, ``Hkv`` dividing ``Hq``: query head ``h`` reads key head ``h // (Hq // Hkv)``.
-        v: values, of the shape of ``k``. All three may be strided views with a unit stride in ``D``: nothing is copied.
-        kv_tokens: number of valid tokens at the start of k and v, ``0 .. T``; required without ``chunk_ends``. Tokens behind it
-            are never read and get zero gradient. With 0, ``out`` is 0 and ``lse`` is ``-inf``.
+        q: queries ``[B, Nq, Hq, D]``; float64, float32, bfloat16 or float16 (float64 on CPU only), ``1 <= D
+            <= 256``.
+        k: keys ``[B, T, Hkv, D]``, ``Hkv`` dividing ``Hq``: query head ``h`` reads key head ``h // (Hq //
+            Hkv)``.
+        v: values, of the shape of ``k``. All three may be strided views with a unit stride in ``D``: nothing
+            is copied.
+        kv_tokens: number of valid tokens at the start of k and v, ``0 .. T``; required without
+            ``chunk_ends``. Tokens behind it are never read and get zero gradient. With 0, ``out`` is 0 and
+            ``lse`` is ``-inf``.
         softmax_scale: factor on the logits, above 0 (default ``D ** -0.5``).
         return_lse: also return the log-sum-exp.
         chunk_ends: ends of the chunks in tokens, ascending; the last is ``Nq = T``. Whole-sequence mode.
         num_sink_tokens: ``S`` in tokens, whole-sequence mode only.
-        num_window_tokens: ``W`` in tokens, the chunk itself included; None is unlimited. Whole-sequence mode only.
-        deterministic: on Hopper, cut no tile of queries over several multiprocessors. Every call gives the same bits again
-            either way; with True, a sample's bits depend neither on its neighbours in the batch nor on the GPU's size, at the
-            price of the balanced schedule (docs/sink_window_attention_sm90.md). None: as
-            ``torch.are_deterministic_algorithms_enabled()``. Other backends always behave as with True.
+        num_window_tokens: ``W`` in tokens, the chunk itself included; None is unlimited. Whole-sequence mode
+            only.
+        deterministic: on Hopper, cut no tile of queries over several multiprocessors. Every call gives the
+            same bits again either way; with True, a sample's bits depend neither on its neighbours in the
+            batch nor on the GPU's size, at the price of the balanced schedule
+            (docs/sink_window_attention_sm90.md). None: as ``torch.are_deterministic_algorithms_enabled()``.
+            Other backends always behave as with True.
 
     Returns:
-        ``out [B, Nq, Hq, D]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``, natural logarithm,
-        float32 (float64 for float64 inputs).
+        ``out [B, Nq, Hq, D]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``,
+        natural logarithm, float32 (float64 for float64 inputs).
 
-    Gradients flow to q, k and v in both modes (once: the backward is not differentiable). The LSE is not differentiable.
-    Nothing is mutated; the output never aliases an input. The result of a sample does not depend on its neighbours in the
-    batch (on Hopper: with ``deterministic``), nor on the number of threads.
+    Gradients flow to q, k and v in both modes (once: the backward is not differentiable). The LSE is not
+    differentiable. Nothing is mutated; the output never aliases an input. The result of a sample does not
+    depend on its neighbours in the batch (on Hopper: with ``deterministic``), nor on the number of threads.
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, stride, count or range, before anything is computed.
 
-    Source: Reward Forcing (arXiv 2512.04678), EMA-Sink attention of section 3; the merge of two key sets by their LSE is that of
-    FlashAttention-2 (arXiv 2307.08691, section 3.1).
+    Source: Reward Forcing (arXiv 2512.04678), EMA-Sink attention of section 3; the merge of two key sets by
+    their LSE is that of FlashAttention-2 (arXiv 2307.08691, section 3.1).
     """
     if softmax_scale is None:
         known = isinstance(q, torch.Tensor) and q.dim() > 0 and q.shape[-1] > 0
@@ -153,7 +162,9 @@ def _register_flops(counter) -> None:
         return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens)
 
     @counter.register_flop_formula(ops.sink_window_attention_backward)
-    def backward(grad, q, k, v, out, lse, kv_tokens, scale, ends, sink_tokens, window_tokens, *, out_shape=None) -> int:
+    def backward(
+        grad, q, k, v, out, lse, kv_tokens, scale, ends, sink_tokens, window_tokens, *, out_shape=None
+    ) -> int:
         return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens) * 5 // 2
 
 

@@ -1,1 +1,2 @@
-"""Oracles in plain PyTorch: one module per op, and the published path under ``published``. Imports torch only."""
+"""Oracles in plain PyTorch: one module per op, and the published path under ``published``. Imports torch
+only."""

@@ -1,4 +1,5 @@
-"""Oracle of ``dmd_gradient`` and ``dmd_loss``: the definition in plain PyTorch, in any floating dtype (float64 for tests)."""
+"""Oracle of ``dmd_gradient`` and ``dmd_loss``: the definition in plain PyTorch, in any floating dtype
+(float64 for tests)."""
 
 from typing import NamedTuple
 
@@ -38,9 +39,11 @@ def dmd_gradient(
     reduction="mean",
     limit=None,
 ) -> Result:
-    """As ``rf_kernels.dmd_gradient`` with guidance in the form c + g (c - u), computed in the dtype of the arguments.
+    """As ``rf_kernels.dmd_gradient`` with guidance in the form c + g (c - u), computed in the dtype of the
+    arguments.
 
-    ``limit``: largest finite number of the predictions' dtype, when the arguments are a float64 copy of narrower ones.
+    ``limit``: largest finite number of the predictions' dtype, when the arguments are a float64 copy of
+    narrower ones.
     """
 
     def guided(cond, uncond, g):
@@ -73,20 +76,25 @@ def dmd_gradient(
         bad = ~d.isfinite() | (d.abs() > limit) | ~expand(normalizer, x).isfinite() | ~weight.isfinite()
         dropped = bad.reshape(rows).any(1)
         if nan == "raise" and dropped.any():
-            raise ValueError(f"{int(dropped.sum())} of {len(dropped)} samples with a gradient that is not finite")
+            raise ValueError(
+                f"{int(dropped.sum())} of {len(dropped)} samples with a gradient that is not finite"
+            )
         d = torch.where(expand(dropped, x), torch.zeros_like(d), d)
         weight = torch.where(expand(dropped, x), torch.zeros_like(weight), weight)
 
     divisor = int(mask.sum()) if reduction == "mean" else 1
     scale = 1.0 / divisor if divisor else 0.0
     gradient = torch.where(mask, weight * scale * d, torch.zeros_like(d))
-    per_sample_loss = torch.where(mask, weight * d * d, torch.zeros_like(d)).reshape(rows).sum(1) * (scale / 2)
+    per_sample_loss = torch.where(mask, weight * d * d, torch.zeros_like(d)).reshape(rows).sum(1) * (
+        scale / 2
+    )
     gradient_norm = d.abs().reshape(rows).sum(1) / elements
     return Result(gradient, per_sample_loss.sum(), per_sample_loss, gradient_norm, normalizer, dropped.sum())
 
 
 def surrogate_loss(x, *, target, weight=None, mask=None, reduction="mean"):
-    """sum(w m (x - target)^2) / (2 N) with a constant target: the loss whose value and gradient ``dmd_loss`` has at target = x - d."""
+    """sum(w m (x - target)^2) / (2 N) with a constant target: the loss whose value and gradient ``dmd_loss``
+    has at target = x - d."""
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else expand(mask, x)
     weight = torch.ones_like(x) if weight is None else expand(weight.to(x.dtype), x)
     divisor = int(mask.sum()) if reduction == "mean" else 1

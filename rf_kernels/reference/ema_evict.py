@@ -1,14 +1,16 @@
-"""Oracle of ``ema_evict`` in plain PyTorch: the formula of docs/ema_evict.md, frame by frame, rounded only where a
-state or a slot is stored.
+"""Oracle of ``ema_evict`` in plain PyTorch: the formula of docs/ema_evict.md, frame by frame, rounded only
+where a state or a slot is stored.
 
-Everything between two stored values is float64, save "published", which is the eager arithmetic of the published code.
+Everything between two stored values is float64, save "published", which is the eager arithmetic of the
+published code.
 """
 
 import torch
 
 
 def _turn(x, table, temporal):
-    """R_t on the last dim of ``x`` (float64): pair i, dims (x0 + i*step, y0 + i*step), by table[i] = (cos, sin)."""
+    """R_t on the last dim of ``x`` (float64): pair i, dims (x0 + i*step, y0 + i*step), by table[i] = (cos,
+    sin)."""
     x0, y0, step = temporal
     pairs = table.shape[0]
     if pairs == 0:
@@ -31,7 +33,8 @@ def _split(x, dtype):
 
 
 def _average(state, x, alpha, precision, dtype):
-    """One eviction of a float64 state whose storage is ``precision``; the result is what that storage holds."""
+    """One eviction of a float64 state whose storage is ``precision``; the result is what that storage
+    holds."""
     if precision == "published":
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         keep, take = alpha.to(compute), (1 - alpha).to(compute)
@@ -63,8 +66,8 @@ def ema_evict(
     """Re-phase the sink frames and fuse the frames that leave into them, in place; arguments as
     ``rf_kernels.ema_evict``.
 
-    Source: the recursion of Reward Forcing (arXiv 2512.04678), ``sink <- alpha sink + (1 - alpha) evicted`` on
-    un-rotated keys.
+    Source: the recursion of Reward Forcing (arXiv 2512.04678), ``sink <- alpha sink + (1 - alpha) evicted``
+    on un-rotated keys.
     """
     dtype = k_cache.dtype
     precision = state if dtype in (torch.bfloat16, torch.float16) else "published"

@@ -1,8 +1,8 @@
 """Oracle of ``rope_append`` and ``rope``: RMSNorm, rotation and cache write as separate, plain PyTorch steps.
 
-The formulas are those of the op's page (docs/rope_append.md). Everything is evaluated in the dtype it is given
-(float64 for an oracle), without rounding in between beyond that dtype's own; ``accumulate`` upcasts first and rounds
-once at the end.
+The formulas are those of the op's page (docs/rope_append.md). Everything is evaluated in the dtype it is
+given (float64 for an oracle), without rounding in between beyond that dtype's own; ``accumulate`` upcasts
+first and rounds once at the end.
 """
 
 import math
@@ -15,8 +15,8 @@ LAYOUTS = ("adjacent", "half", "axis_half")
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, norm: str | None = "model", eps: float = 1e-6
 ) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` for x [B, N, H, D]: the mean over (H, D) with weight [H * D] ("model"),
-    or over D with weight [D] ("head"). Without a weight there is no norm."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` for x [B, N, H, D]: the mean over (H, D) with weight [H * D]
+    ("model"), or over D with weight [D] ("head"). Without a weight there is no norm."""
     if weight is None:
         return x
     if norm == "model":
@@ -59,7 +59,8 @@ def pair_dims(axes: list[int], layout: str = "adjacent") -> tuple[torch.Tensor, 
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor | None, axes=(), layout: str = "adjacent") -> torch.Tensor:
-    """Every pair (x, y) of x [B, N, H, D] becomes (x cos - y sin, x sin + y cos); dims beyond the pairs stay."""
+    """Every pair (x, y) of x [B, N, H, D] becomes (x cos - y sin, x sin + y cos); dims beyond the pairs
+    stay."""
     if angles is None:
         return x
     table = token_angles(angles, list(axes)).to(x.dtype)[:, :, None]
@@ -71,9 +72,11 @@ def rotate(x: torch.Tensor, angles: torch.Tensor | None, axes=(), layout: str = 
     return out
 
 
-def rope(x, *, angles, axes, layout="adjacent", weight=None, norm="model", eps=1e-6, accumulate=None) -> torch.Tensor:
-    """RMSNorm (if ``weight`` is given), then the rotation. ``accumulate``: dtype to compute in before the one rounding
-    back to x's."""
+def rope(
+    x, *, angles, axes, layout="adjacent", weight=None, norm="model", eps=1e-6, accumulate=None
+) -> torch.Tensor:
+    """RMSNorm (if ``weight`` is given), then the rotation. ``accumulate``: dtype to compute in before the one
+    rounding back to x's."""
     wide = x if accumulate is None else x.to(accumulate)
     return rotate(rms_norm(wide, weight, norm, eps), angles, axes, layout).to(x.dtype)
 
@@ -95,8 +98,8 @@ def rope_append(
     eps=1e-6,
     accumulate=None,
 ) -> torch.Tensor:
-    """q and k [B, N, H, D] through ``rope``; k and v of frame f written to cache tokens ``slots[f] * n ...``. Returns
-    the new q."""
+    """q and k [B, N, H, D] through ``rope``; k and v of frame f written to cache tokens ``slots[f] * n ...``.
+    Returns the new q."""
     same = dict(angles=angles, axes=axes, layout=layout, norm=norm, eps=eps, accumulate=accumulate)
     k = rope(k, weight=k_weight, **same)
     frames = slots.shape[-1]

@@ -1,10 +1,12 @@
-"""Oracle of ``sink_window_attention``: explicit softmax over an explicit list of keys, in the precision of its inputs."""
+"""Oracle of ``sink_window_attention``: explicit softmax over an explicit list of keys, in the precision of
+its inputs."""
 
 import torch
 
 
 def _attend(q, k, v, softmax_scale):
-    """``softmax(softmax_scale * q k^T) v`` and the natural-log log-sum-exp, of q [B, n, Hq, D] and k, v [B, m, Hkv, D]."""
+    """``softmax(softmax_scale * q k^T) v`` and the natural-log log-sum-exp, of q [B, n, Hq, D] and k, v [B,
+    m, Hkv, D]."""
     batch, n, heads, dim = q.shape
     if k.shape[1] == 0:
         return torch.zeros_like(q), q.new_full((batch, heads, n), float("-inf"))
@@ -13,13 +15,16 @@ def _attend(q, k, v, softmax_scale):
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
     # A query whose logits are all -inf has an empty sum: out = 0, lse = -inf, and no gradient.
     sees = (logits > float("-inf")).any(-1) | logits.isnan().any(-1)
-    weights = torch.softmax(logits.masked_fill(~sees[..., None], 0.0), dim=-1).masked_fill(~sees[..., None], 0.0)
+    weights = torch.softmax(logits.masked_fill(~sees[..., None], 0.0), dim=-1).masked_fill(
+        ~sees[..., None], 0.0
+    )
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     return out, torch.logsumexp(logits, dim=-1)
 
 
 def visible_keys(t_end, num_sink_tokens, num_window_tokens):
-    """Indices of the keys that the chunk ending at token ``t_end`` sees: the sink, then the newest tokens of the rest."""
+    """Indices of the keys that the chunk ending at token ``t_end`` sees: the sink, then the newest tokens of
+    the rest."""
     keys = range(t_end)
     oldest = 0 if num_window_tokens is None else t_end - num_window_tokens
     return [i for i in keys if i < num_sink_tokens or i >= oldest]
@@ -39,8 +44,9 @@ def sink_window_attention(
 ):
     """``rf_kernels.sink_window_attention`` in plain PyTorch (differentiable; the LSE in the dtype of q).
 
-    Dense prefix: every query attends to tokens ``[0, kv_tokens)``. Whole sequence (``chunk_ends``): the queries of the chunk
-    that ends at ``t_end`` attend to ``[0, min(S, t_end))`` and ``[max(S, t_end - W), t_end)``.
+    Dense prefix: every query attends to tokens ``[0, kv_tokens)``. Whole sequence (``chunk_ends``): the
+    queries of the chunk that ends at ``t_end`` attend to ``[0, min(S, t_end))`` and ``[max(S, t_end - W),
+    t_end)``.
     """
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5

@@ -1,19 +1,21 @@
-"""Streaming attention over a sink and a window, recomputed plainly in float64: the rule of the library, without its
-ring.
+"""Streaming attention over a sink and a window, recomputed plainly in float64: the rule of the library,
+without its ring.
 
-Raw keys (normalised, never rotated) and values of every frame are kept in a dictionary by frame; every forward rotates
-what it reads and runs one softmax. The rule, with S sink frames, W window frames, L = S + W, and a chunk of the frames
-[t_begin, t_end):
+Raw keys (normalised, never rotated) and values of every frame are kept in a dictionary by frame; every
+forward rotates what it reads and runs one softmax. The rule, with S sink frames, W window frames, L = S + W,
+and a chunk of the frames [t_begin, t_end):
 
 - The sink holds frames 0..S-1; slots that were never written are not attended.
-- When a chunk begins, frames e with max(S, t_begin - W) <= e < t_end - W leave the window, in ascending order; with
-  the policy "ema" each is absorbed by sink frame j = (e - S) mod S, keys and values alike:
-  ``sink_j <- alpha sink_j + (1 - alpha) x_e`` (Reward Forcing, arXiv 2512.04678). With "static" and "none" it is dropped.
-- Queries see sink frame j at the temporal position j + max(0, t_end - L), and the newest W frames (sink frames apart)
-  at their own.
+- When a chunk begins, frames e with max(S, t_begin - W) <= e < t_end - W leave the window, in ascending
+  order; with the policy "ema" each is absorbed by sink frame j = (e - S) mod S, keys and values alike:
+  ``sink_j <- alpha sink_j + (1 - alpha) x_e`` (Reward Forcing, arXiv 2512.04678). With "static" and "none" it
+  is dropped.
+- Queries see sink frame j at the temporal position j + max(0, t_end - L), and the newest W frames (sink
+  frames apart) at their own.
 
-Where the published code does the same (chunk, sink and overflow all of one length) this agrees with it to rounding;
-where it does not, tests/golden/index.json says ``documents_bug``, and this is what the library is compared with.
+Where the published code does the same (chunk, sink and overflow all of one length) this agrees with it to
+rounding; where it does not, tests/golden/index.json says ``documents_bug``, and this is what the library is
+compared with.
 """
 
 import math
@@ -28,7 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def token_positions(frames: list[int], grid: tuple[int, int]) -> Tensor:
-    """(frame, row, column) of the tokens of some frames, frame-major: float64 ``[len(frames) * h * w, 3]``."""
+    """(frame, row, column) of the tokens of some frames, frame-major: float64 ``[len(frames) * h * w,
+    3]``."""
     axes = [torch.tensor(frames), torch.arange(grid[0]), torch.arange(grid[1])]
     return torch.cartesian_prod(*axes).reshape(-1, 3).double()
 
@@ -36,8 +39,8 @@ def token_positions(frames: list[int], grid: tuple[int, int]) -> Tensor:
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Wan's 3-D rotary embedding: x ``[B, N, H, D]``, positions ``[N, 3]``. Negative positions undo it.
 
-    Of the D/2 pairs of neighbouring elements the first D/2 - 2 (D/2 // 3) turn with the frame, D/2 // 3 with the row
-    and as many with the column; pair i of n of an axis turns by ``position * 10000^(-i/n)``.
+    Of the D/2 pairs of neighbouring elements the first D/2 - 2 (D/2 // 3) turn with the frame, D/2 // 3 with
+    the row and as many with the column; pair i of n of an axis turns by ``position * 10000^(-i/n)``.
     """
     half = x.shape[-1] // 2
     spatial = half // 3
@@ -71,9 +74,13 @@ class StreamingReference:
         window_kv: raw (key, value) by frame of the stream, for the newest W frames that are no sink frames.
     """
 
-    def __init__(self, *, grid: tuple[int, int], sink_frames: int, window_frames: int, policy: str, alpha: float = 1.0):
+    def __init__(
+        self, *, grid: tuple[int, int], sink_frames: int, window_frames: int, policy: str, alpha: float = 1.0
+    ):
         if policy not in ("ema", "static", "none"):
-            raise ValueError(f"StreamingReference: argument `policy`: expected ema, static or none, found {policy}")
+            raise ValueError(
+                f"StreamingReference: argument `policy`: expected ema, static or none, found {policy}"
+            )
         self.grid, self.sink_frames, self.window_frames = grid, sink_frames, window_frames
         self.policy, self.alpha = policy, alpha
         self.sink_kv: dict[int, tuple[Tensor, Tensor]] = {}
@@ -81,7 +88,10 @@ class StreamingReference:
         self.t_begin = self.t_end = 0
 
     def begin(self, frames: int) -> None:
-        """Start the next chunk: what no longer fits the window leaves, and the sink absorbs it."""
+        """Start the next chunk: what no longer fits the window leaves, and the sink absorbs it. For autograd
+        all of the past is a constant."""
+        for held in (self.sink_kv, self.window_kv):
+            held.update({frame: tuple(x.detach() for x in kv) for frame, kv in held.items()})
         self.t_begin, self.t_end = self.t_end, self.t_end + frames
         for e in sorted(f for f in self.window_kv if f < self.t_end - self.window_frames):
             leaving = self.window_kv.pop(e)
@@ -91,8 +101,8 @@ class StreamingReference:
                 self.sink_kv[j] = tuple(self.alpha * old + (1 - self.alpha) * new for old, new in pairs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the chunk's raw queries ``[B, F * n, H, D]``; its raw keys and values replace those of an
-        earlier forward.
+        """Attention of the chunk's raw queries ``[B, F * n, H, D]``; its raw keys and values replace those of
+        an earlier forward.
         """
         frames = list(range(self.t_begin, self.t_end))
         split = zip(frames, k.double().chunk(len(frames), 1), v.double().chunk(len(frames), 1), strict=True)
@@ -102,13 +112,15 @@ class StreamingReference:
         shift = max(0, self.t_end - self.sink_frames - self.window_frames)
         held = [(j + shift, kv) for j, kv in self.sink_kv.items()] + list(self.window_kv.items())
         keys = rotate(
-            torch.cat([kv[0] for _, kv in held], 1), token_positions([position for position, _ in held], self.grid)
+            torch.cat([kv[0] for _, kv in held], 1),
+            token_positions([position for position, _ in held], self.grid),
         )
         values = torch.cat([kv[1] for _, kv in held], 1)
         return softmax_attention(rotate(q, token_positions(frames, self.grid)), keys, values)
 
     def self_attention(self, x: Tensor, weights: dict[str, Tensor], heads: int, eps: float) -> Tensor:
-        """Self-attention of a chunk ``[B, F * n, dim]`` with the layer's parameters under their published names."""
+        """Self-attention of a chunk ``[B, F * n, dim]`` with the layer's parameters under their published
+        names."""
         x, weights = x.double(), {name: w.double() for name, w in weights.items()}
 
         def project(name, y):

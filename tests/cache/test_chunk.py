@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.cache_case import make, state_of, step, tensors, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
+from helpers.cache_case import make, state_of, step, tensors, write
 from rf_kernels.testing import assert_equal_bits, fingerprint
 
 POLICIES = [
@@ -28,7 +28,7 @@ def streamed(chunks=4, **more):
     return cache
 
 
-# ---- how a chunk ends -------------------------------------------------------------------------------------------------------
+# ---- how a chunk ends --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, policy", POLICIES)
@@ -37,7 +37,8 @@ def test_a_chunk_with_undo_is_taken_back_bit_for_bit(dtype, policy, by):
     cache, twin = (make(2, 4, policy=policy, dtype=dtype, layers=2, undo_frames=3) for _ in range(2))
     for number, frames in enumerate((1, 3, 2, 3, 3, 1)):
         before = fingerprint(*state_of(cache))
-        reached = 1 + number % 2 if by != "failed commit" else 1  # also in the middle: not every layer was reached
+        # also in the middle: not every layer was reached
+        reached = 1 + number % 2 if by != "failed commit" else 1
         chunk = cache.open(frames, undo=True)
         for layer in range(reached):
             chunk.attend(layer, *tensors(cache, frames, 77 + number))
@@ -76,9 +77,12 @@ def test_a_written_chunk_without_undo_closes_the_stream_until_reset(error):
         chunk.attend(0, *tensors(cache, 2, 0))
         raise error
     uses = {
-        "open": lambda: cache.open(1), "chunk": lambda: cache.chunk(1), "state_dict": cache.state_dict,
-        "save": lambda: cache.save("nowhere"), "sink_state": lambda: cache.sink_state(0),
-    }  # fmt: skip
+        "open": lambda: cache.open(1),
+        "chunk": lambda: cache.chunk(1),
+        "state_dict": cache.state_dict,
+        "save": lambda: cache.save("nowhere"),
+        "sink_state": lambda: cache.sink_state(0),
+    }
     for use in uses.values():
         with pytest.raises(
             rf.StreamClosedError, match=rf"closed by an exception \({error.__name__}\) in the frames 8..10"
@@ -118,7 +122,9 @@ def test_an_interrupted_op_counts_as_written(monkeypatch, where):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    name = {"eviction": "rf_kernels.cache.sinks.ema_evict", "append": "rf_kernels.cache.chunk.rope_append"}[where]
+    name = {"eviction": "rf_kernels.cache.sinks.ema_evict", "append": "rf_kernels.cache.chunk.rope_append"}[
+        where
+    ]
     chunk = cache.open(2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(name, interrupted)
@@ -143,27 +149,44 @@ def test_every_forward_of_a_chunk_has_the_same_plan():
     assert fingerprint(*state_of(many)) == fingerprint(*state_of(once))
 
 
-# ---- bytes and the hot path --------------------------------------------------------------------------------------------------
+# ---- bytes and the hot path --------------------------------------------------------------------------------
 
 
 def test_bytes_are_known_before_they_are_allocated():
-    here, planned = (make(3, 6, layers=2, undo_frames=3, dtype=torch.bfloat16, device=d) for d in ("cpu", "meta"))
+    here, planned = (
+        make(3, 6, layers=2, undo_frames=3, dtype=torch.bfloat16, device=d) for d in ("cpu", "meta")
+    )
     assert here.nbytes == planned.nbytes > 0
 
 
 def test_bytes_are_those_of_every_tensor():
     cache = make(2, 3, policy=rf.EMASink(), layers=2, undo_frames=3, dtype=torch.bfloat16)
     holders = [vars(cache), vars(cache._buffers), cache._undo, cache._sink.tensors]
-    storages = {t.untyped_storage().data_ptr(): t for h in holders for t in h.values() if isinstance(t, torch.Tensor)}
+    storages = {
+        t.untyped_storage().data_ptr(): t for h in holders for t in h.values() if isinstance(t, torch.Tensor)
+    }
     assert len(storages) == 16
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
 class Watch(TorchDispatchMode):
-    """Counts the calls that a stream must not make: host reads, concatenations, allocations, copies of the cache."""
+    """Counts the calls that a stream must not make: host reads, concatenations, allocations, copies of the
+    cache."""
 
-    FORBIDDEN = ("aten::item", "aten::_local_scalar_dense", "aten::cat", "aten::stack", "aten::clone", "aten::copy_", "aten::roll",
-                 "aten::_to_copy", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::contiguous")  # fmt: skip
+    FORBIDDEN = (
+        "aten::item",
+        "aten::_local_scalar_dense",
+        "aten::cat",
+        "aten::stack",
+        "aten::clone",
+        "aten::copy_",
+        "aten::roll",
+        "aten::_to_copy",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::is_nonzero",
+        "aten::contiguous",
+    )
 
     def __init__(self):
         super().__init__()
@@ -184,7 +207,9 @@ def test_a_thousand_chunks_read_nothing_back_and_allocate_nothing():
 
     def addresses():
         plan = cache._buffers.views(3)
-        return [t.data_ptr() for t in (*state_of(cache), *cache._slots[0], plan[0], plan[1], plan[3], plan[4])]
+        return [
+            t.data_ptr() for t in (*state_of(cache), *cache._slots[0], plan[0], plan[1], plan[3], plan[4])
+        ]
 
     def stream(chunks):
         for _ in range(chunks):
@@ -198,7 +223,8 @@ def test_a_thousand_chunks_read_nothing_back_and_allocate_nothing():
     with Watch() as watch:
         assert stream(1000) == before
     assert not [name for name in watch.calls if name in Watch.FORBIDDEN], watch.calls
-    assert not watch.allocating, watch.allocating  # outputs of the ops apart, which the dispatcher does not see
+    # outputs of the ops apart, which the dispatcher does not see
+    assert not watch.allocating, watch.allocating
     ops = {name: count for name, count in watch.calls.items() if name.startswith("rf_kernels::")}
     assert ops == {
         "rf_kernels::rope_append": 4000,

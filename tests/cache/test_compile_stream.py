@@ -1,4 +1,5 @@
-"""torch.compile(fullgraph=True) through streamed chunks with a cache: the same results, and no compilation per chunk."""
+"""torch.compile(fullgraph=True) through streamed chunks with a cache: the same results, and no compilation
+per chunk."""
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rf_kernels as rf
 from rf_kernels.testing import assert_equal_bits
 
-# What a stream can differ in, as the compiler sees it: attended tokens while the cache fills (a number, then a symbol), and chunks
-# whose first forward evicts while their repeated forwards do not.
+# What a stream can differ in, as the compiler sees it: attended tokens while the cache fills (a number, then
+# a symbol), and chunks whose first forward evicts while their repeated forwards do not.
 MOST_COMPILATIONS = 5
 
 
@@ -18,9 +19,17 @@ def test_a_stream_compiles_a_few_times_and_then_never_again(backend, policy):
     torch._dynamo.reset()
     torch.manual_seed(0)
     spec = rf.CacheSpec(
-        layers=2, batch=1, heads=2, head_dim=32, grid=(2, 3), sink_frames=2, window_frames=4, rope=rf.RoPE3D.wan(32),
-        dtype=torch.float32, device="cpu",
-    )  # fmt: skip
+        layers=2,
+        batch=1,
+        heads=2,
+        head_dim=32,
+        grid=(2, 3),
+        sink_frames=2,
+        window_frames=4,
+        rope=rf.RoPE3D.wan(32),
+        dtype=torch.float32,
+        device="cpu",
+    )
     eager, compiled = (rf.SinkWindowCache(spec, sink=policy) for _ in range(2))
     norms = [torch.nn.RMSNorm(64, eps=1e-6).requires_grad_(False) for _ in range(2)]
 

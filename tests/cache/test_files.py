@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from helpers.cache_case import make, state_of, step, tensors
 
 import rf_kernels as rf
+from helpers.cache_case import make, state_of, step, tensors
 from rf_kernels.testing import assert_equal_bits, fingerprint
 
 POLICIES = [rf.EMASink(0.9), rf.EMASink(0.9, state="published"), rf.StaticSink(rephase=True), rf.StaticSink()]
@@ -47,8 +47,15 @@ def test_loading_checks_everything_first(tmp_path):
     for chunk in range(4):
         step(cache, 2, chunk)
     good = cache.state_dict()
-    for other in (make(1, 5), make(2, 4, heads=3), make(2, 4, policy=rf.EMASink(0.5)), make(2, 4, policy=rf.StaticSink()),
-                  make(2, 4, dtype=torch.float32), make(2, 4, policy=rf.EMASink(rephase=False)), make(2, 4, rope=None)):  # fmt: skip
+    for other in (
+        make(1, 5),
+        make(2, 4, heads=3),
+        make(2, 4, policy=rf.EMASink(0.5)),
+        make(2, 4, policy=rf.StaticSink()),
+        make(2, 4, dtype=torch.float32),
+        make(2, 4, policy=rf.EMASink(rephase=False)),
+        make(2, 4, rope=None),
+    ):
         before = fingerprint(*state_of(other))
         with pytest.raises(rf.ArgumentError, match="load_state_dict: argument `meta"):
             other.load_state_dict(good)
@@ -122,7 +129,8 @@ def test_a_cache_is_an_argument_of_a_spawned_process(chunks):
 
 
 def test_a_default_device_changes_nothing():
-    """Models are built under ``torch.device("meta")``, and with a default device: host tensors must be on the host all the same."""
+    """Models are built under ``torch.device("meta")``, and with a default device: host tensors must be on the
+    host all the same."""
     inputs = [[tensors(make(2, 4), 2, 10 * chunk + layer) for layer in range(2)] for chunk in range(5)]
     results = []
     for default in ("cpu", "meta"):

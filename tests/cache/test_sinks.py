@@ -1,17 +1,18 @@
-"""Sink policies: what the built-in ones absorb, that they are frozen, and that a stranger can write another."""
+"""Sink policies: what the built-in ones absorb, that they are frozen, and that a stranger can write
+another."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from helpers.cache_case import make, state_of, step, tensors, write
 
 import rf_kernels as rf
+from helpers.cache_case import make, state_of, step, tensors, write
 from rf_kernels.reference.streaming import rotate, softmax_attention, token_positions
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
-# ---- the built-in ones ------------------------------------------------------------------------------------------------------
+# ---- the built-in ones -------------------------------------------------------------------------------------
 
 
 def test_an_inspected_state_is_a_copy():
@@ -63,12 +64,13 @@ def test_policies_are_frozen_values(policy):
             setattr(policy(), field.name, 0)
 
 
-# ---- another one, from outside ----------------------------------------------------------------------------------------------
+# ---- another one, from outside -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoRates(rf.SinkPolicy):
-    """Every sink frame absorbs every frame that leaves, as the mean of its tokens, each at its own rate: a long and a short memory."""
+    """Every sink frame absorbs every frame that leaves, as the mean of its tokens, each at its own rate: a
+    long and a short memory."""
 
     rates: tuple[float, ...] = (0.9, 0.4)
     rephase: bool = True
@@ -120,8 +122,13 @@ class Reference:
                     first_k, first_v = self.frames.pop(j)
                     first_k = rotate(first_k, token_positions([j], self.grid))
                     self.means[j] = first_k.mean(1, keepdim=True), first_v.mean(1, keepdim=True)
-                new = rotate(k, token_positions([j], self.grid)).mean(1, keepdim=True), v.mean(1, keepdim=True)
-                self.means[j] = tuple(rate * old + (1 - rate) * x for old, x in zip(self.means[j], new, strict=True))
+                new = (
+                    rotate(k, token_positions([j], self.grid)).mean(1, keepdim=True),
+                    v.mean(1, keepdim=True),
+                )
+                self.means[j] = tuple(
+                    rate * old + (1 - rate) * x for old, x in zip(self.means[j], new, strict=True)
+                )
 
     def attend(self, q, k, v):
         n, spec = self.cache.spec.frame_tokens, self.cache.spec
@@ -130,12 +137,15 @@ class Reference:
             self.frames[frame] = k[:, i * n : (i + 1) * n], v[:, i * n : (i + 1) * n]
         shift = max(0, self.t_end - spec.sink_frames - spec.window_frames)
         keys = [
-            rotate(m[0], torch.tensor([[shift, 0.0, 0.0]]).double()).repeat(1, n, 1, 1) for m in self.means.values()
+            rotate(m[0], torch.tensor([[shift, 0.0, 0.0]]).double()).repeat(1, n, 1, 1)
+            for m in self.means.values()
         ]
         values = [m[1].repeat(1, n, 1, 1) for m in self.means.values()]
         keys += [rotate(x[0], token_positions([f], self.grid)) for f, x in self.frames.items()]
         values += [x[1] for x in self.frames.values()]
-        return softmax_attention(rotate(q, token_positions(own, self.grid)), torch.cat(keys, 1), torch.cat(values, 1))
+        return softmax_attention(
+            rotate(q, token_positions(own, self.grid)), torch.cat(keys, 1), torch.cat(values, 1)
+        )
 
 
 @pytest.mark.parametrize("lengths", [[1] * 12, [2, 3, 1, 3, 3, 2], [3] * 5])

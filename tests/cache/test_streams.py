@@ -1,25 +1,31 @@
-"""What a stream attends, and with which positions: against the float64 recomputation of the rule, and in the precisions of the state."""
+"""What a stream attends, and with which positions: against the float64 recomputation of the rule, and in the
+precisions of the state."""
 
 import random
 
 import pytest
 import torch
-from helpers.cache_case import HALF, make, step, tensors
 
 import rf_kernels as rf
+from helpers.cache_case import HALF, make, step, tensors
 from rf_kernels.reference.streaming import StreamingReference
 from rf_kernels.testing import assert_equal_bits, relative_l2
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_streams_match_the_plain_recomputation(seed):
-    """Random S, W, chunk lengths, grids, heads and policies, several forwards a chunk, in float64; and the two halves of ``attend``."""
+    """Random S, W, chunk lengths, grids, heads and policies, several forwards a chunk, in float64; and the
+    two halves of ``attend``."""
     choose = random.Random(seed)
     sink_frames, window_frames = choose.randint(0, 4), choose.randint(1, 7)
     policy = choose.choice(["ema", "static"]) if sink_frames else "none"
     alpha = choose.choice([0.5, 0.9, 0.999])
     policies = {"ema": rf.EMASink(alpha), "static": rf.StaticSink(rephase=True), "none": rf.NoSink()}
-    grid, batch, heads = (choose.randint(1, 3), choose.randint(1, 3)), choose.randint(1, 2), choose.randint(1, 3)
+    grid, batch, heads = (
+        (choose.randint(1, 3), choose.randint(1, 3)),
+        choose.randint(1, 2),
+        choose.randint(1, 3),
+    )
     cache = make(sink_frames, window_frames, policy=policies[policy], grid=grid, batch=batch, heads=heads)
     reference = StreamingReference(
         grid=grid, sink_frames=sink_frames, window_frames=window_frames, policy=policy, alpha=alpha
@@ -45,8 +51,8 @@ def test_streams_match_the_plain_recomputation(seed):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("state", ["compensated", "float32", "published"])
 def test_half_precision_states(dtype, state):
-    """In bf16 and fp16 the sink that attention reads stays within the rounding of the slot (and, but for "published", the state far
-    closer) of the float64 recursion over the same stored frames."""
+    """In bf16 and fp16 the sink that attention reads stays within the rounding of the slot (and, but for
+    "published", the state far closer) of the float64 recursion over the same stored frames."""
     alpha, chunks = 0.99, 120
     cache = make(2, 4, policy=rf.EMASink(alpha, state=state), dtype=dtype)
     reference = StreamingReference(grid=(2, 3), sink_frames=2, window_frames=4, policy="ema", alpha=alpha)
@@ -57,7 +63,8 @@ def test_half_precision_states(dtype, state):
         reference.begin(2)
         reference.attend(q, k, v)
     k, v = cache.sink_state(0)
-    # Values are averaged as stored; the keys' state also carries the rounding of the rotated keys in the cache.
+    # Values are averaged as stored; the keys' state also carries the rounding of the rotated keys in the
+    # cache.
     v_reference = torch.cat([reference.sink_kv[j][1] for j in range(2)], 1)
     eps = torch.finfo(dtype).eps
     error = relative_l2(v, v_reference)
@@ -130,9 +137,13 @@ def test_an_average_without_rephasing_stays_at_its_own_phase():
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
 def test_a_stream_of_absolute_positions_is_the_whole_sequence(grid):
-    """A static sink that is not re-phased: chunk by chunk through the cache, or all at once with a sink and a window per chunk."""
+    """A static sink that is not re-phased: chunk by chunk through the cache, or all at once with a sink and a
+    window per chunk."""
     cache, frames, length = make(3, 4, policy=rf.StaticSink(), grid=grid), 12, 2
-    q, k, v = (torch.randn(1, frames * 6, 2, 32, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    q, k, v = (
+        torch.randn(1, frames * 6, 2, 32, generator=torch.Generator().manual_seed(i)).double()
+        for i in range(3)
+    )
     rope, outputs = cache.spec.rope, []
     for begin in range(0, frames, length):
         part = slice(begin * 6, (begin + length) * 6)
@@ -161,7 +172,8 @@ def test_a_static_sink_does_not_drift():
     """10,000 chunks: the state's bits never change, and the slot's error is that of one rounding."""
     policy = rf.StaticSink(rephase=True)
     cache, reference = (
-        make(2, 2, policy=policy, dtype=dtype, grid=(1, 2), heads=1) for dtype in (torch.bfloat16, torch.float64)
+        make(2, 2, policy=policy, dtype=dtype, grid=(1, 2), heads=1)
+        for dtype in (torch.bfloat16, torch.float64)
     )
     held, errors = [c._sink.tensors["k_state"] for c in (cache, reference)], []
     for number in range(10_000):
@@ -178,7 +190,7 @@ def test_a_static_sink_does_not_drift():
     assert max(errors) < torch.finfo(torch.bfloat16).eps / 2
 
 
-# ---- norms ------------------------------------------------------------------------------------------------------------------
+# ---- norms -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("over", ["model", "head"])

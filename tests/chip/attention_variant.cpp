@@ -7,6 +7,14 @@
 #include "csrc/sink_window_attention/sm90/kernel.h"
 #include "tests/chip/variants.h"
 
+namespace rf::sink_window_attention {
+inline constexpr FwdConfig with_polynomial_blocks(FwdConfig config, int blocks) {
+  config.polynomial_blocks = blocks;
+  return config;
+}
+inline constexpr FwdConfig kPolynomialHeadDim64 = with_polynomial_blocks(kFwdConfigHeadDim64, 1);
+}  // namespace rf::sink_window_attention
+
 namespace {
 
 namespace op = rf::sink_window_attention;

@@ -7,6 +7,7 @@
 #include <map>
 
 #include "csrc/math/key_intervals.h"
+#include "csrc/math/special.h"
 #include "csrc/sink_window_attention/sm90/config.h"
 #include "csrc/sink_window_attention/sm90/schedule_cache.h"
 #include "tests/chip/model/launch.h"
@@ -241,6 +242,7 @@ PYBIND11_MODULE(_chip, m) {
     return pairs;
   });
   m.def("swizzle", &chip::swizzle);
+  m.def("exp2_polynomial", py::vectorize(&rf::exp2_polynomial));
   m.def("operand_address", &chip::operand_address);
   m.def("accumulator_coord", [](int t, int i) {
     const chip::FragmentCoord x = chip::accumulator_coord(t, i);

@@ -1,7 +1,7 @@
 """Builds and loads `_chip`, the test-only module that runs kernels on the functional model of the chip.
 
-`python tests/chip/build.py` builds it into a folder of build/chip, one for each Python; `load()` does so when a test
-asks for it. Ninja rebuilds only what changed.
+`python tests/chip/build.py` builds it into a folder of build/chip, one for each Python; `load()` does so when
+a test asks for it. Ninja rebuilds only what changed.
 """
 
 import fcntl
@@ -47,13 +47,19 @@ def build():
 
     BUILD.mkdir(parents=True, exist_ok=True)
     configure = [
-        _tool("cmake"), "-S", SOURCE, "-B", BUILD, "-G", "Ninja",
+        _tool("cmake"),
+        "-S",
+        SOURCE,
+        "-B",
+        BUILD,
+        "-G",
+        "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DRF_CUTLASS_INCLUDE={cutlass_include()}",
         f"-DRF_CUDA_INCLUDE={cuda_include()}",
-    ]  # fmt: skip
+    ]
     with (BUILD / ".lock").open("w") as lock:  # several test processes may ask at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (configure, [_tool("cmake"), "--build", BUILD]):

@@ -1,12 +1,13 @@
-"""Running the attention kernel on the model: cases, a float64 oracle, and what must hold after every launch."""
+"""Running the attention kernel on the model: cases, a float64 oracle, and what must hold after every
+launch."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from chip.build import load
 from torch.nn.functional import scaled_dot_product_attention
 
+from chip.build import load
 from rf_kernels.testing import assert_within_eager
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,7 +126,9 @@ def run(inputs: Inputs, *, seed: int = 0, policy: str = "random", variant: str |
 def eager(inputs: Inputs) -> torch.Tensor:
     """PyTorch's own attention in the dtype of the inputs."""
     case = inputs.case
-    q, k, v = (t.transpose(1, 2) for t in (inputs.q, inputs.k[:, : case.kv_tokens], inputs.v[:, : case.kv_tokens]))
+    q, k, v = (
+        t.transpose(1, 2) for t in (inputs.q, inputs.k[:, : case.kv_tokens], inputs.v[:, : case.kv_tokens])
+    )
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     ends = [0, *case.chunk_ends] if case.chunk_ends else [0, case.q_tokens]
@@ -136,7 +139,9 @@ def eager(inputs: Inputs) -> torch.Tensor:
             window = max(case.num_sink_tokens, end - case.num_window_tokens)
             keys = keys[(keys < min(case.num_sink_tokens, end)) | ((keys >= window) & (keys < end))]
         parts.append(
-            scaled_dot_product_attention(q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale=inputs.softmax_scale)
+            scaled_dot_product_attention(
+                q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale=inputs.softmax_scale
+            )
         )
     return torch.cat(parts, 2).transpose(1, 2)
 
@@ -145,11 +150,14 @@ def check(inputs: Inputs, **options):
     out, lse, _ = run(inputs, **options)
     expected, expected_lse = oracle(inputs)
     assert_within_eager(out, expected, eager(inputs))
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    # Weights by polynomial err by 2.9e-4 at most before they are rounded to bfloat16, and their sum is not
+    # rounded.
+    tolerance = 3e-4 if "polynomial" in (options.get("variant") or inputs.case.variant) else 1e-5
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=tolerance)
     return out, lse
 
 
-# ---- cases, for the model and for the chip --------------------------------------------------------------------------
+# ---- cases, for the model and for the chip -----------------------------------------------------------------
 
 DENSE = {
     "one key, one query": Case(1, 1),
@@ -171,8 +179,8 @@ DENSE = {
     "scores rise over a split tile": Case(130, 900, num_sms=3, q_scale=4.0, k_ramp=6.0),
 }
 
-# Chunks of three frames of 50 tokens, sink of two frames, window of four; then chunks of unequal length, a window that reaches
-# the sink, no sink, no window, chunks shorter than the sink.
+# Chunks of three frames of 50 tokens, sink of two frames, window of four; then chunks of unequal length, a
+# window that reaches the sink, no sink, no window, chunks shorter than the sink.
 WHOLE = {
     "sink and window": Case(
         900, 900, chunk_ends=(150, 300, 450, 600, 750, 900), num_sink_tokens=100, num_window_tokens=200

@@ -1,17 +1,19 @@
-"""The functional model of the chip, tested: its layouts against CuTe's, its checks by misuse, its power by planted faults."""
+"""The functional model of the chip, tested: its layouts against CuTe's, its checks by misuse, its power by
+planted faults."""
 
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+
 from chip import build
 from chip.faults import FAULTS
 from chip.harness import POLICIES, Case, bits, floats, make_inputs, oracle, run
 
-# What shows a fault, by name (chip/faults.py): 3 CTAs that share 2 tiles; one tile in 4 pieces; grouped heads; a grid larger than
-# the machine; a whole sequence with sink and window; 3 tiles of 6 units in a row on one CTA;
-# scores that rise from tile to tile; 3 tiles on 3 CTAs, nothing cut.
+# What shows a fault, by name (chip/faults.py): 3 CTAs that share 2 tiles; one tile in 4 pieces; grouped
+# heads; a grid larger than the machine; a whole sequence with sink and window; 3 tiles of 6 units in a row on
+# one CTA; scores that rise from tile to tile; 3 tiles on 3 CTAs, nothing cut.
 CASES = {
     "split": Case(130, 611, num_sms=3),
     "many": Case(70, 1409, num_sms=5),
@@ -34,7 +36,7 @@ def prepared():
     return {name: (inputs := make_inputs(case), *oracle(inputs)) for name, case in CASES.items()}
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------------------------
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def cute(chip):
     program = build.BUILD / "cute_layouts"
     if not (build.cutlass_include() and build.cuda_include()):
         pytest.skip(
-            "needs the CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0) and the CUDA toolkit's headers"
+            "needs the CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0) and the CUDA toolkit's"
+            " headers"
         )
     tables = {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
@@ -53,7 +56,8 @@ def cute(chip):
 
 
 def test_k_major_operand_matches_cute(chip, cute):
-    """Q and K: [128 / 64][64 rows][64], 128-byte swizzle, addressed by the descriptors that the kernel builds."""
+    """Q and K: [128 / 64][64 rows][64], 128-byte swizzle, addressed by the descriptors that the kernel
+    builds."""
     for mn, k, byte in cute["k_major"]:
         step, inside = k // 16, k % 16
         desc = chip.operand_desc(False, 0, 0, step // 4 * 64 * 128 + step % 4 * 32)
@@ -88,7 +92,7 @@ def test_swizzle_is_an_involution_inside_1024_bytes(chip):
         assert all(a // 1024 == b // 1024 for a, b in zip(there, range(0, 2048, 16), strict=True))
 
 
-# ---- instructions that the attention kernel does not use, and the proxy fence -----------------------------------------------------
+# ---- instructions that the attention kernel does not use, and the proxy fence ------------------------------
 
 
 def tiles(seed=0):
@@ -115,7 +119,8 @@ def test_proxy_fence(chip, name, sign, policy):
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_release_and_acquire(chip, policy):
-    """One CTA hands a warp's data to another; without the warp barrier in front of the release, lanes' data is missing."""
+    """One CTA hands a warp's data to another; without the warp barrier in front of the release, lanes' data
+    is missing."""
     for fault in (False, True):
         out = np.zeros((1, 64, 1, 64), np.uint16)
         chip.probe("hand_over", bits(tiles()), out, fault=fault, policy=policy)
@@ -151,7 +156,7 @@ def test_misuse_is_named(chip, name, policy):
         probe(chip, name, tiles(), policy=policy)
 
 
-# ---- planted faults in the attention kernel ---------------------------------------------------------------------------------------
+# ---- planted faults in the attention kernel ----------------------------------------------------------------
 
 
 def symptom(chip, prepared, case, variant, policy, seed):
@@ -176,11 +181,14 @@ def test_planted_fault_is_caught(chip, prepared, fault):
 def test_every_wait_fault_is_caught_by_an_adversary(chip, prepared):
     """Random latencies may hide a missing wait; the policy that delays what it waits for may not."""
     adversary = dict.fromkeys(("no_wait_k", "no_wait_v", "no_wait_q"), "tma_late") | dict.fromkeys(
-        ("early_release_k", "early_release_v", "scores_read_in_flight", "probs_written_in_flight"), "wgmma_late"
+        ("early_release_k", "early_release_v", "scores_read_in_flight", "probs_written_in_flight"),
+        "wgmma_late",
     )
     for name, policy in adversary.items():
         for seed in range(3):
-            assert symptom(chip, prepared, "split", name, policy, seed), f"{name} unnoticed by {policy}, seed {seed}"
+            assert symptom(chip, prepared, "split", name, policy, seed), (
+                f"{name} unnoticed by {policy}, seed {seed}"
+            )
 
 
 def test_no_false_alarm(chip, prepared):

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
     [(4680, 12, 1.15, 1.10), (1560, 12, 1.5, 1.12), (4680, 3, 1.1, 1.10)],
 )
 def test_gains(queries, heads, gain, gain_over_tuned):
-    """Over one query tile per CTA, and over the best of 1 to 4 splits: the shapes that the schedule is for."""
+    """Over one query tile per CTA, and over the best of 1 to 4 splits: the shapes that the schedule is
+    for."""
     x = schedule_model.evaluate(queries, heads, 14040)
     assert x["gain"] >= gain and x["gain_over_tuned"] >= gain_over_tuned
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+
 from chip import build
 from chip.harness import DENSE, POLICIES, WHOLE, Case, Inputs, check, make_inputs, oracle, run
-
 from rf_kernels.testing import assert_equal_bits
 
 
@@ -17,7 +18,9 @@ def test_dense_prefix(name, policy):
     check(make_inputs(DENSE[name]), policy=policy)
 
 
-@pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
+@pytest.mark.parametrize(
+    "variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64", "bf16_64_polynomial", "fp16_64_polynomial"]
+)
 @pytest.mark.parametrize("sizes", [(200, 611), (193, 129), (64, 513)], ids=str)
 def test_dtypes_and_head_dims(variant, sizes):
     check(make_inputs(Case(*sizes, heads=2, variant=variant)), policy="tma_late", seed=2)
@@ -36,7 +39,9 @@ def test_whole_sequence_under_every_policy(policy):
 def test_whole_sequence_of_one_chunk_is_dense():
     """The same bits: one chunk whose window is all keys."""
     dense = make_inputs(Case(300, 300, capacity=300))
-    whole = dataclasses.replace(dense, case=dataclasses.replace(dense.case, chunk_ends=(300,), num_window_tokens=300))
+    whole = dataclasses.replace(
+        dense, case=dataclasses.replace(dense.case, chunk_ends=(300,), num_window_tokens=300)
+    )
     for a, b in zip(run(dense)[:2], run(whole)[:2], strict=True):
         assert_equal_bits(a, b)
 
@@ -61,8 +66,8 @@ def test_logits_of_any_size(q_scale):
 @pytest.mark.parametrize("variant", ["bf16_128", "fp16_64"])
 @pytest.mark.parametrize("rise", [7.9, 8.1, 16.0, 100.0])
 def test_a_maximum_that_rises_by(rise, variant):
-    """Each tile's largest score is `rise` (base 2) above the last one's: below 8 a row keeps its reference, and weights
-    reach 2^8; a second such rise moves it."""
+    """Each tile's largest score is `rise` (base 2) above the last one's: below 8 a row keeps its reference,
+    and weights reach 2^8; a second such rise moves it."""
     inputs = make_inputs(Case(64, 704, num_sms=1, variant=variant))
     dim = inputs.case.head_dim
     inputs.q[:], inputs.k[:, :704] = 0.0, 0.0
@@ -78,8 +83,8 @@ def test_a_maximum_that_rises_by(rise, variant):
 
 
 def test_the_bits_of_a_row_do_not_depend_on_its_neighbours():
-    """The warp votes on rescaling, each row decides for itself: rows 3, 20, 40 amid rows that rescale, and amid rows that do
-    not."""
+    """The warp votes on rescaling, each row decides for itself: rows 3, 20, 40 amid rows that rescale, and
+    amid rows that do not."""
     calm = make_inputs(Case(64, 900, num_sms=1))
     wild = dataclasses.replace(calm, q=calm.q * 40)
     rows = [3, 20, 40]
@@ -89,6 +94,32 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours():
             a, b = a.transpose(1, 2), b.transpose(1, 2)
         assert_equal_bits(a[:, rows], b[:, rows])
         assert not torch.equal(a, b)
+
+
+def test_exponentials_by_polynomial():
+    """Rounded to bfloat16 they err by no more than the special function unit's, which are exact within 2 ulp
+    of float32."""
+    x = np.r_[np.linspace(-30, 8, 2_000_001), np.linspace(-126, -30, 200_001)].astype(np.float32)
+    exact = torch.from_numpy(np.exp2(x.astype(np.float64)))
+
+    def error(values):
+        rounded = torch.from_numpy(values.astype(np.float32)).bfloat16().double()
+        return float((rounded / exact - 1).abs().max())
+
+    polynomial = build.load().exp2_polynomial(x)
+    assert error(polynomial) <= error(exact.numpy() * (1 + 2.0**-22))
+    assert float((torch.from_numpy(polynomial).double() / exact - 1).abs().max()) < 2.9e-4
+    edges = build.load().exp2_polynomial(np.float32([-np.inf, -1e30, -127, 0, 1, 8, np.nan]))
+    assert edges[:-1].tolist() == [0, 0, 0, 1, 2, 256] and np.isnan(edges[-1])
+
+
+def test_a_score_that_is_nan_stays_nan_whoever_computes_its_exponential():
+    """Key 0 is in a block of the polynomial, key 8 in one of the special function unit."""
+    for key in (0, 8):
+        inputs = make_inputs(Case(70, 300, num_sms=1, variant="bf16_64_polynomial"))
+        inputs.k[:, key, :, 0] = float("nan")
+        out, lse, _ = run(inputs)
+        assert out.isnan().all() and lse.isnan().all()
 
 
 def test_large_values_and_identical_keys():
@@ -104,7 +135,8 @@ def test_large_values_and_identical_keys():
 
 
 def test_scores_of_minus_infinity():
-    """A key tile whose scores are all -inf has no weight, whether it comes first or not; a row of them is the empty sum."""
+    """A key tile whose scores are all -inf has no weight, whether it comes first or not; a row of them is
+    the empty sum."""
     inputs = make_inputs(Case(10, 400, num_sms=1))
     inputs.q[:] = inputs.q.abs() + 0.5
     for rows in (slice(0, 176), slice(176, 352), slice(352, 400)):
@@ -135,30 +167,40 @@ def test_launches_are_bitwise_equal(case):
     first = run(inputs, policy="random", seed=0)
     for seed, policy in enumerate(POLICIES, 1):
         again = run(
-            dataclasses.replace(inputs, case=dataclasses.replace(case, resident=seed)), policy=policy, seed=seed
+            dataclasses.replace(inputs, case=dataclasses.replace(case, resident=seed)),
+            policy=policy,
+            seed=seed,
         )
         assert_equal_bits(first[0], again[0])
         assert_equal_bits(first[1], again[1])
 
 
 def test_only_calls_that_cut_tiles_have_a_workspace():
-    """A launch zeroes ticket and flags alone, and nothing where no tile is cut: then no CTA takes a ticket either."""
+    """A launch zeroes ticket and flags alone, and nothing where no tile is cut: then no CTA takes a ticket
+    either."""
     cut = Case(200, 611, heads=2)
     *_, stats = run(make_inputs(cut))
     assert stats["zeroed"] == 128 + 128 and stats["workspace"] == stats["zeroed"] + 3 * 8 * 4 * 32 * (64 + 4)
-    for whole in (dataclasses.replace(cut, deterministic=True), Case(128 * 3, 611), Case(65, 200, num_sms=16)):
+    for whole in (
+        dataclasses.replace(cut, deterministic=True),
+        Case(128 * 3, 611),
+        Case(65, 200, num_sms=16),
+    ):
         out, lse, stats = run(make_inputs(whole))
         assert stats["workspace"] == stats["zeroed"] == 0
         assert not out.isnan().any() and not lse.isnan().any()
 
 
 def test_deterministic_mode_depends_on_the_keys_alone():
-    """A sample gives the same bits on 1, 3 and 16 CTAs, alone and in a batch, as the only head and among others."""
+    """A sample gives the same bits on 1, 3 and 16 CTAs, alone and in a batch, as the only head and among
+    others."""
     case = Case(130, 611, batch=2, heads=2, capacity=648, deterministic=True, num_sms=3)
     inputs = make_inputs(case)
     expected = run(inputs)
     for sms in (1, 16):
-        out = run(Inputs(dataclasses.replace(case, num_sms=sms), inputs.q, inputs.k, inputs.v, inputs.softmax_scale))
+        out = run(
+            Inputs(dataclasses.replace(case, num_sms=sms), inputs.q, inputs.k, inputs.v, inputs.softmax_scale)
+        )
         assert_equal_bits(expected[0], out[0])
         assert_equal_bits(expected[1], out[1])
     one = dataclasses.replace(case, batch=1, heads=1)
@@ -179,7 +221,10 @@ def test_every_element_is_written_once():
 REFUSED = {
     "scale": (dict(softmax_scale=0.0), "softmax_scale"),
     "negative scale": (dict(softmax_scale=-1.0), "softmax_scale"),
-    "stride": (dict(k=torch.zeros(1, 400, 1, 132, dtype=torch.bfloat16)[..., :128]), "multiples of 8 elements"),
+    "stride": (
+        dict(k=torch.zeros(1, 400, 1, 132, dtype=torch.bfloat16)[..., :128]),
+        "multiples of 8 elements",
+    ),
     "alignment": (dict(q=torch.zeros(1, 100, 1, 136, dtype=torch.bfloat16)[..., 4:132]), "16-byte aligned"),
 }
 
@@ -198,14 +243,26 @@ def test_a_real_cache_at_one_head():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", [
-    Case(1560, 14040, capacity=14040, num_sms=17),
-    Case(300, 6240, capacity=14040, num_sms=7),
-    Case(1560, 704, heads=12, num_sms=132),
-    Case(1560, 1409, heads=3, num_sms=132, resident=40),
-    Case(1560, 1409, heads=3, num_sms=132, variant="bf16_64"),
-    Case(2340, 2340, chunk_ends=tuple(range(390, 2341, 390)), num_sink_tokens=390, num_window_tokens=780, heads=2, num_sms=132),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1560, 14040, capacity=14040, num_sms=17),
+        Case(300, 6240, capacity=14040, num_sms=7),
+        Case(1560, 704, heads=12, num_sms=132),
+        Case(1560, 1409, heads=3, num_sms=132, resident=40),
+        Case(1560, 1409, heads=3, num_sms=132, variant="bf16_64"),
+        Case(
+            2340,
+            2340,
+            chunk_ends=tuple(range(390, 2341, 390)),
+            num_sink_tokens=390,
+            num_window_tokens=780,
+            heads=2,
+            num_sms=132,
+        ),
+    ],
+    ids=str,
+)
 def test_real_sizes(case):
     """A real frame of queries, a ring that is half full, and the grid of an H100."""
     check(make_inputs(case), policy="random")

@@ -1,14 +1,17 @@
-"""The schedule: every unit of work exactly once, on any number of CTAs, for the shapes of streaming models."""
+"""The schedule: every unit of work exactly once, on any number of CTAs, for the shapes of streaming
+models."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 from chip import build
 
 SMS = (1, 2, 7, 16, 78, 108, 114, 131, 132, 144, 160)
-# (heads, tokens of a latent frame): Wan2.1 1.3B and 14B at 480p and 720p, heads sharded over 1, 2, 4 and 8 GPUs.
+# (heads, tokens of a latent frame): Wan2.1 1.3B and 14B at 480p and 720p, heads sharded over 1, 2, 4 and 8
+# GPUs.
 HEADS = (12, 6, 3, 40, 20, 10, 5)
 FRAME_TOKENS = (1560, 3600)
 CHUNK_FRAMES = (3, 1)
@@ -21,7 +24,8 @@ def chip():
 
 
 def check(plan, ctas, deterministic=False):
-    """Coverage, ownership and what the absence of deadlock rests on. Returns the units that each range does."""
+    """Coverage, ownership and what the absence of deadlock rests on. Returns the units that each range
+    does."""
     segments, units = plan["segments"], plan["units"]
     ranges, tile, first, count, complete = segments.T
     assert plan["ranges"] <= ctas
@@ -38,7 +42,8 @@ def check(plan, ctas, deterministic=False):
     # The fragments of a tile belong to ascending ranges, one each: the owner waits for higher ranges only.
     r = ranges[order]
     assert (r[1:][same] > r[:-1][same]).all()
-    # In each range a fragment owed to another comes before any tile that is left incomplete, and there is one of each at most.
+    # In each range a fragment owed to another comes before any tile that is left incomplete, and there is one
+    # of each at most.
     for mask in (first > 0, (first == 0) & ~complete.astype(bool)):
         assert np.unique(ranges[mask]).size == mask.sum()
     position = np.arange(len(segments))
@@ -65,8 +70,8 @@ def check_streaming(chip, head_dim, heads, frame, chunk, cache, sms):
     assert (count[(first > 0) | (complete == 0)] >= 2).all()
     assert np.bincount(plan["segments"][:, 1]).max() <= 9  # an owner merges one after the other
     total, longest = plan["units"].sum(), work.max()
-    # Level to the units that snapping moves and the one that is not worth a cut, or not cut where a nearly full last wave
-    # leaves 5 % at most.
+    # Level to the units that snapping moves and the one that is not worth a cut, or not cut where a nearly
+    # full last wave leaves 5 % at most.
     assert longest <= -(-total // plan["ranges"]) + 3 or total >= 0.95 * longest * plan["ranges"]
 
 
@@ -91,8 +96,17 @@ def test_small_and_odd(chip, sms):
 def whole_sequence(chip, frames, chunk, sink, window, heads, sms, frame=1560, **options):
     ends = [min(e, frames) * frame for e in range(chunk, frames + chunk, chunk)]
     tokens = frames * frame
-    return chip.schedule(head_dim=128, batch_heads=heads, q_tokens=tokens, kv_tokens=tokens, chunk_ends=ends,
-                         num_sink_tokens=sink * frame, num_window_tokens=window * frame, ctas=sms, **options)  # fmt: skip
+    return chip.schedule(
+        head_dim=128,
+        batch_heads=heads,
+        q_tokens=tokens,
+        kv_tokens=tokens,
+        chunk_ends=ends,
+        num_sink_tokens=sink * frame,
+        num_window_tokens=window * frame,
+        ctas=sms,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("sms", SMS)
@@ -117,7 +131,9 @@ def test_whole_sequences(chip, sms):
 @pytest.mark.parametrize("sms", SMS)
 def test_deterministic_schedules_cut_nothing(chip, sms):
     check(
-        chip.schedule(head_dim=128, batch_heads=12, q_tokens=4680, kv_tokens=14040, ctas=sms, deterministic=True),
+        chip.schedule(
+            head_dim=128, batch_heads=12, q_tokens=4680, kv_tokens=14040, ctas=sms, deterministic=True
+        ),
         sms,
         True,
     )
@@ -127,7 +143,9 @@ def test_deterministic_schedules_cut_nothing(chip, sms):
 def test_query_tiles_cover_every_row_once_and_stay_in_their_chunk(chip):
     ends = [1, 130, 131, 390, 700]
     window = dict(num_sink_tokens=65, num_window_tokens=257)
-    plan = chip.schedule(head_dim=128, batch_heads=3, q_tokens=700, kv_tokens=700, chunk_ends=ends, ctas=4, **window)
+    plan = chip.schedule(
+        head_dim=128, batch_heads=3, q_tokens=700, kv_tokens=700, chunk_ends=ends, ctas=4, **window
+    )
     seen = np.zeros((3, 700), int)
     for chunk, head, row, row_end in plan["place"]:
         assert row_end == ends[chunk] and row >= ([0, *ends])[chunk]
@@ -137,7 +155,8 @@ def test_query_tiles_cover_every_row_once_and_stay_in_their_chunk(chip):
 
 @pytest.mark.parametrize("tile_n", [176, 128])
 def test_visited_keys(chip, tile_n):
-    """Every fragmentation of a range visits exactly the keys that the mask of the op lets through, each once."""
+    """Every fragmentation of a range visits exactly the keys that the mask of the op lets through, each
+    once."""
     for end, sink, window in (
         (1000, 0, 1000),
         (1, 0, 1),
@@ -185,7 +204,8 @@ def test_no_more_key_tiles_than_the_keys_need(chip, tile_n):
 
 
 def test_speedups_of_the_schedule(chip):
-    """The idealised gain over one tile per CTA on an H100's 132 SMs, at the three shapes that the design is for."""
+    """The idealised gain over one tile per CTA on an H100's 132 SMs, at the three shapes that the design is
+    for."""
     for q_tokens, heads, at_least in ((4680, 12, 1.18), (1560, 12, 1.65), (4680, 3, 1.17)):
         plan = chip.schedule(head_dim=128, batch_heads=heads, q_tokens=q_tokens, kv_tokens=14040, ctas=132)
         tiles, units = len(plan["units"]), int(plan["units"][0])
@@ -193,7 +213,7 @@ def test_speedups_of_the_schedule(chip):
         assert one_tile_per_cta / check(plan, 132).max() >= at_least
 
 
-# ---- the cache of schedules -------------------------------------------------------------------------------------------------------
+# ---- the cache of schedules --------------------------------------------------------------------------------
 
 
 def asked(cache, shape):

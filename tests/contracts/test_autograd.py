@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from helpers.refusals import World
 
 import rf_kernels as rf
+from helpers.refusals import World
 
 #: What each mutating op writes.
 WRITTEN = {
@@ -74,7 +74,9 @@ def test_inference_tensors_are_written(op):
 def test_a_gradient_that_would_be_lost_is_refused(op, name):
     arguments = getattr(World(), op)
     arguments[name] = arguments[name].clone().requires_grad_()
-    with pytest.raises(rf.ArgumentError, match=f"rf_kernels.{op}: argument `{name}`: .*does not require grad"):
+    with pytest.raises(
+        rf.ArgumentError, match=f"rf_kernels.{op}: argument `{name}`: .*does not require grad"
+    ):
         getattr(rf, op)(**arguments)
     assert not any(isinstance(t, torch.Tensor) and t.requires_grad for n, t in arguments.items() if n != name)
     with torch.no_grad():
@@ -112,7 +114,8 @@ def test_torch_func_says_that_it_is_not_implemented(transform, op, name):
 
 @pytest.mark.parametrize("op, name", named(DIFFERENTIABLE))
 def test_second_derivatives_are_right_or_refused(op, name):
-    """Beside another term too, where a second derivative of 0 would go unnoticed. `rope` has them: tests/ops hold their values."""
+    """Beside another term too, where a second derivative of 0 would go unnoticed. `rope` has them: tests/ops
+    hold their values."""
     arguments = getattr(World(), op)
     leaf = arguments[name] = arguments[name].clone().requires_grad_()
     loss = getattr(rf, op)(**arguments).square().sum() + (leaf**3).sum()

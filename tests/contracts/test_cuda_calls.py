@@ -1,4 +1,5 @@
-"""Launchers and the CUDA runtime: failures are named and leave no error behind, limits of shared memory are set once."""
+"""Launchers and the CUDA runtime: failures are named and leave no error behind, limits of shared memory are
+set once."""
 
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ def test_launchers_ask_the_runtime_through_one_header():
     for path in sorted((ROOT / "csrc").rglob("launch.cu")):
         text = path.read_text()
         wrong += [
-            f"{path.relative_to(ROOT)}: {x}" for x in ("cudaGetLastError", "<<<", "cudaFuncSetAttribute") if x in text
+            f"{path.relative_to(ROOT)}: {x}"
+            for x in ("cudaGetLastError", "<<<", "cudaFuncSetAttribute")
+            if x in text
         ]
     assert not wrong

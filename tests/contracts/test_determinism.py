@@ -1,10 +1,11 @@
-"""Deterministic to the bit: across runs, numbers of threads, places in the batch and neighbours; forward and backward of every op."""
+"""Deterministic to the bit: across runs, numbers of threads, places in the batch and neighbours; forward and
+backward of every op."""
 
 import pytest
 import torch
-from helpers.promise_tools import DTYPES, assert_all_equal_bits, draw, forward, make_cache, seen_of
 
 import rf_kernels as rf
+from helpers.promise_tools import DTYPES, assert_all_equal_bits, draw, forward, make_cache, seen_of
 
 THREADS = (1, 2, 3, 4)
 
@@ -28,7 +29,10 @@ class RopeAppend:
             torch.randn(batch, n, h, cls.head_dim, generator=g).to(dtype)
             for h in (cls.heads[0], cls.heads[1], cls.heads[1])
         ]
-        caches = [torch.randn(batch, 5 * n // 3, cls.heads[1], cls.head_dim, generator=g).to(dtype) for _ in range(2)]
+        caches = [
+            torch.randn(batch, 5 * n // 3, cls.heads[1], cls.head_dim, generator=g).to(dtype)
+            for _ in range(2)
+        ]
         slots = torch.stack([torch.randperm(5, generator=g)[:3].int() for _ in range(batch)])
         angles, _ = tables(dtype, cls.frames, cls.grid, cls.head_dim, batch)
         return [*data, *caches, slots, angles]
@@ -40,9 +44,18 @@ class RopeAppend:
         size = 1 if cls.extra["norm"] == "head" else None
         weights = [torch.linspace(0.5, 1.5, (size or h) * cls.head_dim) for h in cls.heads]
         out = rf.rope_append(
-            q, k, v, k_cache, v_cache, slots=slots, angles=angles, axes=axes, q_weight=weights[0].to(q.dtype),
-            k_weight=weights[1].to(q.dtype), **cls.extra,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            slots=slots,
+            angles=angles,
+            axes=axes,
+            q_weight=weights[0].to(q.dtype),
+            k_weight=weights[1].to(q.dtype),
+            **cls.extra,
+        )
         return out, k_cache, v_cache
 
 
@@ -51,7 +64,8 @@ class RopeAppendPerHead(RopeAppend):
 
 
 class Rope:
-    """Forward and backward in x. The gradient of the weight is a sum over the batch: compared over runs and threads alone."""
+    """Forward and backward in x. The gradient of the weight is a sum over the batch: compared over runs and
+    threads alone."""
 
     @staticmethod
     def inputs(g, dtype, batch):
@@ -77,7 +91,9 @@ class EmaEvict:
         n, heads, head_dim = 20, 6, 32
         caches = [torch.randn(batch, 8 * n, heads, head_dim, generator=g).to(dtype) for _ in range(2)]
         state = [torch.randn(batch, 2 * n, heads, head_dim, generator=g).to(dtype) for _ in range(3)]
-        schedule = torch.stack([torch.tensor([[0, 2, 3, 4, 0], [b % 2, 3, 2, 7, 5]]) for b in range(batch)]).int()
+        schedule = torch.stack(
+            [torch.tensor([[0, 2, 3, 4, 0], [b % 2, 3, 2, 7, 5]]) for b in range(batch)]
+        ).int()
         turns = torch.randn(
             batch, 2, 4, 6, 2, generator=g, dtype=torch.float64 if dtype == torch.float64 else torch.float32
         )
@@ -86,16 +102,28 @@ class EmaEvict:
     @classmethod
     def run(cls, k_cache, v_cache, k_state, k_state_lo, v_state, schedule, turns):
         half = k_cache.dtype in (torch.bfloat16, torch.float16)
-        low = [k_state_lo.mul(2**-9), v_state.mul(2**-9)] if half and cls.state == "compensated" else [None, None]
+        low = (
+            [k_state_lo.mul(2**-9), v_state.mul(2**-9)]
+            if half and cls.state == "compensated"
+            else [None, None]
+        )
         k_state = k_state.clone()
         if half and cls.state == "float32":
             k_state, low = k_state.float(), [None, v_state.float()]
         k_cache, v_cache = k_cache.clone(), v_cache.clone()
         skipped = torch.zeros(1, dtype=torch.int64)
         rf.ema_evict(
-            k_cache, v_cache, k_state, *low, schedule=schedule, turns=turns, alpha=0.9, frame_tokens=20, state=cls.state,
+            k_cache,
+            v_cache,
+            k_state,
+            *low,
+            schedule=schedule,
+            turns=turns,
+            alpha=0.9,
+            frame_tokens=20,
+            state=cls.state,
             skipped=skipped,
-        )  # fmt: skip
+        )
         return [t for t in (k_cache, v_cache, k_state, *low) if t is not None]
 
 
@@ -138,7 +166,14 @@ class DmdGradient:
     @staticmethod
     def inputs(g, dtype, batch):
         x, fake, real, uncond = (torch.randn(batch, 3, 4, 19, 37, generator=g).to(dtype) for _ in range(4))
-        return [x, fake, real, uncond, torch.rand(batch, generator=g), torch.rand(batch, 3, generator=g) > 0.3]
+        return [
+            x,
+            fake,
+            real,
+            uncond,
+            torch.rand(batch, generator=g),
+            torch.rand(batch, 3, generator=g) > 0.3,
+        ]
 
     @staticmethod
     def run(x, fake, real, uncond, weight, mask):
@@ -155,16 +190,34 @@ class DmdGradient:
         leaf = x.clone().requires_grad_()
         loss = rf.dmd_loss(leaf, **options)
         loss.backward()
-        return gradient, aux.gradient_norm, aux.normalizer, aux.per_sample_loss, leaf.grad, loss.detach(), aux.loss
+        return (
+            gradient,
+            aux.gradient_norm,
+            aux.normalizer,
+            aux.per_sample_loss,
+            leaf.grad,
+            loss.detach(),
+            aux.loss,
+        )
 
     shared = 3
 
 
 OPS = {
     op.__name__: op
-    for op in (RopeAppend, RopeAppendPerHead, Rope, EmaEvict, EmaEvictFloat32, EmaEvictPublished, Attention,
-               AttentionWholeSequence, AttentionOneQuery, DmdGradient)
-}  # fmt: skip
+    for op in (
+        RopeAppend,
+        RopeAppendPerHead,
+        Rope,
+        EmaEvict,
+        EmaEvictFloat32,
+        EmaEvictPublished,
+        Attention,
+        AttentionWholeSequence,
+        AttentionOneQuery,
+        DmdGradient,
+    )
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,11 +271,17 @@ def test_places_and_neighbours(op, dtype):
 
 @pytest.mark.parametrize("policy", ["compensated", "float32", "published", "static"])
 def test_streams(policy, threads):
-    """A stream in a batch of three and alone, on 1 to 4 threads: every bit of its results and of its cache."""
+    """A stream in a batch of three and alone, on 1 to 4 threads: every bit of its results and of its
+    cache."""
 
     def stream(batch, sample=None):
         cache = make_cache(
-            policy, batch=1 if sample is not None else batch, dtype=torch.bfloat16, heads=4, head_dim=64, grid=(4, 8)
+            policy,
+            batch=1 if sample is not None else batch,
+            dtype=torch.bfloat16,
+            heads=4,
+            head_dim=64,
+            grid=(4, 8),
         )
         everything = make_cache(policy, batch=batch, dtype=torch.bfloat16, heads=4, head_dim=64, grid=(4, 8))
         results = []

@@ -1,10 +1,9 @@
-"""The documents and what they are made from say the same: the API reference names all that is public, figures are those of the
-committed reports, and the reports are those of the code."""
+"""The documents and what they are made from say the same: the API reference names all that is public, figures
+are those of the committed reports, and the reports are those of the code."""
 
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 import rf_kernels
@@ -17,51 +16,6 @@ def test_every_public_name_is_in_the_api_reference():
     text = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
     named = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.M)}
     assert not set(rf_kernels.__all__) - named
-
-
-def snippets(document):
-    """The Python blocks of a document as one program, line for line where they stand."""
-    lines, inside = [], False
-    for line in (ROOT / document).read_text().splitlines():
-        inside = inside and line != "```"
-        lines.append(line if inside else "")
-        inside = inside or line == "```python"
-    return compile("\n".join(lines), document, "exec")
-
-
-def streaming_names(height, width, **sizes):
-    """What a snippet that streams is given: a small model, its text, noise for four chunks, and what a block has at hand."""
-    from reward_forcing import CausalWanModel, ModelConfig
-
-    common = {"ffn_dim": 32, "num_layers": 2, "in_dim": 4, "out_dim": 4, "text_dim": 8, "text_len": 4, "freq_dim": 8}
-    config = ModelConfig(**common, **sizes)
-    model = CausalWanModel(config).requires_grad_(False)
-    spec = model.cache_spec(height, width, sink_frames=2, window_frames=3)
-    q, k, v = torch.randn(3, 1, 3 * spec.frame_tokens, config.num_heads, config.head_dim).unbind(0)
-    return {
-        "torch": torch, "rf": rf_kernels, "model": model, "text": model.text_keys(torch.randn(1, 4, 8)), "spec": spec,
-        "timesteps": [torch.full((1, 1), t) for t in (1000.0, 500.0)], "stream": torch.randn(4, 1, 4, 3, height, width),
-        "layer": 0, "q": q, "k": k, "v": v, "norm_q": torch.nn.RMSNorm(config.dim), "norm_k": torch.nn.RMSNorm(config.dim),
-    }  # fmt: skip
-
-
-SNIPPETS = {
-    "README.md": lambda: streaming_names(60, 104, dim=16, num_heads=1),
-    "docs/cache.md": lambda: streaming_names(8, 12, dim=64, num_heads=2),
-    "docs/sinks.md": lambda: streaming_names(8, 12, dim=64, num_heads=2),
-}
-
-
-@pytest.mark.parametrize("document", SNIPPETS)
-def test_snippets_run_as_they_are_printed(document):
-    torch.manual_seed(0)
-    names = SNIPPETS[document]() | {"__name__": "snippets"}
-    exec(snippets(document), names)
-    assert all(bool(names[result].isfinite().all()) for result in ("flow", "y") if result in names)
-    assert names["cache"].next_frame > 0
-    if "self_attention" in names:  # the block of the README
-        y = names["self_attention"](names["cache"].open(3), 0, *(names[x] for x in "qkv"))
-        assert y.requires_grad and y.shape == names["q"].shape
 
 
 def test_documents_say_what_the_reports_say():
@@ -86,13 +40,17 @@ def test_the_cpu_report_names_its_machine_and_judges_its_own_timings():
     from benchmarks import aims
 
     report = fill_readme.load("cpu")
-    assert all(report["environment"][fact] for fact in ("date", "commit", "torch", "python", "cpu", "cores", "threads"))
+    assert all(
+        report["environment"][fact]
+        for fact in ("date", "commit", "torch", "python", "cpu", "cores", "threads")
+    )
     results = {result["case"]: result for result in report["results"]}
     assert report["aims"] == [aim.judge(results) for aim in aims.aims()]
 
 
 def test_errors_are_still_those_of_the_report():
-    """One op recomputed: within a factor of two of the committed figures (the last bits differ between machines)."""
+    """One op recomputed: within a factor of two of the committed figures (the last bits differ between
+    machines)."""
     found = accuracy.table((accuracy.dmd_gradient, accuracy.rope_append))
     committed = {(r["op"], r["quantity"], r["dtype"]): r for r in fill_readme.load("accuracy")}
     assert len(found) >= 20
@@ -103,7 +61,8 @@ def test_errors_are_still_those_of_the_report():
 
 
 def test_at_0999_every_bf16_number_decays_to_itself():
-    """The statement of docs/numerics.md, over all positive normal numbers; and at 0.99 it is false for most."""
+    """The statement of docs/numerics.md, over all positive normal numbers; and at 0.99 it is false for
+    most."""
     bits = torch.arange(0x0080, 0x7F80, dtype=torch.int32).to(torch.int16)
     numbers = bits.view(torch.bfloat16)
     assert torch.equal(0.999 * numbers, numbers)

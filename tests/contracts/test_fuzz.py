@@ -1,10 +1,11 @@
-"""Differential fuzzing in CI (tests/helpers/fuzz.py is the generator, and repeats a failure by its op and seed)."""
+"""Differential fuzzing in CI (tests/helpers/fuzz.py is the generator, and repeats a failure by its op and
+seed)."""
 
 import pytest
 import torch
-from helpers import fuzz
 
 import rf_kernels as rf
+from helpers import fuzz
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,10 +42,19 @@ def test_a_seed_is_one_configuration():
 
 FAULTS = {
     "rope_append": ("rope_append", lambda out, call: out.view(-1)[-1].add_(1)),
-    "a neighbour in memory": ("rope_append", lambda out, call: torch.as_strided(call["q"], (1,), (1,), 0).fill_(1)),
+    "a neighbour in memory": (
+        "rope_append",
+        lambda out, call: torch.as_strided(call["q"], (1,), (1,), 0).fill_(1),
+    ),
     "rope": ("rope", lambda out, call: out.detach().view(-1)[0].add_(1)),
-    "sink_window_attention": ("sink_window_attention", lambda out, call: out[0].detach().view(-1)[0].mul_(1.5).add_(1)),
-    "dmd_gradient": ("dmd_gradient", lambda out, call: out[0].view(-1)[0].add_(1) if isinstance(out, tuple) else None),
+    "sink_window_attention": (
+        "sink_window_attention",
+        lambda out, call: out[0].detach().view(-1)[0].mul_(1.5).add_(1),
+    ),
+    "dmd_gradient": (
+        "dmd_gradient",
+        lambda out, call: out[0].view(-1)[0].add_(1) if isinstance(out, tuple) else None,
+    ),
     "ema_evict": ("ema_evict", lambda out, call: call["v_cache"][:, -1, 0, 0].add_(1)),
 }
 

@@ -1,4 +1,5 @@
-"""No operator touches a byte outside its tensors: they run with a page that cannot be touched behind (or before) every argument."""
+"""No operator touches a byte outside its tensors: they run with a page that cannot be touched behind (or
+before) every argument."""
 
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ("rope_append", "rope", "ema_evict", "dmd_gradient", "sink_window_attention")
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses mmap and mprotect of Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="uses mmap and mprotect of Linux"
+)
 
 
 def guard_pages(*arguments):

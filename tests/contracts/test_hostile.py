@@ -1,5 +1,5 @@
-"""Damaged and hostile files: refused with a clear error or loaded correctly, without a crash, in at most twice the memory of the
-file."""
+"""Damaged and hostile files: refused with a clear error or loaded correctly, without a crash, in at most
+twice the memory of the file."""
 
 import json
 import subprocess
@@ -16,8 +16,10 @@ FORMATS = ("stream", "checkpoint", "pickled", "golden")
 def load_mutations(name, first, last):
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "helpers" / "hostile_files.py", name, str(first), str(last)],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, f"died ({done.returncode}) at or after:\n{done.stderr[-2000:]}"
     report = json.loads(done.stdout)
     assert not report["failures"], "\n".join(report["failures"][:5])
@@ -31,7 +33,8 @@ def load_mutations(name, first, last):
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutated_files(name):
     report = load_mutations(name, 0, 30)
-    assert report["refused"] and report["loaded"], report  # the mutations are neither all harmless nor all coarse
+    # the mutations are neither all harmless nor all coarse
+    assert report["refused"] and report["loaded"], report
 
 
 @pytest.mark.heavy
@@ -50,6 +53,8 @@ def test_claims_that_weights_only_does_not_check(tmp_path):
     assert _tuple_depth(b"\x80\x02)\x85q\x000(h\x00h\x00t.") == 2
     torch.save({"patch_embedding.weight": torch.zeros(1)}, tmp_path / "a.pt")
     assert list(read_checkpoint(tmp_path / "a.pt")) == ["patch_embedding.weight"]
-    torch.save({"patch_embedding.weight": torch.zeros(1), "x": torch.zeros(1).expand(10**6)}, tmp_path / "b.pt")
+    torch.save(
+        {"patch_embedding.weight": torch.zeros(1), "x": torch.zeros(1).expand(10**6)}, tmp_path / "b.pt"
+    )
     with pytest.raises(CheckpointError, match="claim 4000004 bytes"):
         read_checkpoint(tmp_path / "b.pt")

@@ -1,5 +1,5 @@
-"""The house rules that a machine can check: who imports whom, file sizes, one name per op in the same homes, documents that name
-files which exist, and no word in the repository of the machine it was written on."""
+"""The house rules that a machine can check: who imports whom, file sizes, one name per op in the same homes,
+documents that name files which exist, and no word in the repository of the machine it was written on."""
 
 import ast
 import re
@@ -49,12 +49,22 @@ def inside(name, *packages):
 FORBIDDEN = {
     "rf_kernels": ("reward_forcing", "benchmarks", "helpers", "chip"),
     "rf_kernels/reference": (
-        *(f"rf_kernels.{name}" for name in ("_backend", "ops", "cache", "positions", "testing", "profiling", "doctor")),
+        *(
+            f"rf_kernels.{name}"
+            for name in ("_backend", "ops", "cache", "positions", "testing", "profiling", "doctor")
+        ),
         *("numpy", "triton"),
     ),
     "rf_kernels/ops": ("rf_kernels.cache", "rf_kernels.reference", "rf_kernels.testing"),
     "rf_kernels/cache": ("rf_kernels.reference", "rf_kernels.testing", "rf_kernels.doctor"),
-    "python": ("benchmarks", "helpers", "chip", "rf_kernels.reference", "rf_kernels.testing", "rf_kernels._backend"),
+    "python": (
+        "benchmarks",
+        "helpers",
+        "chip",
+        "rf_kernels.reference",
+        "rf_kernels.testing",
+        "rf_kernels._backend",
+    ),
     "benchmarks": ("helpers", "rf_kernels._selftest"),
 }
 
@@ -69,7 +79,9 @@ def test_who_imports_whom(folder):
         strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
         names = [x for x in strings if isinstance(x, str) and re.fullmatch(r"\w+(\.\w+)*", x)]
         wrong += [
-            f"{where}: the string {name!r}" for name in names if inside(name, *modules) and name != "reward_forcing"
+            f"{where}: the string {name!r}"
+            for name in names
+            if inside(name, *modules) and name != "reward_forcing"
         ]
     assert not wrong, "\n".join(wrong)
 
@@ -99,7 +111,9 @@ def test_cpp_include_rules():
                 wrong.append(f"{relative} includes another op: {include}")
             if folder in ("arch", "math", "common") and op_of_target:
                 wrong.append(f"{relative} includes an op: {include}")
-            if folder in ("arch", "math") and (include.startswith("torch/") or include.startswith("csrc/common")):
+            if folder in ("arch", "math") and (
+                include.startswith("torch/") or include.startswith("csrc/common")
+            ):
                 wrong.append(f"{relative} knows of torch: {include}")
             if folder == "math" and target[:2] == ["csrc", "arch"]:
                 wrong.append(f"{relative} includes the hardware layer: {include}")
@@ -124,7 +138,8 @@ def test_one_op_one_name_the_same_homes(op):
         f"docs/{op}.md",
     ]
     skeleton = ("params.h", "config.h", "op.cpp", "kernel.h", "launch.h", "launch.cu", "cpu.cpp")
-    if op != "sink_window_attention":  # its kernel of our own has a folder for the one architecture that it runs on
+    # its kernel of our own has a folder for the one architecture that it runs on
+    if op != "sink_window_attention":
         homes += [f"csrc/{op}/{name}" for name in skeleton]
     assert not [home for home in homes if not (ROOT / home).is_file()]
     sources = [path for path in tracked("*.h", "*.cpp", "*.cu", under=f"csrc/{op}")]
@@ -137,6 +152,18 @@ def test_files_read_in_one_sitting():
     assert len(sources) > 20
     long = {str(p.relative_to(ROOT)): n for p in sources if (n := len(p.read_text().splitlines())) > 650}
     assert not long
+
+
+def test_lines_of_110_columns():
+    """Tables and lines with an address are exempt."""
+    texts = tracked("*.py", "*.h", "*.cu", "*.cpp", "*.md")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in texts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 110 and "://" not in line and not (path.suffix == ".md" and line.startswith("|"))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_documents_name_files_that_exist():
@@ -159,7 +186,13 @@ def test_documents_name_files_that_exist():
 
 def test_the_repository_speaks_of_the_product_alone():
     """No machine paths and no package index hosts in tracked text."""
-    patterns = [r"/(work|root)/", r"/home/\w", r"--(extra-)?index-url", r"--find[-]links", r"https?://[^ ]*/simple\b"]
+    patterns = [
+        r"/(work|root)/",
+        r"/home/\w",
+        r"--(extra-)?index-url",
+        r"--find[-]links",
+        r"https?://[^ ]*/simple\b",
+    ]
     wrong = []
     for path in tracked():
         if path.suffix in (".safetensors", ".png", ".gif", ".mp4"):
@@ -170,12 +203,17 @@ def test_the_repository_speaks_of_the_product_alone():
 
 
 def test_sink_alone_is_no_name():
-    """`sink` alone means a softmax logit elsewhere (attn_sink); ours are num_sink_tokens, sink_frames, sink_k."""
+    """`sink` alone means a softmax logit elsewhere (attn_sink); ours are num_sink_tokens, sink_frames,
+    sink_k."""
     wrong = []
     for path in [*tracked("*.py", under="rf_kernels"), *tracked("*.py", under="python")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.arg] if isinstance(node, ast.arg) else [node.id] if isinstance(node, ast.Name) else []
-            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if name in ("sink", "sinks")]
+            names = (
+                [node.arg] if isinstance(node, ast.arg) else [node.id] if isinstance(node, ast.Name) else []
+            )
+            wrong += [
+                f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if name in ("sink", "sinks")
+            ]
     # The one exception: the policy that a cache is made with.
     wrong = [place for place in wrong if not place.startswith("rf_kernels/cache/cache.py:")]
     assert not wrong, "\n".join(wrong)
@@ -188,7 +226,8 @@ def test_one_reader_of_pickles_and_it_reads_weights_only():
         (path.name, [ast.unparse(k) for k in node.keywords])
         for path in packages
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("torch.load", "serialization.load"))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith(("torch.load", "serialization.load"))
     ]
     assert len(loads) == 1 and loads[0][0] == "checkpoint.py" and "weights_only=True" in loads[0][1]
 

@@ -1,10 +1,11 @@
 """64-bit indexing: right at 2^31 - 1, 2^31 + 1 and 2^32 + 1 elements.
 
-Tensors are views of anonymous memory maps, whose pages exist once they are written: a cache of 2^32 + 1 elements costs the pages of the
-slots that a call touches. Each view ends at the last element of its map, so its largest offset is the size named, less one; at
-most three maps of full size exist at once, and the peak of resident memory is checked. The result must be, to the bit, that of the same
-call on small tensors, which is compared with the oracle. What writes all of a full-size result (``rope``, ``dmd_gradient``) is run at
-2^31 + 1 elements and a little more, where that fits in the memory allowed.
+Tensors are views of anonymous memory maps, whose pages exist once they are written: a cache of 2^32 + 1
+elements costs the pages of the slots that a call touches. Each view ends at the last element of its map, so
+its largest offset is the size named, less one; at most three maps of full size exist at once, and the peak of
+resident memory is checked. The result must be, to the bit, that of the same call on small tensors, which is
+compared with the oracle. What writes all of a full-size result (``rope``, ``dmd_gradient``) is run at 2^31 +
+1 elements and a little more, where that fits in the memory allowed.
 """
 
 import gc
@@ -15,16 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.promise_tools import assert_all_equal_bits
 
 import rf_kernels as rf
+from helpers.promise_tools import assert_all_equal_bits
 from rf_kernels.reference import ema_evict as ref_ema
 from rf_kernels.reference import rope_append as ref_rope
 from rf_kernels.reference.sink_window_attention import sink_window_attention as ref_attention
 from rf_kernels.testing import assert_equal_bits, assert_within_eager
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = pytest.mark.parametrize("elements", [2**31 - 1, 2**31 + 1, 2**32 + 1], ids=["2^31-1", "2^31+1", "2^32+1"])
+SIZES = pytest.mark.parametrize(
+    "elements", [2**31 - 1, 2**31 + 1, 2**32 + 1], ids=["2^31-1", "2^31+1", "2^32+1"]
+)
 DTYPE = torch.bfloat16
 RESIDENT_LIMIT = 6 * 2**30
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -77,7 +80,8 @@ def frames_of(cache, slots):
 
 
 def assert_untouched_around(cache, slots):
-    """The frames beside the slots, and those where an offset of 32 bits would have ended up, are still zero."""
+    """The frames beside the slots, and those where an offset of 32 bits would have ended up, are still
+    zero."""
     last = cache.shape[1] // FRAME - 1
     beside = {s + d for s in slots for d in (-1, 1)}
     wrapped = {(s * FRAME * ROW % 2**bits) // (FRAME * ROW) for s in slots for bits in (31, 32)}
@@ -124,7 +128,12 @@ def test_ema_evict(elements):
         for i, s in enumerate(slots):
             cache[:, s * FRAME : (s + 1) * FRAME] = numbers[:, i * FRAME : (i + 1) * FRAME]
     turns = torch.from_numpy(rf.RoPE3D.wan(DIM).temporal_table([3, -2, 5])).float()[None].repeat(2, 1, 1, 1)
-    options = {"turns": turns, "alpha": 0.9, "frame_tokens": FRAME, "temporal": rf.RoPE3D.wan(DIM).temporal_dims}
+    options = {
+        "turns": turns,
+        "alpha": 0.9,
+        "frame_tokens": FRAME,
+        "temporal": rf.RoPE3D.wan(DIM).temporal_dims,
+    }
 
     def run(op, k, v, sources):
         states = [torch.zeros(BATCH, 2 * FRAME, HEADS, DIM, dtype=DTYPE) for _ in range(3)]
@@ -145,11 +154,13 @@ def test_ema_evict(elements):
 
 
 def giant(elements, numbers):
-    """The same numbers, tokens and heads as far apart as ``elements`` allow (heads spread over half the way to the next token)."""
+    """The same numbers, tokens and heads as far apart as ``elements`` allow (heads spread over half the way
+    to the next token)."""
     batch, tokens, heads, dim = numbers.shape
     token_stride = 2 * (elements - dim) // (2 * tokens - 1)
     head_stride = (elements - dim - (tokens - 1) * token_stride) // (heads - 1)
-    offset = elements - dim - (tokens - 1) * token_stride - (heads - 1) * head_stride  # less than the number of heads
+    # less than the number of heads
+    offset = elements - dim - (tokens - 1) * token_stride - (heads - 1) * head_stride
     view = torch.as_strided(lazy(elements), numbers.shape, (elements, token_stride, head_stride, 1), offset)
     return view.copy_(numbers)
 
@@ -211,25 +222,40 @@ def test_dmd_gradient(elements):
     """Dense, and so two maps and one resident result; x is the fake prediction as well."""
     x, real = lazy(elements).view(1, -1), lazy(elements).view(1, -1)
     sampled = torch.tensor([0, 2**30, 2**31 - 4097, elements - 2, elements - 1])
-    fakes, reals = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).to(DTYPE), torch.tensor([4.0, 4.0, 4.0, 4.0, 4.0]).to(DTYPE)
+    fakes, reals = (
+        torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).to(DTYPE),
+        torch.tensor([4.0, 4.0, 4.0, 4.0, 4.0]).to(DTYPE),
+    )
     x[0, sampled], real[0, sampled] = fakes, reals
     options = rf.DMDOptions(normalize=False, reduction="none")
     gradient, aux = rf.dmd_gradient(x, fake=x, real=real, options=options, return_aux=True)
     assert torch.equal(gradient[0, sampled], fakes - reals)
     assert not bool(gradient[0, sampled[1:] - 2].any()) and not bool(gradient[0, 1:4096].any())
     assert float(aux.loss) == float((fakes - reals).double().square().sum() / 2)
-    assert float(aux.gradient_norm) == pytest.approx(float((fakes - reals).double().abs().sum() / elements), rel=1e-6)
+    assert float(aux.gradient_norm) == pytest.approx(
+        float((fakes - reals).double().abs().sum() / elements), rel=1e-6
+    )
     assert int(aux.dropped) == 0
 
 
 def test_address_functions(tmp_path):
-    """The functions of csrc/math and csrc/rope_append that kernels form addresses with, and the types of all strides."""
+    """The functions of csrc/math and csrc/rope_append that kernels form addresses with, and the types of all
+    strides."""
     if COMPILER is None:
         pytest.skip("no C++ compiler: the address functions cannot be built as host code")
     program = tmp_path / "address_math"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=undefined",
+        "-fno-sanitize-recover",
+    ]
     subprocess.run(
-        [COMPILER, *flags, f"-I{ROOT}", str(ROOT / "tests/contracts/address_math.cpp"), "-o", str(program)], check=True
+        [COMPILER, *flags, f"-I{ROOT}", str(ROOT / "tests/contracts/address_math.cpp"), "-o", str(program)],
+        check=True,
     )
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,14 +1,15 @@
-"""Streams never meet: many caches in one process, interleaved at every step, with exceptions in the middle of a chunk, resets and
-reuse. Each stream's values are a tag of its own, so that any other number is a leak; and every bit is that of the stream alone."""
+"""Streams never meet: many caches in one process, interleaved at every step, with exceptions in the middle of
+a chunk, resets and reuse. Each stream's values are a tag of its own, so that any other number is a leak; and
+every bit is that of the stream alone."""
 
 import random
 import threading
 
 import pytest
 import torch
-from helpers.promise_tools import POLICIES, make_cache, seen_of, tensors_of
 
 import rf_kernels as rf
+from helpers.promise_tools import POLICIES, make_cache, seen_of, tensors_of
 from rf_kernels.testing import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,8 +29,8 @@ def tagged(cache, frames, seed, tag):
 
 
 def tolerance(dtype):
-    """Means of equal numbers: the weights of the softmax sum to 1 within some roundings, and an average with alpha = 0.9 holds up to
-    1 / (1 - 0.9) of them. Neighbouring tags are a quarter apart."""
+    """Means of equal numbers: the weights of the softmax sum to 1 within some roundings, and an average with
+    alpha = 0.9 holds up to 1 / (1 - 0.9) of them. Neighbouring tags are a quarter apart."""
     return 12 * torch.finfo(dtype).eps
 
 
@@ -43,14 +44,17 @@ def forward(chunk, seed, tag, fail_after=None):
         k, v, tokens = chunk.kv(layer)
         out, lse = rf.sink_window_attention(q, k, v, kv_tokens=tokens, return_lse=True)
         worst = float((out.double() / tag - 1).abs().max())
-        assert worst <= tolerance(cache.spec.dtype), f"stream {tag}: a value a factor {worst} away from its tag"
+        assert worst <= tolerance(cache.spec.dtype), (
+            f"stream {tag}: a value a factor {worst} away from its tag"
+        )
         yield fingerprint(out, lse)
         if layer == fail_after:
             raise ModelFailed
 
 
 def session(number, events):
-    """One user: chunks, failures, resets. Yields None where another user may come in between, and fingerprints of all results."""
+    """One user: chunks, failures, resets. Yields None where another user may come in between, and
+    fingerprints of all results."""
     choose = random.Random(number)
     policy = choose.choice(sorted(POLICIES))
     dtype = choose.choice([torch.float32, torch.bfloat16, torch.float16])

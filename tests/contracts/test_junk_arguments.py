@@ -1,16 +1,25 @@
-"""Whatever is handed to a public function, it answers or raises ArgumentError, and a refused call has changed nothing."""
+"""Whatever is handed to a public function, it answers or raises ArgumentError, and a refused call has changed
+nothing."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from helpers.refusals import World
 
 import rf_kernels as rf
+from helpers.refusals import World
 from rf_kernels.testing import assert_equal_bits, fingerprint
 
-OPS = ("rope_append", "rope", "ema_evict", "sink_window_attention", "dmd_gradient", "dmd_loss", "reward_weight")
+OPS = (
+    "rope_append",
+    "rope",
+    "ema_evict",
+    "sink_window_attention",
+    "dmd_gradient",
+    "dmd_loss",
+    "reward_weight",
+)
 JUNK = {
     "None": None,
     "object": object(),
@@ -53,8 +62,22 @@ def test_an_answer_or_an_argument_error(op, name):
             pytest.fail(f"{name}={what}: {type(error).__name__}: {error}")
 
 
-NOT_INTEGERS = [4.7, 4.0, np.float64(4.7), np.float32(4), torch.tensor(4.7), torch.tensor(4.0), Fraction(47, 10), "4", True,
-                np.bool_(True), torch.tensor(True), torch.tensor([4, 4]), None, 2**63]  # fmt: skip
+NOT_INTEGERS = [
+    4.7,
+    4.0,
+    np.float64(4.7),
+    np.float32(4),
+    torch.tensor(4.7),
+    torch.tensor(4.0),
+    Fraction(47, 10),
+    "4",
+    True,
+    np.bool_(True),
+    torch.tensor(True),
+    torch.tensor([4, 4]),
+    None,
+    2**63,
+]
 INTEGERS = {
     ("sink_window_attention", "kv_tokens"): 4,
     ("sink_window_attention", "num_sink_tokens"): 0,
@@ -100,22 +123,35 @@ def test_other_integers_are_integers(kind):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"pairs": 3}, {"pairs": None}, {"pairs": "211"}, {"pairs": (2, True, 1)}, {"bases": 1e4}, {"bases": (10**400,) * 3},
-     {"bases": (1e4, None, 1e4)}, {"temporal_axis": "x"}, {"temporal_axis": 0.5}, {"layout": None}],
+    [
+        {"pairs": 3},
+        {"pairs": None},
+        {"pairs": "211"},
+        {"pairs": (2, True, 1)},
+        {"bases": 1e4},
+        {"bases": (10**400,) * 3},
+        {"bases": (1e4, None, 1e4)},
+        {"temporal_axis": "x"},
+        {"temporal_axis": 0.5},
+        {"layout": None},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_ropes(wrong):
     with pytest.raises(rf.ArgumentError, match=f"RoPE: argument `{next(iter(wrong))}`"):
         rf.RoPE(**{"pairs": (2, 1, 1), "bases": (1e4,) * 3} | wrong)
 
 
 NEGATIVE = [("rope_append", "k_cache"), ("rope_append", "v_cache")]
-NEGATIVE += [("ema_evict", name) for name in ("k_cache", "v_cache", "k_state", "k_state_lo", "v_state", "skipped")]
+NEGATIVE += [
+    ("ema_evict", name) for name in ("k_cache", "v_cache", "k_state", "k_state_lo", "v_state", "skipped")
+]
 
 
 @pytest.mark.parametrize("op, name", NEGATIVE)
 def test_a_negative_view_is_refused_before_anything_is_written(op, name):
-    """The dispatcher would hand the op a copy of it, and find out after the op that it cannot write that back."""
+    """The dispatcher would hand the op a copy of it, and find out after the op that it cannot write that
+    back."""
     world = World()
     call = getattr(world, op)
     call[name] = torch._neg_view(call[name])

@@ -4,12 +4,21 @@ import gc
 
 import pytest
 import torch
-from helpers.refusals import World
 
 import rf_kernels as rf
+from helpers.refusals import World
 
-OPS = ("rope_append", "rope", "ema_evict", "sink_window_attention", "dmd_gradient", "dmd_loss", "reward_weight")
-# Strings across PyTorch's stable ABI lost 116 bytes a call. Pages come in whole numbers, and allocators keep some for themselves.
+OPS = (
+    "rope_append",
+    "rope",
+    "ema_evict",
+    "sink_window_attention",
+    "dmd_gradient",
+    "dmd_loss",
+    "reward_weight",
+)
+# Strings across PyTorch's stable ABI lost 116 bytes a call. Pages come in whole numbers, and allocators keep
+# some for themselves.
 PER_CALL = 16
 SLACK = 256 * 1024
 
@@ -69,6 +78,7 @@ def test_calls_keep_no_memory(name, calls):
     make, op = CALLS[name]
     call = make(op)
     grown = [growth(call, calls)]
-    while grown[-1] > SLACK + PER_CALL * calls and len(grown) < 3:  # an allocator may settle late; a leak goes on
+    # an allocator may settle late; a leak goes on
+    while grown[-1] > SLACK + PER_CALL * calls and len(grown) < 3:
         grown.append(growth(call, calls))
     assert grown[-1] <= SLACK + PER_CALL * calls, f"{grown} bytes in {calls} calls"

@@ -1,13 +1,13 @@
-"""A NaN does not live for ever: what is not finite leaves no trace in a cache once it has left the window, and never reaches another
-sample of a batch."""
+"""A NaN does not live for ever: what is not finite leaves no trace in a cache once it has left the window,
+and never reaches another sample of a batch."""
 
 import random
 
 import pytest
 import torch
-from helpers.promise_tools import DTYPES, assert_all_equal_bits, draw, everything_of, make_cache, seen_of
 
 import rf_kernels as rf
+from helpers.promise_tools import DTYPES, assert_all_equal_bits, draw, everything_of, make_cache, seen_of
 from rf_kernels.testing import assert_equal_bits, fingerprint
 
 BAD = (float("nan"), float("inf"), -float("inf"))
@@ -15,8 +15,9 @@ STATES = ("compensated", "float32", "published")
 
 
 def run(cache, injections=(), *, chunks=9, frames=2, leave_out=(), repeat=False):
-    """A stream. ``injections``: (chunk, layer, which of k and v, index, value). ``leave_out``: frames that the sink shall not absorb
-    (a plan with a count of 0). ``repeat``: the caller runs a bad chunk again with finite tensors before it commits."""
+    """A stream. ``injections``: (chunk, layer, which of k and v, index, value). ``leave_out``: frames that
+    the sink shall not absorb (a plan with a count of 0). ``repeat``: the caller runs a bad chunk again with
+    finite tensors before it commits."""
     for chunk in range(chunks):
         with cache.chunk(frames) as opened:
             for e in set(opened.plan.leaving) & set(leave_out):
@@ -58,7 +59,8 @@ def check_skip(dtype, state, seed, alpha=0.9):
     frame, token, bad = injection(cache(), choose, chunks, frames)
     layer, sample = bad[1], bad[3][0]
     clean, found, without = run(cache()), run(cache(), [bad]), run(cache(), leave_out=[frame])
-    absorbing = (frame - 2) % 2 * clean.spec.frame_tokens + token  # the sink token that would have absorbed the bad one
+    # the sink token that would have absorbed the bad one
+    absorbing = (frame - 2) % 2 * clean.spec.frame_tokens + token
     for ours, theirs, absent in zip(seen_of(found), seen_of(clean), seen_of(without), strict=True):
         assert bool(ours.isfinite().all())
         expected = theirs.clone()
@@ -96,7 +98,8 @@ def test_a_whole_chunk_of_nan_and_its_absence(state):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("on_nonfinite", ["skip", "propagate", "raise"])
 def test_a_chunk_that_is_run_again_leaves_nothing_at_all(on_nonfinite, state):
-    """A chunk's forwards write the same slots again: also a sink frame can be mended so, before the commit."""
+    """A chunk's forwards write the same slots again: also a sink frame can be mended so, before the
+    commit."""
     policy = rf.EMASink(0.9, state=state, on_nonfinite=on_nonfinite)
     for chunk in (0, 1, 4):
         bad = [(chunk, layer, which, ..., float("nan")) for layer in range(2) for which in (0, 1, 2)]
@@ -118,7 +121,8 @@ def test_propagate_is_seen_in_the_same_elements_and_no_others():
 
 
 def nonfinite_stream(**more):
-    """A cache of which two tokens of the frames 2 and 3 are not finite, and leave with the next chunk; and a chunk's forward."""
+    """A cache of which two tokens of the frames 2 and 3 are not finite, and leave with the next chunk; and a
+    chunk's forward."""
     cache = make_cache(rf.EMASink(0.9, on_nonfinite="raise"), **more)
 
     def write(chunk, number, bad=False):
@@ -159,7 +163,7 @@ def test_raise_without_undo_closes_the_stream_until_it_is_reset():
         write(chunk, 0)
 
 
-# ---- no sample of a batch is touched by another's ------------------------------------------------------------------------------------
+# ---- no sample of a batch is touched by another's ----------------------------------------------------------
 
 
 def inject(tensors, sample, value):
@@ -199,7 +203,11 @@ def batch_rope(q, k, v):
 
 def batch_ema_evict(q, k, v):
     cache_k, cache_v, state = k.clone(), v.clone(), q[:, :2].clone().contiguous()
-    low = [torch.zeros_like(state) for _ in range(2)] if k.dtype in (torch.bfloat16, torch.float16) else [None, None]
+    low = (
+        [torch.zeros_like(state) for _ in range(2)]
+        if k.dtype in (torch.bfloat16, torch.float16)
+        else [None, None]
+    )
     schedule = torch.tensor([[0, 2, 1, 2]], dtype=torch.int32)
     turns = torch.from_numpy(rf.RoPE3D.wan(16).temporal_table([3, 2, 5])).to(
         torch.float64 if k.dtype == torch.float64 else torch.float32
@@ -240,5 +248,7 @@ def test_no_sample_is_touched_by_another(op, dtype):
             for bad in inject(inputs, sample, value):
                 found = BATCHED[op](*bad)
                 assert_all_equal_bits([t[others] for t in found], [t[others] for t in clean])
-                touched += not all(torch.equal(a[sample], b[sample]) for a, b in zip(found, clean, strict=True))
+                touched += not all(
+                    torch.equal(a[sample], b[sample]) for a, b in zip(found, clean, strict=True)
+                )
     assert touched > 12  # the injections do reach results

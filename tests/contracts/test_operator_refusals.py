@@ -1,14 +1,15 @@
-"""Checks of the registered operators that no public function lets through: its own checks come first, or it makes the argument itself.
-With the catalogue of tests/helpers/refusals.py every refusal of csrc/*/op.cpp has a call, but for those between devices."""
+"""Checks of the registered operators that no public function lets through: its own checks come first, or it
+makes the argument itself. With the catalogue of tests/helpers/refusals.py every refusal of csrc/*/op.cpp has
+a call, but for those between devices."""
 
 import sys
 
 import pytest
 import torch
-from helpers import refusals
-from helpers.refusals import refused
 
 import rf_kernels as rf
+from helpers import refusals
+from helpers.refusals import refused
 from rf_kernels._backend import invoke as invoke_checked
 from rf_kernels._backend import ops
 from rf_kernels.testing import fingerprint
@@ -23,7 +24,11 @@ def arguments_of(function, monkeypatch) -> dict:
         return invoke_checked(op, *args)
 
     module = (
-        "dmd_gradient" if function == "dmd_gradient" else "rope_append" if function.startswith("rope") else function
+        "dmd_gradient"
+        if function == "dmd_gradient"
+        else "rope_append"
+        if function.startswith("rope")
+        else function
     )
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[f"rf_kernels.ops.{module}"], "invoke", record)
@@ -77,21 +82,34 @@ CALLS = [
     *(("ema_evict", "state", x, {"state": to(x)}) for x in (-1, 3)),
     ("ema_evict", "k_state", "another batch", {"k_state": repeated(0)}),
     ("ema_evict", "v_state", "another head_dim", {"v_state": repeated(3)}),
-    ("ema_evict", "k_cache", "2^31 elements a token", {name: huge(4, 65536, 32768) for name in ("k_cache", "v_cache")}),
+    (
+        "ema_evict",
+        "k_cache",
+        "2^31 elements a token",
+        {name: huge(4, 65536, 32768) for name in ("k_cache", "v_cache")},
+    ),
     ("ema_evict", "k_cache", "2^64 elements a token", {name: overflowing for name in ("k_cache", "v_cache")}),
     ("dmd_gradient", "x_t", "sigma alone", {"x_t": to(None)}),
     ("dmd_gradient", "sigma", "x_t alone", {"sigma": to(None)}),
     ("dmd_gradient", "reduction", "max", {"reduction": to("max")}),
     ("dmd_gradient", "nan", "ignore", {"nan": to("ignore")}),
-    *(("sink_window_attention_backward", name, what, {name: change})
-      for name in ("grad_out", "out") for what, change in LIKE_QUERY.items()),
-    *(("sink_window_attention_backward", "lse", f"twice in dimension {d}", {"lse": repeated(d)}) for d in range(3)),
+    *(
+        ("sink_window_attention_backward", name, what, {name: change})
+        for name in ("grad_out", "out")
+        for what, change in LIKE_QUERY.items()
+    ),
+    *(
+        ("sink_window_attention_backward", "lse", f"twice in dimension {d}", {"lse": repeated(d)})
+        for d in range(3)
+    ),
     ("sink_window_attention_backward", "lse", "one dimension less", {"lse": lambda t: t[0]}),
     ("sink_window_attention_backward", "lse", "float64", {"lse": torch.Tensor.double}),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("name, argument, what, change", CALLS, ids=lambda x: None if isinstance(x, dict) else str(x))
+@pytest.mark.parametrize(
+    "name, argument, what, change", CALLS, ids=lambda x: None if isinstance(x, dict) else str(x)
+)
 def test_wrong_calls_of_operators(name, argument, what, change, monkeypatch):
     backward = name == "sink_window_attention_backward"
     arguments = backward_arguments(monkeypatch) if backward else arguments_of(name, monkeypatch)

@@ -1,10 +1,13 @@
-"""Slots that are not valid are never seen: filled with NaN, infinities or 3e38 they change no bit of a result or a gradient."""
+"""Slots that are not valid are never seen: filled with NaN, infinities or 3e38 they change no bit of a result
+or a gradient."""
 
 import itertools
 import random
 
 import pytest
 import torch
+
+import rf_kernels as rf
 from helpers.promise_tools import (
     DTYPES,
     POISON,
@@ -17,8 +20,6 @@ from helpers.promise_tools import (
     seen_of,
     states_of,
 )
-
-import rf_kernels as rf
 from rf_kernels.reference.sink_window_attention import visible_keys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +77,8 @@ def test_attention_at_every_valid_length_of_three_tiles(dtype, head_dim):
 
 
 def check_whole_sequence(dtype, head_dim, ends, num_sink_tokens, num_window_tokens):
-    """Keys that no chunk sees change no bit of anything; keys that one chunk does not see, none of its rows."""
+    """Keys that no chunk sees change no bit of anything; keys that one chunk does not see, none of its
+    rows."""
     tokens = ends[-1]
     options = {"chunk_ends": ends, "num_sink_tokens": num_sink_tokens, "num_window_tokens": num_window_tokens}
     q, k, v, grad_out = attention_inputs(dtype, tokens, tokens, head_dim)
@@ -105,7 +107,10 @@ def check_whole_sequence(dtype, head_dim, ends, num_sink_tokens, num_window_toke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whole_sequences_at_every_window(dtype, head_dim):
     ends = [5, 9, 16]
-    unseen = [check_whole_sequence(dtype, head_dim, ends, s, w) for s, w in ((0, 0), (0, 3), (2, 1), (2, 16), (7, 3))]
+    unseen = [
+        check_whole_sequence(dtype, head_dim, ends, s, w)
+        for s, w in ((0, 0), (0, 3), (2, 1), (2, 16), (7, 3))
+    ]
     assert max(unseen) == 16 and min(unseen) == 0
 
 

@@ -1,4 +1,5 @@
-"""nvtx ranges: every public op and every pipeline phase by name, recorded by a stub in place of the nvtx package."""
+"""nvtx ranges: every public op and every pipeline phase by name, recorded by a stub in place of the nvtx
+package."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -30,9 +31,17 @@ def ranges(monkeypatch):
 
 def cache_of():
     spec = rf.CacheSpec(
-        layers=1, batch=1, heads=1, head_dim=16, grid=(1, 2), sink_frames=1, window_frames=1, rope=rf.RoPE3D.wan(16),
-        dtype=torch.float32, device="cpu",
-    )  # fmt: skip
+        layers=1,
+        batch=1,
+        heads=1,
+        head_dim=16,
+        grid=(1, 2),
+        sink_frames=1,
+        window_frames=1,
+        rope=rf.RoPE3D.wan(16),
+        dtype=torch.float32,
+        device="cpu",
+    )
     return rf.SinkWindowCache(spec, sink=rf.EMASink())
 
 
@@ -47,7 +56,10 @@ def test_every_public_op_opens_a_range(ranges):
     rf.dmd_loss(x.requires_grad_(), fake=x.detach(), real=-x.detach()).backward()
     assert {domain for domain, _, _ in ranges} == {"rf_kernels"}
     names = [name for _, name, _ in ranges]
-    assert names.count("rope_append") == names.count("sink_window_attention") == 3 and names.count("ema_evict") == 1
+    assert (
+        names.count("rope_append") == names.count("sink_window_attention") == 3
+        and names.count("ema_evict") == 1
+    )
     assert {"rope", "dmd_gradient", "dmd_loss"} <= set(names)
 
 

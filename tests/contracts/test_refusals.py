@@ -1,16 +1,17 @@
-"""Nothing half done: every wrong call is one ``rf_kernels.ArgumentError`` that names op, argument, what was expected and what came,
-before anything is written. The ops' calls are in tests/helpers/refusals.py, those of the cache here."""
+"""Nothing half done: every wrong call is one ``rf_kernels.ArgumentError`` that names op, argument, what was
+expected and what came, before anything is written. The ops' calls are in tests/helpers/refusals.py, those of
+the cache here."""
 
 import copy
 import time
 
 import pytest
 import torch
+
+import rf_kernels as rf
 from helpers import refusals
 from helpers.promise_tools import draw, everything_of, make_cache, step
 from helpers.refusals import refused
-
-import rf_kernels as rf
 from rf_kernels.testing import fingerprint
 
 ENTRIES = refusals.op_entries()
@@ -60,7 +61,8 @@ def test_what_the_text_says(function, argument, what, text):
 
 
 def test_a_count_above_the_sources_is_refused_wherever_it_would_read():
-    """The entry behind the first sample's sources is the second sample's init, which would pass for a source."""
+    """The entry behind the first sample's sources is the second sample's init, which would pass for a
+    source."""
     call = refusals.World().ema_evict
     refusals.plan([[1, 0, 0], [1, 0, 0]], [[0, 2, 2], [1, 0, 0]])(call)
     call["turns"] = call["turns"][:, :2].contiguous()
@@ -95,6 +97,11 @@ def test_the_right_configuration_passes():
 @pytest.mark.parametrize("name, wrong", values_of(refusals.POLICIES))
 def test_wrong_policies(name, wrong):
     refused(lambda: rf.EMASink(**{name: wrong}), name)
+
+
+@pytest.mark.parametrize("name, wrong", values_of(refusals.DMD_OPTIONS))
+def test_wrong_options_of_the_gradient(name, wrong):
+    refused(lambda: rf.DMDOptions(**{name: wrong}), name)
 
 
 @pytest.mark.parametrize("name, wrong", values_of(refusals.ROPES))
@@ -137,7 +144,9 @@ def ended_chunks():
 @pytest.mark.parametrize("use", ["attend", "append", "kv", "commit", "rollback", "mark_written", "__enter__"])
 def test_ended_chunks(use):
     for how, chunk, cache in ended_chunks():
-        arguments = {"attend": (0, *draw(cache, 1, 0)), "append": (0, *draw(cache, 1, 0)), "kv": (0,)}.get(use, ())
+        arguments = {"attend": (0, *draw(cache, 1, 0)), "append": (0, *draw(cache, 1, 0)), "kv": (0,)}.get(
+            use, ()
+        )
         before = everything_of(cache)
         refused(lambda use=use, chunk=chunk, arguments=arguments: getattr(chunk, use)(*arguments), "self")
         assert everything_of(cache) == before
@@ -201,7 +210,10 @@ def test_wrong_appends_leave_the_sink_alone(wrong, first):
     before, bad = everything_of(cache), APPENDS[wrong](*inputs)
     refused(lambda: chunk.append(1, *bad))
     refused(lambda: chunk.attend(1, *bad))
-    leaf = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in bad]
+    leaf = [
+        t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in bad
+    ]
     refused(lambda: chunk.attend(1, *leaf))
     assert everything_of(cache) == before and chunk.written is not first
     chunk.append(1, *inputs)
@@ -212,7 +224,10 @@ def test_wrong_appends_leave_the_sink_alone(wrong, first):
 def test_an_append_that_would_drop_a_gradient(name):
     cache = full_cache()
     chunk, before = cache.open(2), everything_of(cache)
-    call = dict(zip("qkv", draw(cache, 2, 9), strict=True)) | {"q_norm": torch.ones(32), "k_norm": torch.ones(32)}
+    call = dict(zip("qkv", draw(cache, 2, 9), strict=True)) | {
+        "q_norm": torch.ones(32),
+        "k_norm": torch.ones(32),
+    }
     call[name] = call[name].clone().requires_grad_()
     refused(lambda: chunk.append(0, **call), name.replace("norm", "weight"))
     assert everything_of(cache)[0] == before[0] and not chunk.written
@@ -351,9 +366,10 @@ def test_files_that_are_cut_off(tmp_path, length):
     assert everything_of(cache) == before
 
 
-# ---- under torch.compile -----------------------------------------------------------------------------------------------------------
+# ---- under torch.compile -----------------------------------------------------------------------------------
 
-# One wrong call for each way of finding out: in Python, of the C++ checks while tracing, and of values while running.
+# One wrong call for each way of finding out: in Python, of the C++ checks while tracing, and of values while
+# running.
 COMPILED = [
     ("rope", "axes", lambda c: c.update(axes=[0.5])),
     ("rope", "weight", lambda c: c.update(weight=c["weight"][:3])),
@@ -391,7 +407,9 @@ def test_what_only_the_values_tell_keeps_its_text(fullgraph):
     call = refusals.World().rope_append
     call["slots"] = torch.tensor([1, 99], dtype=torch.int32)
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match=r"rf_kernels\.rope_append: argument `slots`: expected .+, found 99"):
+    with pytest.raises(
+        RuntimeError, match=r"rf_kernels\.rope_append: argument `slots`: expected .+, found 99"
+    ):
         torch.compile(lambda c: rf.rope_append(**c), backend="aot_eager", fullgraph=fullgraph)(call)
 
 

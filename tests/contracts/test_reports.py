@@ -1,4 +1,5 @@
-"""The committed reports: they have something to say of every promise of docs/promises.md, of which commit, and that it holds."""
+"""The committed reports: they have something to say of every promise of docs/promises.md, of which commit,
+and that it holds."""
 
 import json
 import re
@@ -51,5 +52,10 @@ def test_the_sanitizers():
     for build in found["builds"].values():
         assert build["findings"] == 0 and not build["not reached"]
         assert set(build["planted"].values()) == {"found"}
-    runs = [n for build in found["builds"].values() for op, n in build["configurations"].items() if op != "refusals"]
+    runs = [
+        n
+        for build in found["builds"].values()
+        for op, n in build["configurations"].items()
+        if op != "refusals"
+    ]
     assert len(runs) == 12 and min(runs) >= 600

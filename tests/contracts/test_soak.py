@@ -1,4 +1,5 @@
-"""Long streams: memory and error stay where they are (tests/helpers/soak.py measures, and prints the table)."""
+"""Long streams: memory and error stay where they are (tests/helpers/soak.py measures, and prints the
+table)."""
 
 import math
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from helpers import soak
 
 pytestmark = [
@@ -29,8 +31,8 @@ def faults_of(report, sinks=soak.PROMISED):
 
 
 def test_a_short_soak_finds_what_is_planted():
-    """One sink drifts by 3e-6 a chunk and a kilobyte leaks: found, and nothing else is. (The averaged sinks need the long soak: their
-    errors are correlated over a hundred chunks.)"""
+    """One sink drifts by 3e-6 a chunk and a kilobyte leaks: found, and nothing else is. (The averaged sinks
+    need the long soak: their errors are correlated over a hundred chunks.)"""
     leak = []
 
     def plant(caches):
@@ -39,7 +41,11 @@ def test_a_short_soak_finds_what_is_planted():
 
     report = soak.soak(1800, batch=5, plant=plant)
     sinks = [name for name in soak.PROMISED if name.startswith("static")]
-    assert set(faults_of(report, sinks)) - {"resident"} == {"tensors", "tensor bytes", "static, float32: state"}
+    assert set(faults_of(report, sinks)) - {"resident"} == {
+        "tensors",
+        "tensor bytes",
+        "static, float32: state",
+    }
     assert report.late["tensor bytes"] - report.early["tensor bytes"] >= 1024 * 1600
     assert report.state["static, float32"].slope == pytest.approx(3e-3, rel=0.5)
 
@@ -48,12 +54,17 @@ def test_trends():
     noise = np.random.default_rng(0).standard_normal(1000)
     assert soak.trend(noise).flat
     found = soak.trend(noise + np.arange(1000) * 0.02)
-    assert not found.flat and found.low < found.slope < found.high and math.isclose(found.slope, 1.0, rel_tol=0.05)
+    assert (
+        not found.flat
+        and found.low < found.slope < found.high
+        and math.isclose(found.slope, 1.0, rel_tol=0.05)
+    )
 
 
 @pytest.mark.heavy
 def test_ten_thousand_chunks():
     report = soak.soak(10_000)
     assert not faults_of(report), soak.table(report)
-    for what in (report.state, report.attention):  # the published arithmetic, beside: the average is lost to rounding
+    # the published arithmetic, beside: the average is lost to rounding
+    for what in (report.state, report.attention):
         assert what["EMA, published"].mean > 10 * what["EMA, compensated"].mean

@@ -1,8 +1,9 @@
 """The library's own path (ops, cache, models, pipeline, losses) passes every golden case.
 
-Where a case documents a bug of the published code, a plain float64 recomputation of the library's rule takes the place
-of the recorded numbers, under the same tolerance (docs/compatibility.md says what the rule is). Runs on any golden set
-(``RF_GOLDEN_DIR``): cases by kind, sizes from their hyper-parameters, bounds from their tolerance texts.
+Where a case documents a bug of the published code, a plain float64 recomputation of the library's rule takes
+the place of the recorded numbers, under the same tolerance (docs/compatibility.md says what the rule is).
+Runs on any golden set (``RF_GOLDEN_DIR``): cases by kind, sizes from their hyper-parameters, bounds from
+their tolerance texts.
 """
 
 import dataclasses
@@ -10,6 +11,9 @@ import re
 
 import pytest
 import torch
+from torch import Tensor
+
+import rf_kernels as rf
 from helpers.golden_cases import Case, as_dtype, check_scheduler_case, kinds, parametrize, relative_l2
 from helpers.golden_streams import (
     Call,
@@ -30,13 +34,10 @@ from reward_forcing import (
 )
 from reward_forcing.losses import critic_flow_loss, dmd_loss, re_dmd_loss, sid_loss, warp_timesteps
 from reward_forcing.models.blocks import CausalSelfAttention
-from torch import Tensor
-
-import rf_kernels as rf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Kinds whose library path is tested here; the training rollout is compared by the published oracle alone.
+#: Kinds whose library path is tested here; the training rollout's is in test_training_rollout.py.
 KINDS = {
     "ema_self_attention_stream",
     "causal_wan_model_stream",
@@ -71,7 +72,8 @@ def test_no_kind_is_left_out():
 
 @pytest.fixture
 def reference_attention(monkeypatch):
-    """Call it to have ``CausalWanModel`` attend by ``StreamingReference.self_attention`` instead of the ops from then on."""
+    """Call it to have ``CausalWanModel`` attend by ``StreamingReference.self_attention`` instead of the ops
+    from then on."""
 
     def forward(self, x, layer, chunk):
         return chunk.layers[layer].self_attention(x, dict(self.named_parameters()), self.heads, self.eps)
@@ -93,7 +95,9 @@ def test_self_attention_stream(case, dtype, state):
     need(case, "bf16.out" if dtype == "bf16" else "out_f64")
     run_dtype, hyper, tensors = as_dtype(dtype), case.hyper, dict(case.tensors)
     n = hyper["frame_seqlen"]
-    lengths = tensors.get("call_len", torch.full_like(tensors["call_chunk"], hyper["tokens_per_call"])).tolist()
+    lengths = tensors.get(
+        "call_len", torch.full_like(tensors["call_chunk"], hyper["tokens_per_call"])
+    ).tolist()
     calls = list(recorded_calls(case, [length // n for length in lengths]))
     geometry = Geometry.of(case, hyper["cache_capacity_tokens"], total_frames(calls))
 
@@ -134,7 +138,8 @@ def test_self_attention_stream(case, dtype, state):
         chunk.commit()
         label, bound = f"after call {call.index}", case.tolerance(dtype, "caches")
         if case.documents_bug:
-            exact_state = (dtype, state) != ("bf16", "published")  # that one loses the average to rounding, on purpose
+            # that one loses the average to rounding, on purpose
+            exact_state = (dtype, state) != ("bf16", "published")
             check_against_reference(bound, cache, 0, reference, label, sink_state=exact_state)
         elif dtype != "bf16" and recorded_k is not None:
             check_against_raw_cache(bound, cache, 0, recorded_k[call.index], recorded_v[call.index], label)
@@ -159,9 +164,11 @@ def test_self_attention_stream(case, dtype, state):
         check_bf16_sink(cache, state, geometry.sink_frames * n, tensors)
 
 
-def check_bf16_sink(cache: rf.SinkWindowCache, state: str, num_sink_tokens: int, tensors: dict[str, Tensor]) -> None:
-    """The published state rounds, and so freezes, as recorded; the compensated one stays nearer to the exact average
-    than that.
+def check_bf16_sink(
+    cache: rf.SinkWindowCache, state: str, num_sink_tokens: int, tensors: dict[str, Tensor]
+) -> None:
+    """The published state rounds, and so freezes, as recorded; the compensated one stays nearer to the exact
+    average than that.
 
     Values: keys are rounded after their rotation here and before it there.
     """
@@ -175,7 +182,7 @@ def check_bf16_sink(cache: rf.SinkWindowCache, state: str, num_sink_tokens: int,
 
 
 # ---- B: causal model
-# -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load(model: torch.nn.Module, case: Case, dtype: torch.dtype) -> torch.nn.Module:
@@ -224,14 +231,18 @@ def test_causal_model_stream(case, dtype, state, reference_attention):
         for layer in range(cache.spec.layers) if compared and geometry.sink_frames else ():
             for ours, name in zip(raw_sink(cache, layer), ("sink_k", "sink_v"), strict=True):
                 golden = tensors[prefix + name][chunk, layer]
-                bound.check(ours, golden[:, : ours.shape[1]], f"{prefix}{name} of layer {layer} after chunk {chunk}")
+                bound.check(
+                    ours, golden[:, : ours.shape[1]], f"{prefix}{name} of layer {layer} after chunk {chunk}"
+                )
 
     outputs = run_model_stream(case, model, cache, calls, after_chunk)
     if case.documents_bug:
         reference_attention()
         exact = load(CausalWanModel(ModelConfig.from_dict(hyper)), case, torch.float64)
         stream = ReferenceStream(geometry, len(model.blocks), hyper["batch"])
-        case.tolerance(dtype, "out").check(outputs, run_model_stream(case, exact, stream, calls, lambda chunk: None))
+        case.tolerance(dtype, "out").check(
+            outputs, run_model_stream(case, exact, stream, calls, lambda chunk: None)
+        )
         return
     for golden in {"float64": ["out_f64"], "float32": ["out_f64", "out_f32"], "bf16": ["bf16.out"]}[dtype]:
         case.check(dtype, "out", outputs, golden)
@@ -269,7 +280,9 @@ def roll_out(case: Case, pipeline: StreamingPipeline, cache, observe=None) -> Te
     tensors, dtype, draws = case.tensors, pipeline.model.dtype, SavedDraws(case)
     prefix = tensors["initial_latent"].to(dtype) if "initial_latent" in tensors else None
     noise, context = tensors["noise"].to(dtype), tensors["context"].to(dtype)
-    latents = pipeline.rollout(noise, context, initial_latent=prefix, cache=cache, noise_source=draws, on_phase=observe)
+    latents = pipeline.rollout(
+        noise, context, initial_latent=prefix, cache=cache, noise_source=draws, on_phase=observe
+    )
     assert not draws.draws
     return latents
 
@@ -292,14 +305,22 @@ def test_streaming_pipeline(case, dtype, state, reference_attention):
 
     if case.documents_bug:
         reference_attention()
-        exact = StreamingPipeline(load(CausalWanModel(ModelConfig.from_dict(hyper)), case, torch.float64), config)
+        exact = StreamingPipeline(
+            load(CausalWanModel(ModelConfig.from_dict(hyper)), case, torch.float64), config
+        )
         stream = ReferenceStream(geometry, len(model.blocks), hyper["batch"])
         case.tolerance(dtype, "latents").check(latents, roll_out(case, exact, stream), "latents of our rule")
         bound, exact_state = case.tolerance(dtype, "caches"), (dtype, state) != ("bf16", "published")
         for layer in range(cache.spec.layers):
-            check_against_reference(bound, cache, layer, stream.layers[layer], f"layer {layer}", sink_state=exact_state)
+            check_against_reference(
+                bound, cache, layer, stream.layers[layer], f"layer {layer}", sink_state=exact_state
+            )
         return
-    goldens = {"float64": ["latents_f64"], "float32": ["latents_f64", "latents_f32"], "bf16": ["bf16.latents"]}[dtype]
+    goldens = {
+        "float64": ["latents_f64"],
+        "float32": ["latents_f64", "latents_f32"],
+        "bf16": ["bf16.latents"],
+    }[dtype]
     for golden in goldens:
         case.check(dtype, "latents", latents, golden)
     bound = case.tolerance(dtype, "caches")
@@ -318,7 +339,9 @@ def test_every_forward_of_a_rollout(case, monkeypatch):
     elif case.documents_bug:
         pytest.skip("the trace is of the published rule")
     hyper = case.hyper
-    geometry = Geometry.of(case, tensors["final_cache_k"].shape[2], hyper["prefix_frames"] + hyper["noise_frames"])
+    geometry = Geometry.of(
+        case, tensors["final_cache_k"].shape[2], hyper["prefix_frames"] + hyper["noise_frames"]
+    )
     model = load(CausalWanModel(ModelConfig.from_dict(hyper)), case, torch.float64)
     trace, forward = [], CausalWanModel.forward
 
@@ -344,7 +367,7 @@ def test_every_forward_of_a_rollout(case, monkeypatch):
 
 
 # ---- D: scheduler
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @parametrize("scheduler")
@@ -355,14 +378,16 @@ def test_scheduler(case):
 
 def check_scheduler(case: Case, prefix: str, golden: dict[str, Tensor]) -> None:
     shift = float(prefix.removeprefix("shift"))
-    scheduler = FlowMatchScheduler(shift, **{name: value for name, value in case.hyper.items() if name != "shift"})
+    scheduler = FlowMatchScheduler(
+        shift, **{name: value for name, value in case.hyper.items() if name != "shift"}
+    )
     warped_steps = torch.tensor(scheduler.warp(golden["step_list"].tolist()))
     train_t_warped = warp_timesteps(golden["train_t_int"], shift=shift)
     check_scheduler_case(case, prefix, golden, scheduler, warped_steps, train_t_warped)
 
 
 # ---- E, F: losses
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Scorers:
@@ -386,7 +411,11 @@ class Scorers:
         def predict(x_t, t):
             self.case.check(self.dtype, "xt", x_t, "xt")
             saved = self.tensors[f"pred_{name}"].to(self.dtype)
-            return self.tensors[f"a_{name}"].to(self.dtype) * x_t + saved if f"a_{name}" in self.tensors else saved
+            return (
+                self.tensors[f"a_{name}"].to(self.dtype) * x_t + saved
+                if f"a_{name}" in self.tensors
+                else saved
+            )
 
         return predict
 
@@ -410,14 +439,18 @@ def gradient(loss: Tensor, x: Tensor) -> Tensor:
 
 
 def our_dmd_in_float64(case: Case, scorers: Scorers) -> dict[str, Tensor]:
-    """The library's default rule, plainly: as published, but a sample with a zero or non-finite normaliser, or a
-    non-finite element of d, has gradient 0.
+    """The library's default rule, plainly: as published, but a sample with a zero or non-finite normaliser,
+    or a non-finite element of d, has gradient 0.
     """
     tensors, hyper = scorers.tensors, case.hyper
 
     def guided(side):
         conditional, scale = tensors[f"pred_{side}_cond"].double(), hyper[f"{side}_guidance_scale"]
-        return conditional + scale * (conditional - tensors[f"pred_{side}_uncond"].double()) if scale else conditional
+        return (
+            conditional + scale * (conditional - tensors[f"pred_{side}_uncond"].double())
+            if scale
+            else conditional
+        )
 
     x, fake, real = tensors["x"].double(), guided("fake"), guided("real")
     normalizer = (x - real).abs().flatten(1).mean(1).reshape(-1, *(1,) * (x.dim() - 1))
@@ -435,8 +468,8 @@ def our_dmd_in_float64(case: Case, scorers: Scorers) -> dict[str, Tensor]:
 @parametrize("re_dmd", "vanilla_dmd")
 @pytest.mark.parametrize("nan", ["published", "sample"])
 def test_dmd(case, nan):
-    """Under the published rule for NaN and infinity every case is reproduced; the default rule is compared with its
-    own formula.
+    """Under the published rule for NaN and infinity every case is reproduced; the default rule is compared
+    with its own formula.
     """
     scorers, tensors = Scorers(case), dict(case.tensors)
     x, mask = tensors["x"].to(scorers.dtype).requires_grad_(), tensors.get("mask")
@@ -454,7 +487,8 @@ def test_dmd(case, nan):
             case.tolerance(scorers.dtype, name).check(value, expected[name], f"{name} of our rule")
         return
     case.check(scorers.dtype, "dx", dx, "dx")
-    # The published product of weight and loss is rounded to the reward's dtype; where that overflows, so does ours.
+    # The published product of weight and loss is rounded to the reward's dtype; where that overflows, so does
+    # ours.
     unrounded = tensors.get("loss_mq64", tensors["loss"])
     overflows = unrounded.abs().item() > torch.finfo(loss.dtype).max
     golden = tensors["loss"] if overflows else unrounded
@@ -476,8 +510,12 @@ def test_dmd_gradient(case):
     published = rf.DMDOptions(nan="published", reduction="none")
     grad, aux = rf.dmd_gradient(x, **predictions, **options, options=published, return_aux=True)
     case.check(scorers.dtype, "grad", grad, "grad")
-    case.tolerance(scorers.dtype, "grad").check(aux.gradient_norm.double().mean(), tensors["grad_norm_log"], "norm")
-    grad = rf.dmd_gradient(x, **predictions, **options, options=dataclasses.replace(published, normalize=False))
+    case.tolerance(scorers.dtype, "grad").check(
+        aux.gradient_norm.double().mean(), tensors["grad_norm_log"], "norm"
+    )
+    grad = rf.dmd_gradient(
+        x, **predictions, **options, options=dataclasses.replace(published, normalize=False)
+    )
     case.check(scorers.dtype, "grad", grad, "grad_unnormalised")
 
 
@@ -535,10 +573,12 @@ def test_rope(case, dtype):
         angles, axes = rope.table(positions, dtype=run_dtype)
         x, name = case.tensors[f"r{run['id']}.x"].to(run_dtype), f"r{run['id']}.y"
         tokens = frames * height * width  # what follows them is padding, which the library does not rotate
-        y = torch.cat((rf.rope(x[:, :tokens], angles=angles, axes=axes, layout=rope.layout), x[:, tokens:]), dim=1)
+        y = torch.cat(
+            (rf.rope(x[:, :tokens], angles=angles, axes=axes, layout=rope.layout), x[:, tokens:]), dim=1
+        )
         if dtype == "bf16":
-            # Computed in float32 here and in float64 there: the two round alike but next to a tie (about 2^-14 of
-            # elements).
+            # Computed in float32 here and in float64 there: the two round alike but next to a tie (about
+            # 2^-14 of elements).
             golden = case.tensors[f"{name}_bf16"]
             assert (y != golden).double().mean() <= 2**-10
             assert ((y - golden).abs() <= 2**-7 * golden.abs()).all()
@@ -556,7 +596,9 @@ def test_bidirectional_model(case, dtype):
         latent, context = (case.tensors[f"{prefix}.{name}"].to(model.dtype) for name in ("latent", "context"))
         timestep, text = case.tensors[f"{prefix}.timestep"], model.text_keys(context)
         out = model(latent, timestep, text, seq_len=run["seq_len"])
-        for golden in {"float64": ["out_f64"], "float32": ["out_f64", "out_f32"], "bf16": ["out_bf16"]}[dtype]:
+        for golden in {"float64": ["out_f64"], "float32": ["out_f64", "out_f32"], "bf16": ["out_bf16"]}[
+            dtype
+        ]:
             case.check(dtype, "out", out, f"{prefix}.{golden}")
         # Padding changes the length of the sums alone: the result without it agrees as well.
         case.tolerance(dtype, "out").check(model(latent, timestep, text), out, f"{prefix} without padding")

@@ -1,15 +1,16 @@
-"""The golden-set loader: its reading of tolerance texts, its comparator, and that the index describes the files."""
+"""The golden-set loader: its reading of tolerance texts, its comparator, and that the index describes the
+files."""
 
 import pytest
 import torch
+
 from helpers.golden_cases import GOLDEN_DIR, Bound, Case, as_dtype, cases, parse_tolerance, relative_l2
 
 
 def test_tolerance_texts():
-    assert parse_tolerance("out: rel L2 2e-6 and abs 2e-5 against out_f64; caches abs 1e-5 (itself: ~3e-7 rel)") == {
-        "out": Bound(abs=2e-5, rel=2e-6),
-        "caches": Bound(abs=1e-5),
-    }
+    assert parse_tolerance(
+        "out: rel L2 2e-6 and abs 2e-5 against out_f64; caches abs 1e-5 (itself: ~3e-7 rel)"
+    ) == {"out": Bound(abs=2e-5, rel=2e-6), "caches": Bound(abs=1e-5)}
     assert parse_tolerance("grad and dx rel L2 1e-2, loss rel 3e-2") == {
         "grad": Bound(rel=1e-2),
         "dx": Bound(rel=1e-2),

@@ -1,16 +1,17 @@
 """The oracle of the published path reproduces every golden case, those that document a bug included.
 
-Runs on any golden set (``RF_GOLDEN_DIR``): cases by kind, sizes from their hyper-parameters, bounds from their tolerance texts.
+Runs on any golden set (``RF_GOLDEN_DIR``): cases by kind, sizes from their hyper-parameters, bounds from
+their tolerance texts.
 """
 
 import re
 
 import pytest
 import torch
-from helpers.golden_cases import Case, as_dtype, cases, check_scheduler_case, kinds, parametrize, relative_l2
 
 from benchmarks import published
 from benchmarks.published.attention import CausalSelfAttention
+from helpers.golden_cases import Case, as_dtype, cases, check_scheduler_case, kinds, parametrize, relative_l2
 
 DTYPES = ["float64", "float32", "bf16"]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -18,20 +19,33 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 #: Tensors that the tests of a kind read, as a pattern: a set with a tensor that nothing looks at fails.
 RECORDED = {
     "rope": r"table_d\d+\.(cos|sin)|r\d+\.(x|y|y_bf16)",
-    "ema_self_attention_stream": r"w\..*|x|call_(chunk|step|current_start|len)|(final_)?cache_[kv](_f64)?|local_end|global_end|"
-    r"q_start_frame|kv_frames|attended_tokens|out_f64|bf16\.(out|(sink|final_cache)_[kv])",
-    "causal_wan_model_stream": r"latent|timestep|context|out_f(64|32)|call_(chunk|step|current_start)|local_end|global_end|"
-    r"(sink|final_cache|cross)_[kv]|bf16\.(out|sink_[kv])",
-    "causal_inference_pipeline": r"noise|context|initial_latent|renoise(_frames)?|latents_f(64|32)|bf16\.latents|warped_steps|"
-    r"final_cache_[kv]|trace_(timestep|input|flow|x0|frames|current_start)",
+    "ema_self_attention_stream": (
+        r"w\..*|x|call_(chunk|step|current_start|len)|(final_)?cache_[kv](_f64)?|local_end|global_end|"
+        r"q_start_frame|kv_frames|attended_tokens|out_f64|bf16\.(out|(sink|final_cache)_[kv])"
+    ),
+    "causal_wan_model_stream": (
+        r"latent|timestep|context|out_f(64|32)|call_(chunk|step|current_start)|local_end|global_end|"
+        r"(sink|final_cache|cross)_[kv]|bf16\.(out|sink_[kv])"
+    ),
+    "causal_inference_pipeline": (
+        r"noise|context|initial_latent|renoise(_frames)?|latents_f(64|32)|bf16\.latents|warped_steps|"
+        r"final_cache_[kv]|trace_(timestep|input|flow|x0|frames|current_start)"
+    ),
     "scheduler": r".*\..*",  # the test compares the names itself
-    "re_dmd": r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|MQ|mask|grad(_unnormalised|_norm_log)?|(loss|dx)(_mq64)?",
-    "vanilla_dmd": r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|mask|grad(_unnormalised|_norm_log)?|loss|dx",
+    "re_dmd": (
+        r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|MQ|mask"
+        r"|grad(_unnormalised|_norm_log)?|(loss|dx)(_mq64)?"
+    ),
+    "vanilla_dmd": (
+        r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|mask|grad(_unnormalised|_norm_log)?|loss|dx"
+    ),
     "sid": r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|mask|loss|dx",
     "critic_flow": r"generated|noise|t_int|t|xt|pred_fake|critic_loss|dpred",
     "bidirectional_wan_model": r"r\d+\.(latent|context|timestep|out_(f64|f32|bf16))",
-    "training_rollout": r"noise|context|loss_weights|renoise|out_f64|loss|call_(timestep|grad_enabled)|"
-    r"gd?\..*|gd?_noise(_last_chunk_only)?",
+    "training_rollout": (
+        r"noise|context|loss_weights|renoise|out_f64|loss|call_(timestep|grad_enabled)|"
+        r"gd?\..*|gd?_noise(_last_chunk_only)?"
+    ),
 }
 
 
@@ -47,8 +61,11 @@ def wan_config(hyper: dict) -> published.WanConfig:
     )
 
 
-def causal_model(case: Case, dtype: torch.dtype, gradient_checkpointing: bool = False) -> published.CausalWanModel:
-    """The case's causal model; the recorded runs set the window to ``local_attn_size`` frames of the case's grid."""
+def causal_model(
+    case: Case, dtype: torch.dtype, gradient_checkpointing: bool = False
+) -> published.CausalWanModel:
+    """The case's causal model; the recorded runs set the window to ``local_attn_size`` frames of the case's
+    grid."""
     hyper = case.hyper
     window = hyper["local_attn_size"] * hyper["frame_seqlen"] if hyper["local_attn_size"] != -1 else None
     model = published.CausalWanModel(
@@ -69,15 +86,18 @@ def stacked(caches: published.RolloutCaches, name: str) -> torch.Tensor:
 
 
 def assert_rounds_like(run: torch.Tensor, recorded: torch.Tensor, exact: torch.Tensor, label: str) -> None:
-    """The low-precision EMA must round, and therefore freeze, as recorded: nearer to the recording than the exact recursion is.
+    """The low-precision EMA must round, and therefore freeze, as recorded: nearer to the recording than the
+    exact recursion is.
 
-    A quarter of that distance leaves room for another order of summation in the projections that fill the cache.
+    A quarter of that distance leaves room for another order of summation in the projections that fill the
+    cache.
     """
     assert relative_l2(run, recorded) <= relative_l2(exact, recorded) / 4, label
 
 
 def saved_draws(draws: torch.Tensor, dtype: torch.dtype):
-    """A ``draw`` that hands out saved noises ``[draw, frames (flattened batch-major, perhaps zero-padded), C, H, W]`` in order."""
+    """A ``draw`` that hands out saved noises ``[draw, frames (flattened batch-major, perhaps zero-padded), C,
+    H, W]`` in order."""
     remaining = iter(draws)
 
     def draw(like: torch.Tensor) -> torch.Tensor:
@@ -95,7 +115,8 @@ def test_rope(case):
     tensors, theta, rows = case.tensors, case.hyper["theta"], case.hyper["table_rows"]
     for name in {name.rsplit(".", 1)[0] for name in tensors if name.startswith("table_d")}:
         recorded_rows = [
-            int(row) for row in re.search(r"rows \[([\d, ]+)\]", case.entry["meaning"][f"{name}.cos"])[1].split(",")
+            int(row)
+            for row in re.search(r"rows \[([\d, ]+)\]", case.entry["meaning"][f"{name}.cos"])[1].split(",")
         ]
         table = published.rope_table(int(name.removeprefix("table_d")), rows, theta)[recorded_rows]
         case.check("float64", "table", table.real, f"{name}.cos")
@@ -106,14 +127,18 @@ def test_rope(case):
         table = published.rope_table(run["head_dim"], rows, theta)
         rotated = published.rope_apply(x, grid, table, start_frame)
         case.check("float64", "y", rotated, f"r{run['id']}.y")
-        case.check("float32", "y", published.rope_apply(x.float(), grid, table, start_frame), f"r{run['id']}.y")
+        case.check(
+            "float32", "y", published.rope_apply(x.float(), grid, table, start_frame), f"r{run['id']}.y"
+        )
         in_bf16 = published.rope_apply(x.bfloat16(), grid, table, start_frame)
         assert in_bf16.dtype == torch.bfloat16 and torch.equal(in_bf16, tensors[f"r{run['id']}.y_bf16"])
         tokens = grid[0] * grid[1] * grid[2]
         assert torch.equal(rotated[:, tokens:], x[:, tokens:]), "padding must pass through"
 
 
-def stream_layer(case: Case, dtype: torch.dtype, attention) -> tuple[CausalSelfAttention, published.EMASinkKVCache]:
+def stream_layer(
+    case: Case, dtype: torch.dtype, attention
+) -> tuple[CausalSelfAttention, published.EMASinkKVCache]:
     hyper = case.hyper
     layer = CausalSelfAttention(
         hyper["dim"],
@@ -147,7 +172,9 @@ def test_self_attention_stream(case, dtype, attention):
     run_dtype, hyper, tensors = as_dtype(dtype), case.hyper, dict(case.tensors)
     layer, cache = stream_layer(case, run_dtype, attention)
     num_sink_tokens = hyper["sink_frames"] * hyper["frame_seqlen"]
-    lengths = tensors.get("call_len", torch.full_like(tensors["call_current_start"], hyper["tokens_per_call"])).tolist()
+    lengths = tensors.get(
+        "call_len", torch.full_like(tensors["call_current_start"], hyper["tokens_per_call"])
+    ).tolist()
     outputs = []
     for call, (start, length) in enumerate(zip(tensors["call_current_start"].tolist(), lengths, strict=True)):
         grid = (length // hyper["frame_seqlen"], hyper["grid_h"], hyper["grid_w"])
@@ -196,7 +223,9 @@ def test_causal_model_stream(case, dtype):
     caches = model.new_caches(hyper["batch"], tensors["final_cache_k"].shape[2])
     text = tensors["context"].to(run_dtype)
     num_sink_tokens = hyper["sink_frames"] * hyper["frame_seqlen"]
-    chunks, steps, starts = (tensors[name].tolist() for name in ("call_chunk", "call_step", "call_current_start"))
+    chunks, steps, starts = (
+        tensors[name].tolist() for name in ("call_chunk", "call_step", "call_current_start")
+    )
     outputs, sink_after = [], {"k": [], "v": []}
     for call, start in enumerate(starts):
         out = model(tensors["latent"][call].to(run_dtype), tensors["timestep"][call], text, caches, start)
@@ -253,7 +282,11 @@ def test_inference_rollout(case, dtype):
         trace=trace,
     )
     assert next(draw.remaining, None) is None, "every saved draw must be consumed"
-    goldens = {"float64": ["latents_f64"], "float32": ["latents_f64", "latents_f32"], "bf16": ["bf16.latents"]}[dtype]
+    goldens = {
+        "float64": ["latents_f64"],
+        "float32": ["latents_f64", "latents_f32"],
+        "bf16": ["bf16.latents"],
+    }[dtype]
     for golden in goldens:
         case.check(dtype, "latents", latents, golden)
 
@@ -265,7 +298,9 @@ def test_inference_rollout(case, dtype):
         check_trace(case, dtype, trace, tensors)
 
 
-def check_trace(case: Case, dtype: str, trace: list[published.GeneratorCall], tensors: dict[str, torch.Tensor]) -> None:
+def check_trace(
+    case: Case, dtype: str, trace: list[published.GeneratorCall], tensors: dict[str, torch.Tensor]
+) -> None:
     """Every generator call as recorded; the predictions are those of the float64 run."""
     bound = case.tolerance(dtype, "trace")
     assert [call.current_start for call in trace] == tensors["trace_current_start"].tolist()
@@ -276,7 +311,9 @@ def check_trace(case: Case, dtype: str, trace: list[published.GeneratorCall], te
         assert torch.equal(timestep, tensors["trace_timestep"][index, :, :frames])
         if dtype != "bf16":
             for name, value in (("input", call.noisy), ("flow", call.flow), ("x0", call.x0)):
-                bound.check(value, tensors[f"trace_{name}"][index, :, :frames], f"trace_{name} of call {index}")
+                bound.check(
+                    value, tensors[f"trace_{name}"][index, :, :frames], f"trace_{name} of call {index}"
+                )
 
 
 @parametrize("scheduler")
@@ -305,7 +342,11 @@ class Scores:
         self.x = tensors["x"].to(self.dtype).requires_grad_()
         self.mask = tensors.get("mask")
         t = published.score_timestep(
-            tensors["t_int"], hyper["timestep_shift"], hyper["min_step"], hyper["max_step"], hyper["num_train_timestep"]
+            tensors["t_int"],
+            hyper["timestep_shift"],
+            hyper["min_step"],
+            hyper["max_step"],
+            hyper["num_train_timestep"],
         )
         self.t = t.expand(self.x.shape[:2])
         case.check("float32", "t", self.t, "t")
@@ -324,7 +365,9 @@ class Scores:
         return published.guide(self.predict("fake_cond", xt), uncond, self.fake_scale)
 
     def real(self, xt: torch.Tensor) -> torch.Tensor:
-        return published.guide(self.predict("real_cond", xt), self.predict("real_uncond", xt), self.real_scale)
+        return published.guide(
+            self.predict("real_cond", xt), self.predict("real_uncond", xt), self.real_scale
+        )
 
     def dx(self, loss: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss.sum(), self.x)[0]
@@ -348,7 +391,10 @@ def test_dmd(case):
     case.check(scores.dtype, "grad", grad, "grad")
     case.check(scores.dtype, "grad", log, "grad_norm_log")
     case.check(
-        scores.dtype, "grad", published.dmd_gradient(scores.x, fake, real, normalize=False)[0], "grad_unnormalised"
+        scores.dtype,
+        "grad",
+        published.dmd_gradient(scores.x, fake, real, normalize=False)[0],
+        "grad_unnormalised",
     )
 
     if case.kind == "vanilla_dmd":
@@ -374,7 +420,11 @@ def test_sid(case):
 @parametrize("critic_flow")
 def test_critic_flow(case):
     tensors, shift = case.tensors, case.hyper["timestep_shift"]
-    generated, noise, pred_fake = (tensors["generated"], tensors["noise"], tensors["pred_fake"].requires_grad_())
+    generated, noise, pred_fake = (
+        tensors["generated"],
+        tensors["noise"],
+        tensors["pred_fake"].requires_grad_(),
+    )
     scheduler, dtype = published.FlowMatchScheduler(shift), pred_fake.dtype
     t = published.score_timestep(tensors["t_int"], shift).expand(generated.shape[:2])
     case.check("float32", "t", t, "t")
@@ -402,7 +452,8 @@ def test_bidirectional_model(case, dtype):
 
 
 def rollout_gradients(case: Case, dtype: torch.dtype, detach_cache: bool):
-    """Rollout, trace, loss, and two sets of gradients: of the loss, and of the last chunk's part of it on the noise."""
+    """Rollout, trace, loss, and two sets of gradients: of the loss, and of the last chunk's part of it on the
+    noise."""
     hyper, tensors = case.hyper, case.tensors
     model = causal_model(case, dtype, hyper["gradient_checkpointing"])
     scheduler = published.FlowMatchScheduler(hyper["shift"])
@@ -467,7 +518,10 @@ def test_training_rollout(case, prefix, dtype):
     bound = case.tolerance(dtype, "gradients")
     for name, expected in golden.items():
         bound.check(grads[name], expected, f"{prefix}.{name}")
-    for name, grad in ((f"{prefix}_noise", noise_grad), (f"{prefix}_noise_last_chunk_only", last_chunk_noise_grad)):
+    for name, grad in (
+        (f"{prefix}_noise", noise_grad),
+        (f"{prefix}_noise_last_chunk_only", last_chunk_noise_grad),
+    ):
         if name in tensors:
             bound.check(grad, tensors[name], name)
     if prefix == "g":

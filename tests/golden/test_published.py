@@ -1,4 +1,5 @@
-"""The oracle of the published path where no golden case reaches: against independent formulas, and its limits."""
+"""The oracle of the published path where no golden case reaches: against independent formulas, and its
+limits."""
 
 import math
 
@@ -30,7 +31,8 @@ def test_fused_attention_is_softmax_attention():
 
 @torch.no_grad()
 def test_first_chunk_is_a_bidirectional_clip():
-    """A first chunk that fills the sink attends to itself alone, with positions from 0: the bidirectional model."""
+    """A first chunk that fills the sink attends to itself alone, with positions from 0: the bidirectional
+    model."""
     causal = causal_model(sink_frames=2, local_attn_size=4, max_attention_tokens=4 * 6)
     clip = published.BidirectionalWanModel(CONFIG).double()
     clip.load_state_dict(causal.state_dict(), strict=True)
@@ -98,7 +100,13 @@ def test_prefix_with_an_independent_first_frame():
     assert [call.timestep.unique().item() for call in trace] == [0, 0] + [1000, 500, 7] * 2
     with pytest.raises(ValueError, match="chunk_sizes"):
         published.inference_rollout(
-            model, scheduler, noise[:, :3], text=None, caches=None, steps=torch.tensor([1000.0]), chunk_frames=2
+            model,
+            scheduler,
+            noise[:, :3],
+            text=None,
+            caches=None,
+            steps=torch.tensor([1000.0]),
+            chunk_frames=2,
         )
 
 
@@ -127,7 +135,8 @@ def test_only_the_newest_frames_of_a_training_rollout_carry_gradient(detach_cach
 
 
 def test_dmd_gradient_on_the_clean_estimate():
-    """``d dmd_loss / dx`` is ``grad / n_selected`` where selected, and Re-DMD scales it by ``exp(beta reward)``."""
+    """``d dmd_loss / dx`` is ``grad / n_selected`` where selected, and Re-DMD scales it by ``exp(beta
+    reward)``."""
     x = seeded(2, 3, 2, 2, 2).requires_grad_()
     fake, real = seeded(2, 3, 2, 2, 2, seed=1), seeded(2, 3, 2, 2, 2, seed=2)
     mask = seeded(2, 3, 2, 2, 2, seed=3) > 0

@@ -1,18 +1,20 @@
-"""The Hopper forward kernel on a Hopper GPU: the cases of the functional model, through the public op. The model is not built."""
+"""The Hopper forward kernel on a Hopper GPU: the cases of the functional model, through the public op. The
+model is not built."""
 
 import dataclasses
 
 import pytest
 import torch
-from chip.harness import DENSE, WHOLE, eager, make_inputs, oracle
 
 import rf_kernels as rf
+from chip.harness import DENSE, WHOLE, eager, make_inputs, oracle
 from rf_kernels.testing import assert_equal_bits, assert_within_eager
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)),
+    reason="needs a Hopper GPU",
 )
 @pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
 @pytest.mark.parametrize("name", [*DENSE, *WHOLE])
@@ -21,7 +23,9 @@ def test_on_the_chip(name, variant):
     inputs = make_inputs(dataclasses.replace((DENSE | WHOLE)[name], variant=variant))
     case = inputs.case
     window = dict(
-        chunk_ends=list(case.chunk_ends), num_sink_tokens=case.num_sink_tokens, num_window_tokens=case.num_window_tokens
+        chunk_ends=list(case.chunk_ends),
+        num_sink_tokens=case.num_sink_tokens,
+        num_window_tokens=case.num_window_tokens,
     )
     options = window if case.chunk_ends else dict(kv_tokens=case.kv_tokens)
     tokens = case.kv_tokens if case.chunk_ends else None  # in whole-sequence mode there is a key per query
@@ -44,7 +48,8 @@ def test_on_the_chip(name, variant):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)),
+    reason="needs a Hopper GPU",
 )
 def test_graphs_of_one_capture_stream_replayed_on_two_streams():
     """Split tiles in both: each graph has its own ticket, flags and partial results."""

@@ -1,8 +1,10 @@
-"""Every op on CUDA: against its float64 oracle, against the CPU backend, and as a PyTorch op. The checks are those of the op's own
-tests; the calls in them go to the device and come back."""
+"""Every op on CUDA: against its float64 oracle, against the CPU backend, and as a PyTorch op. The checks are
+those of the op's own tests; the calls in them go to the device and come back."""
 
 import pytest
 import torch
+
+import rf_kernels as rf
 from helpers.attention_case import DENSE, SEEING, WHOLE, make_case, run_with_grads
 from helpers.dmd_gradient_case import LONG, SHAPE, check, made, masks, registered, weights
 from helpers.ema_evict_case import DTYPES as EVERY_DTYPE
@@ -12,15 +14,13 @@ from helpers.ema_evict_case import eager as plain_evict
 from helpers.gpu_tools import SERVED, moved, on, plain_attention
 from helpers.rope_append_case import SHAPES as APPEND_SHAPES
 from helpers.rope_append_case import clones, compare, inputs
-
-import rf_kernels as rf
 from rf_kernels.reference.sink_window_attention import sink_window_attention as attention_oracle
 from rf_kernels.testing import assert_equal_bits, assert_within_eager, relative_l2
 
 served = pytest.mark.parametrize("dtype", SERVED, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
-# Chunk and window of Wan's streams: queries, keys, heads, head dim. A chunk of 3 frames and of 1; windows of 3, 6, 9, 12 and 21
-# frames; 1.3B and 14B; head-sharded; 480x832 (1560 tokens a frame) and 720x1280 (3600).
+# Chunk and window of Wan's streams: queries, keys, heads, head dim. A chunk of 3 frames and of 1; windows of
+# 3, 6, 9, 12 and 21 frames; 1.3B and 14B; head-sharded; 480x832 (1560 tokens a frame) and 720x1280 (3600).
 REAL = {
     "chunk": (4680, 14040, 12, 128),
     "frame": (1560, 14040, 12, 128),
@@ -36,7 +36,7 @@ REAL = {
 }
 
 
-# ---- sink_window_attention ------------------------------------------------------------------------------------------
+# ---- sink_window_attention ---------------------------------------------------------------------------------
 
 
 @served
@@ -66,8 +66,8 @@ def test_attention_gradients(matrix_device, case, dtype):
     found = run_with_grads(on(matrix_device, rf.sink_window_attention), data, options, grad_out)
     plain = run_with_grads(on(matrix_device, plain_attention), data, options, grad_out)
     assert_within_eager(found[0], exact[0], plain[0])
-    # A flash backward forms P = exp(s - lse) from the rounded LSE: relative to P, up to |lse| units in the last place of float32 that
-    # eager's softmax, which never leaves the range of its maximum, does not have.
+    # A flash backward forms P = exp(s - lse) from the rounded LSE: relative to P, up to |lse| units in the
+    # last place of float32 that eager's softmax, which never leaves the range of its maximum, does not have.
     _, lse = attention_oracle(*(t.double() for t in data), **options, return_lse=True)
     rounded = float(lse[lse.isfinite()].abs().max()) * torch.finfo(torch.float32).eps
     for ours, truth, theirs in zip(found[1:], exact[1:], plain[1:], strict=True):
@@ -77,7 +77,8 @@ def test_attention_gradients(matrix_device, case, dtype):
 @served
 @pytest.mark.parametrize("name", REAL)
 def test_attention_at_real_sizes(matrix_device, name, dtype):
-    """A layer's view of a cache whose slots beyond the prefix hold NaN; 96 rows are compared. CPU: a 40th of the tokens."""
+    """A layer's view of a cache whose slots beyond the prefix hold NaN; 96 rows are compared. CPU: a 40th of
+    the tokens."""
     queries, keys, heads, head_dim = REAL[name]
     scale = 1 if matrix_device == "cuda" else 40
     queries, keys = queries // scale, keys // scale
@@ -114,12 +115,15 @@ def test_attention_of_extreme_inputs(device, dtype):
         assert_within_eager(out, exact, on(device, plain_attention)(*data))
         # A float32 dot product of D terms errs by at most D 2^-24 |q| |k|, whatever its own size.
         bound = (
-            128 * 2.0**-24 * float(data[0].double().norm(dim=-1).max() * data[1].double().norm(dim=-1).max()) / 128**0.5
+            128
+            * 2.0**-24
+            * float(data[0].double().norm(dim=-1).max() * data[1].double().norm(dim=-1).max())
+            / 128**0.5
         )
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=bound)
 
 
-# ---- rope_append, rope ----------------------------------------------------------------------------------------------
+# ---- rope_append, rope -------------------------------------------------------------------------------------
 
 
 @every_dtype
@@ -133,7 +137,13 @@ def test_append(matrix_device, monkeypatch, shape, layout, norm, dtype):
 
 @pytest.mark.parametrize(
     "heads, dtype",
-    [(12, torch.bfloat16), (12, torch.float16), (12, torch.float32), (3, torch.bfloat16), (40, torch.bfloat16)],
+    [
+        (12, torch.bfloat16),
+        (12, torch.float16),
+        (12, torch.float32),
+        (3, torch.bfloat16),
+        (40, torch.bfloat16),
+    ],
     ids=str,
 )
 def test_append_at_real_sizes(matrix_device, monkeypatch, heads, dtype):
@@ -166,7 +176,7 @@ def test_rope_gradients(device, dtype):
         assert relative_l2(ours, cpu) <= 4 * torch.finfo(dtype).eps
 
 
-# ---- ema_evict ------------------------------------------------------------------------------------------------------
+# ---- ema_evict ---------------------------------------------------------------------------------------------
 
 
 @every_dtype
@@ -177,7 +187,9 @@ def test_evict(matrix_device, layout, state, dtype):
     out, exact = case.run(on(matrix_device, rf.ema_evict)), case.wide()
     plain = [case.k.clone(), case.v.clone(), case.k_state.to(dtype, copy=True)]
     plain_evict(*plain, **case.options)
-    for got, want, yardstick in zip((out[0], out[1], joined(case, out)[2].to(dtype)), exact, plain, strict=False):
+    for got, want, yardstick in zip(
+        (out[0], out[1], joined(case, out)[2].to(dtype)), exact, plain, strict=False
+    ):
         assert_within_eager(got, want, yardstick)
     n_sink = case.k_state.shape[1]
     assert_equal_bits(out[0][:, n_sink:], case.k[:, n_sink:])  # nothing but the sink slots is written
@@ -191,7 +203,9 @@ def test_evict_published_is_bit_exact(device, dtype):
     """``alpha * sink + (1 - alpha) * evicted`` with every product and sum rounded, as eager PyTorch does."""
     state = "published" if dtype in HALF else "compensated"
     case = EvictCase(dtype, state, n=64, heads=2)
-    case.options["turns"] = torch.tensor([1.0, 0.0]).to(case.options["turns"].dtype).expand(2, 3, 4, 2).contiguous()
+    case.options["turns"] = (
+        torch.tensor([1.0, 0.0]).to(case.options["turns"].dtype).expand(2, 3, 4, 2).contiguous()
+    )
     k, v, k_state, *_ = case.run(on(device, rf.ema_evict), alpha=0.999)
     for ours, cpu in zip((k, v, k_state), case.run(alpha=0.999), strict=False):
         assert_equal_bits(ours, cpu)
@@ -214,7 +228,9 @@ def test_evict_at_real_sizes(matrix_device, state, dtype):
     n = 1560 if matrix_device == "cuda" else 39
     schedule = [[0, 1, 3], [0, 1, 4], [0, 1, 5]]
     rope = rf.RoPE3D.wan(128)
-    case = EvictCase(dtype, state, rope=rope, head_dim=128, batch=1, n=n, heads=12, window=6, schedule=schedule)
+    case = EvictCase(
+        dtype, state, rope=rope, head_dim=128, batch=1, n=n, heads=12, window=6, schedule=schedule
+    )
     out, exact = case.run(on(matrix_device, rf.ema_evict)), case.wide()
     plain = [case.k.clone(), case.v.clone(), case.k_state.to(dtype, copy=True)]
     plain_evict(*plain, **case.options)
@@ -222,9 +238,14 @@ def test_evict_at_real_sizes(matrix_device, state, dtype):
         assert_within_eager(got, want, yardstick)
 
 
-# ---- dmd_gradient ---------------------------------------------------------------------------------------------------
+# ---- dmd_gradient ------------------------------------------------------------------------------------------
 
-PAIRS = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)]
+PAIRS = [
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.bfloat16, torch.float32),
+]
 
 
 @pytest.mark.parametrize("flow", [False, True], ids=["x0", "flow"])
@@ -272,7 +293,7 @@ def test_dmd_drops_a_sample_that_is_not_finite(device, dtype):
     assert relative_l2(gradient, expected) <= 2 * torch.finfo(dtype).eps
 
 
-# ---- as PyTorch ops -------------------------------------------------------------------------------------------------
+# ---- as PyTorch ops ----------------------------------------------------------------------------------------
 
 
 def on_device(arguments, device):
@@ -307,7 +328,9 @@ def test_opcheck_rope_append(device):
 
 
 def test_opcheck_ema_evict(device):
-    opcheck(torch.ops.rf_kernels.ema_evict.default, op_arguments(EvictCase(torch.bfloat16, "compensated")), device)
+    opcheck(
+        torch.ops.rf_kernels.ema_evict.default, op_arguments(EvictCase(torch.bfloat16, "compensated")), device
+    )
 
 
 def test_opcheck_dmd_gradient(device):
@@ -317,11 +340,12 @@ def test_opcheck_dmd_gradient(device):
     opcheck(torch.ops.rf_kernels.dmd_gradient.default, arguments, device, requires_grad=(0,))
 
 
-# ---- which kernel served --------------------------------------------------------------------------------------------
+# ---- which kernel served -----------------------------------------------------------------------------------
 
 
 def test_dispatch_names_the_backend(device):
-    """The ops with a kernel of their own never fall back; attention does not where the Hopper kernel is built and the chip is one."""
+    """The ops with a kernel of their own never fall back; attention does not where the Hopper kernel is built
+    and the chip is one."""
     case = EvictCase(torch.bfloat16, "compensated")
     case.run(on(device, rf.ema_evict))
     assert rf.last_dispatch()[:3] == ("ema_evict", device, False)

@@ -1,10 +1,13 @@
-"""Streams on CUDA: a whole denoising forward captured and replayed, results that never change, memory and streams that misbehave, no
-wait for the device, and the recorded streams of the published code."""
+"""Streams on CUDA: a whole denoising forward captured and replayed, results that never change, memory and
+streams that misbehave, no wait for the device, and the recorded streams of the published code."""
 
 import copy
 
 import pytest
 import torch
+
+import rf_kernels as rf
+from benchmarks.gpu_suite import model as model_stage
 from helpers.dmd_gradient_case import made
 from helpers.ema_evict_case import Case as EvictCase
 from helpers.golden_cases import Case, as_dtype, parametrize
@@ -23,9 +26,6 @@ from helpers.promise_tools import POLICIES, make_cache, states_of
 from helpers.rope_append_case import inputs as append_inputs
 from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
 from reward_forcing.models.blocks import CausalSelfAttention
-
-import rf_kernels as rf
-from benchmarks.gpu_suite import model as model_stage
 from rf_kernels.testing import assert_equal_bits
 
 CONFIG = ModelConfig(
@@ -80,7 +80,8 @@ class Stream:
 
 @torch.no_grad()
 def test_a_default_device_and_a_copy(device):
-    """Built under a default device, as applications do, and copied with its pinned memory and events: the same bits."""
+    """Built under a default device, as applications do, and copied with its pinned memory and events: the
+    same bits."""
     model = make_model(device)
     plain = Stream(model, device)
     plain.fill()
@@ -95,16 +96,17 @@ def test_a_default_device_and_a_copy(device):
             assert_equal_bits(ours, theirs)
 
 
-# ---- CUDA graphs ----------------------------------------------------------------------------------------------------
+# ---- CUDA graphs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", SERVED, ids=str)
 @torch.no_grad()
 def test_captured_forward_follows_the_stream(device, dtype):
-    """Captured once in a full cache, replayed over chunks: slots, angles and the sink's schedule are read from the plan's memory.
+    """Captured once in a full cache, replayed over chunks: slots, angles and the sink's schedule are read
+    from the plan's memory.
 
-    Two graphs: the first forward of a chunk, which evicts, and the repeated one. Every output and the whole cache are the bits of a
-    stream without graphs.
+    Two graphs: the first forward of a chunk, which evicts, and the repeated one. Every output and the whole
+    cache are the bits of a stream without graphs.
     """
     model = make_model(device, dtype)
     eager, graphed = Stream(model, device), Stream(model, device)
@@ -138,12 +140,18 @@ def test_captured_forward_follows_the_stream(device, dtype):
 
 @torch.no_grad()
 def test_graphed_chunks_are_those_of_the_pipeline(device):
-    """A whole chunk from captured forwards, as the benchmark times it: the latents of StreamingPipeline, bit for bit."""
+    """A whole chunk from captured forwards, as the benchmark times it: the latents of StreamingPipeline, bit
+    for bit."""
     model, stream = make_model(device), StreamConfig(denoising_step_list=(1000, 750, 500))
-    latent, context = torch.randn(1, 3, 4, *LATENT[3:]).to(device, model.dtype), torch.zeros(1, 8, 16, device=device)
+    latent, context = (
+        torch.randn(1, 3, 4, *LATENT[3:]).to(device, model.dtype),
+        torch.zeros(1, 8, 16, device=device),
+    )
     plain, graphed = (model_stage.Ours(model, stream, latent, context.to(model.dtype)) for _ in range(2))
     for number in range(5):
-        given = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number)).to(device, model.dtype)
+        given = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number)).to(
+            device, model.dtype
+        )
         plain.step(given)
         graphed.step(given)
     plain.step(latent)
@@ -176,7 +184,7 @@ def test_captured_ops_read_new_contents(device):
             assert_equal_bits(ours, direct)
 
 
-# ---- the same bits, every time --------------------------------------------------------------------------------------
+# ---- the same bits, every time -----------------------------------------------------------------------------
 
 
 def every_op(device, dtype):
@@ -227,7 +235,8 @@ def every_op(device, dtype):
 
 @pytest.mark.parametrize("dtype", SERVED, ids=str)
 def test_a_hundred_times_the_same_bits(device, dtype):
-    """Forward of every op. (The backward of attention is PyTorch's on CUDA, whose sums over queries are atomic: not promised.)"""
+    """Forward of every op. (The backward of attention is PyTorch's on CUDA, whose sums over queries are
+    atomic: not promised.)"""
     for name, call in every_op(device, dtype).items():
         if name == "its backward" and device == "cuda":
             continue
@@ -238,7 +247,7 @@ def test_a_hundred_times_the_same_bits(device, dtype):
                 assert bool(same.all()), f"{name}: repeat {repeat} differs"
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", SERVED, ids=str)
@@ -273,16 +282,18 @@ def test_slots_that_were_never_written_are_never_seen(device, policy):
     assert clean.next_frame > clean.ring.length
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", SERVED, ids=str)
 def test_work_goes_to_the_current_stream(device, dtype):
-    """While the default stream is busy: the results of a stream of its own are there before the default stream is done."""
+    """While the default stream is busy: the results of a stream of its own are there before the default
+    stream is done."""
     for name, call in every_op(device, dtype).items():
         expected, own = [t.clone() for t in call()], new_stream(device)
         with own:
-            warm = [t.clone() for t in call()]  # memory and workspaces: an allocation could wait for the device
+            # memory and workspaces: an allocation could wait for the device
+            warm = [t.clone() for t in call()]
         del warm
         if device == "cuda":
             torch.cuda.synchronize()
@@ -343,7 +354,7 @@ def test_two_streams_at_once(device):
                 assert_equal_bits(a, b)
 
 
-# ---- no wait for the device -----------------------------------------------------------------------------------------
+# ---- no wait for the device --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -379,30 +390,36 @@ def test_losses_never_wait_for_the_device(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_a_wait_would_be_noticed():
     """The one mode that reads the device raises under the watch of the two tests above."""
-    cache = make_cache(rf.EMASink(0.9, on_nonfinite="raise"), device="cuda", dtype=torch.bfloat16, head_dim=64)
+    cache = make_cache(
+        rf.EMASink(0.9, on_nonfinite="raise"), device="cuda", dtype=torch.bfloat16, head_dim=64
+    )
     with no_synchronisation("cuda"), pytest.raises(RuntimeError, match="synchroniz"):
         for _ in range(6):
-            qkv = [torch.zeros(1, 2 * cache.spec.frame_tokens, 2, 64, device="cuda").bfloat16() for _ in range(3)]
+            qkv = [
+                torch.zeros(1, 2 * cache.spec.frame_tokens, 2, 64, device="cuda").bfloat16() for _ in range(3)
+            ]
             with cache.chunk(2) as chunk:
                 for layer in range(cache.spec.layers):
                     chunk.append(layer, *qkv)
 
 
-# ---- the published code's recorded streams --------------------------------------------------------------------------
+# ---- the published code's recorded streams -----------------------------------------------------------------
 
 
 @parametrize("ema_self_attention_stream")
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 @torch.no_grad()
 def test_recorded_stream(device, case: Case, dtype):
-    """One layer over the recorded chunks. Where the recording documents a bug of the published code, the library's own rule in float64
-    is compared with (docs/compatibility.md)."""
+    """One layer over the recorded chunks. Where the recording documents a bug of the published code, the
+    library's own rule in float64 is compared with (docs/compatibility.md)."""
     recorded = "bf16.out" if dtype == "bf16" else "out_f64"
     if recorded not in case.tensors and not case.documents_bug:
         pytest.skip(f"the case has no {recorded}")
     hyper, tensors, run_dtype = case.hyper, case.tensors, as_dtype(dtype)
     n, x = hyper["frame_seqlen"], tensors["x"]
-    lengths = tensors["call_len"] if "call_len" in tensors else torch.full((len(x),), hyper["tokens_per_call"])
+    lengths = (
+        tensors["call_len"] if "call_len" in tensors else torch.full((len(x),), hyper["tokens_per_call"])
+    )
     calls = list(recorded_calls(case, [int(length) // n for length in lengths]))
     geometry = Geometry.of(case, hyper["cache_capacity_tokens"], total_frames(calls))
     config = ModelConfig(
@@ -412,9 +429,17 @@ def test_recorded_stream(device, case: Case, dtype):
     layer.load_state_dict(case.weights(), strict=True)
     layer = layer.to(device, run_dtype)
     spec = rf.CacheSpec(
-        layers=1, batch=hyper["batch"], heads=hyper["num_heads"], head_dim=hyper["head_dim"], grid=geometry.grid,
-        sink_frames=geometry.sink_frames, window_frames=geometry.window_frames, rope=config.rope, dtype=run_dtype, device=device,
-    )  # fmt: skip
+        layers=1,
+        batch=hyper["batch"],
+        heads=hyper["num_heads"],
+        head_dim=hyper["head_dim"],
+        grid=geometry.grid,
+        sink_frames=geometry.sink_frames,
+        window_frames=geometry.window_frames,
+        rope=config.rope,
+        dtype=run_dtype,
+        device=device,
+    )
     cache = rf.SinkWindowCache(spec, sink=geometry.sink_policy("compensated"))
     reference, weights = geometry.reference(), dict(case.weights())
     outputs, ruled = [], []

@@ -59,9 +59,15 @@ def in_loop(text, where):
     """Puts an instruction into the main loop, right behind the first one that starts with `where`."""
 
     def edit(instructions):
-        address = next(a for a, t in audit.main_loop(audit.Kernel("", "", instructions)) if t.startswith(where))
+        address = next(
+            a for a, t in audit.main_loop(audit.Kernel("", "", instructions)) if t.startswith(where)
+        )
         at = next(i for i, (a, _) in enumerate(instructions) if a == address)
-        return [*instructions[: at + 1], *([(address, text)] * (1 if text != "NOP" else 200)), *instructions[at + 1 :]]
+        return [
+            *instructions[: at + 1],
+            *([(address, text)] * (1 if text != "NOP" else 200)),
+            *instructions[at + 1 :],
+        ]
 
     return edit
 
@@ -77,16 +83,22 @@ def late_release(instructions):
 FINDINGS = {
     "softmax outside the overlap": (hoist_second_wait, "exponentials between the two waits"),
     "a spill": (lambda x: [*x, (0xFFFF0, "STL [R1], R4")], "1 local-memory accesses"),
-    "another shape": (lambda x: [(a, re.sub("64x(176|64)x16", "64x128x16", t)) for a, t in x], "matrix products"),
+    "another shape": (
+        lambda x: [(a, re.sub("64x(176|64)x16", "64x128x16", t)) for a, t in x],
+        "matrix products",
+    ),
     "no bulk loads": (lambda x: [(a, t.replace("UTMALDG", "LDGSTS")) for a, t in x], "0 bulk tensor loads"),
-    "no register hand-over": (lambda x: [(a, t.replace("USETMAXREG", "NOP")) for a, t in x], "0 register hand-overs"),
+    "no register hand-over": (
+        lambda x: [(a, t.replace("USETMAXREG", "NOP")) for a, t in x],
+        "0 register hand-overs",
+    ),
     "an address in vector registers": (in_loop("R2UR UR4, R4", "HGMMA"), "1 R2UR in the main loop"),
     "a divergent branch": (in_loop("BSSY B0, 0x10", "HGMMA"), "1 BSSY in the main loop"),
     "a longer loop": (in_loop("NOP", "FMNMX"), "instructions executed per key tile"),
     "a product that starts late": (in_loop("NOP", "F2FP"), "from the wait for O to the next product"),
     "a late release": (late_release, "K handed back"),
     "no loop": (lambda x: [(a, t.replace("BRA", "NOP")) for a, t in x], "no main loop"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FINDINGS)
@@ -97,10 +109,21 @@ def test_what_is_not_intended_is_found(attention, name):
 
 
 def test_what_forward_branches_skip_is_not_executed():
-    """A loop of 11 instructions with a branch over 2 and one out of the loop; the wait for O stands 2 before its end, the product 1
-    behind its begin."""
-    texts = ["IADD3", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4]", "BRA 0x1000", "WARPGROUP.DEPBAR.LE gsb0, 0x1",
-             "SYNCS.ARRIVE", "BRA 0x80", "FMUL", "FMUL", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "F2FP", "BRA 0x0"]  # fmt: skip
+    """A loop of 11 instructions with a branch over 2 and one out of the loop; the wait for O stands 2 before
+    its end, the product 1 behind its begin."""
+    texts = [
+        "IADD3",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4]",
+        "BRA 0x1000",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "SYNCS.ARRIVE",
+        "BRA 0x80",
+        "FMUL",
+        "FMUL",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "F2FP",
+        "BRA 0x0",
+    ]
     found = audit.loop_figures([(16 * i, text) for i, text in enumerate(texts)])
     assert (found.instructions, found.executed, found.after_wait, found.before_release) == (11, 9, 3, 0)
     assert found["FMUL"] == 2 and found["R2UR"] == 0

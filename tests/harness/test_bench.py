@@ -1,4 +1,5 @@
-"""The benchmark cases: well formed, their candidates agree, and a run prints, writes and judges what it measured."""
+"""The benchmark cases: well formed, their candidates agree, and a run prints, writes and judges what it
+measured."""
 
 import json
 
@@ -59,7 +60,9 @@ def test_aims_are_judged_by_the_ratio_of_medians():
     assert faster.judge(met)["met"] and over_sdpa.judge(met)["met"]
     missed = {faster.case.id: result(faster.case, rf_kernels=1.0, published=1.2, sdpa=0.8)}
     assert faster.judge(missed)["met"] is False and over_sdpa.judge(missed)["met"] is False
-    assert over_sdpa.judge(missed)["figure"] == pytest.approx(1.25) and "MISSED" in aims.line(over_sdpa.judge(missed))
+    assert over_sdpa.judge(missed)["figure"] == pytest.approx(1.25) and "MISSED" in aims.line(
+        over_sdpa.judge(missed)
+    )
     assert faster.judge({})["met"] is None and "not measured" in aims.line(faster.judge({}))
 
 

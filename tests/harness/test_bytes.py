@@ -1,17 +1,20 @@
-"""What the memory-bound kernels move, beside the least that their job can move: at most 1.05 times that at the real shapes."""
+"""What the memory-bound kernels move, beside the least that their job can move: at most 1.05 times that at
+the real shapes."""
 
 import pytest
 import torch
-from helpers.attention_case import DENSE, WHOLE, make_case, visible
 
 import rf_kernels as rf
 from benchmarks import floors, traffic
+from helpers.attention_case import DENSE, WHOLE, make_case, visible
 
 LIMIT = 1.05
 WAN = rf.RoPE3D.wan(128)
 GRID, HEADS, HEAD_DIM = (30, 52), 12, 128
 FRAME_TOKENS = GRID[0] * GRID[1]
-dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 
 
 def check(predicted, floor):
@@ -23,7 +26,9 @@ def check(predicted, floor):
 @pytest.mark.parametrize("heads", [12, 3, 40])
 def test_rope_append(dtype, frames, heads):
     angles, _ = WAN.table([range(6, 6 + frames), *map(range, GRID)], dtype=dtype)
-    shape = dict(batch=1, tokens=frames * FRAME_TOKENS, q_heads=heads, kv_heads=heads, head_dim=HEAD_DIM, dtype=dtype)
+    shape = dict(
+        batch=1, tokens=frames * FRAME_TOKENS, q_heads=heads, kv_heads=heads, head_dim=HEAD_DIM, dtype=dtype
+    )
     predicted = traffic.rope_append(**shape, frames=frames, angles=angles.shape[1], weight_bytes=4)
     check(predicted, floors.rope_append(**shape, pairs=WAN.pairs))
 
@@ -40,10 +45,12 @@ def test_ema_evict(dtype, state, counts):
 
 
 @dtypes
-@pytest.mark.parametrize("options", [dict(), dict(fake_uncond=True), dict(flow=True), dict(normalize=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(fake_uncond=True), dict(flow=True), dict(normalize=False)], ids=str
+)
 def test_dmd_gradient(dtype, options):
-    """One sample is read once in every dtype whose differences fit on the chip (float64's do); a batch of four is not: its
-    predictions are then read twice by any kernel, x is not."""
+    """One sample is read once in every dtype whose differences fit on the chip (float64's do); a batch of
+    four is not: its predictions are then read twice by any kernel, x is not."""
     for samples, once in ((1, True), (4, False)):
         shape = (samples, 21, 16, 60, 104)
         predicted = traffic.dmd_gradient(shape, dtype, **options, weight_elements=samples)
@@ -75,8 +82,9 @@ def test_floor_of_an_eviction():
         2 * 8 * 4
     )  # one source's K and V, three key states read and slots written, K and V state read and written once
     assert floors.ema_evict(**one, sources=1)["bytes"] == frame * (2 + 3 * 2 + 3)
-    # One frame of 2 x 3 x 5 x 16 elements into each of two sink frames, bfloat16, hi + lo: evicted K and V read (4 bytes an
-    # element), K state read and written (8), V slot and lo read and written (8), K slot written (2).
+    # One frame of 2 x 3 x 5 x 16 elements into each of two sink frames, bfloat16, hi + lo: evicted K and V
+    # read (4 bytes an element), K state read and written (8), V slot and lo read and written (8), K slot
+    # written (2).
     two = dict(batch=2, sink_frames=2, frame_tokens=5, heads=3, head_dim=16, dtype=torch.bfloat16)
     floor, elements = floors.ema_evict(**two, temporal_pairs=4), 2 * 2 * 5 * 3 * 16
     assert floor["bytes"] == elements * (4 + 8 + 8 + 2)

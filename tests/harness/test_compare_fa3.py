@@ -1,4 +1,5 @@
-"""The comparison with FlashAttention-3's machine code: what it does without a checkout, and what it reads from a loop."""
+"""The comparison with FlashAttention-3's machine code: what it does without a checkout, and what it reads
+from a loop."""
 
 import shutil
 
@@ -35,9 +36,17 @@ def test_without_nvcc_it_is_an_error(tmp_path, monkeypatch, capsys):
 
 
 def test_the_columns_of_the_table():
-    texts = ["SYNCS.PHASECHK", "HGMMA.64x176x16.F32.BF16 R24, gdesc[UR4]", "HGMMA.64x128x16.F32.BF16 R4, R8, gdesc[UR4].tnspB",
-             "WARPGROUP.DEPBAR.LE gsb0, 0x1", "SYNCS.ARRIVE", "MUFU.EX2 R1, R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0",
-             "F2FP", "BRA 0x0"]  # fmt: skip
+    texts = [
+        "SYNCS.PHASECHK",
+        "HGMMA.64x176x16.F32.BF16 R24, gdesc[UR4]",
+        "HGMMA.64x128x16.F32.BF16 R4, R8, gdesc[UR4].tnspB",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "SYNCS.ARRIVE",
+        "MUFU.EX2 R1, R1",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "F2FP",
+        "BRA 0x0",
+    ]
     kernel = audit.Kernel("k", "sm_90a", [(16 * i, t) for i, t in enumerate(texts)], registers=168)
     column = compare_fa3.column(kernel, 128)
     assert column["query x key tile"] == "128 x 176" and column["executed per key tile"] == len(texts)

@@ -1,4 +1,5 @@
-"""The GPU suite's own code on the CPU: tiny shapes through the same path, and that nothing that fails is hidden."""
+"""The GPU suite's own code on the CPU: tiny shapes through the same path, and that nothing that fails is
+hidden."""
 
 import json
 import os
@@ -37,7 +38,8 @@ def report_of(tmp_path, stages=()):
 
 @pytest.fixture
 def own_tests(tmp_path):
-    """A folder of tests: one that passes, one that fails, one that takes its process with it, one without a GPU test."""
+    """A folder of tests: one that passes, one that fails, one that takes its process with it, one without a
+    GPU test."""
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "test_gpu_good.py").write_text("def test_dispatch(): pass\n")
@@ -47,7 +49,7 @@ def own_tests(tmp_path):
     return folder
 
 
-# ---- benchmarks -----------------------------------------------------------------------------------------------------
+# ---- benchmarks --------------------------------------------------------------------------------------------
 
 
 def fake_flash_attention_3(monkeypatch, function):
@@ -66,7 +68,9 @@ def test_attention_stage(tmp_path, monkeypatch):
     attention.main([*TINY, "--rows", str(tmp_path / "rows.jsonl")])
     (row,) = rows_of(tmp_path, "result")
     assert next(iter(row["timings"])) == "sink_window_attention" and row["flops"] and row["bytes"]
-    assert {"flash_sdpa", "sdpa", "concatenated", "flex_attention", "flash_attention_3"} <= set(row["timings"])
+    assert {"flash_sdpa", "sdpa", "concatenated", "flex_attention", "flash_attention_3"} <= set(
+        row["timings"]
+    )
     assert all(0 < t["p20"] <= t["p50"] <= t["p80"] for t in row["timings"].values())
     assert "cudnn_sdpa" in row["left_out"]  # there is none on the CPU, and the row says so
     assert report_of(tmp_path)["problems"] == []
@@ -121,7 +125,9 @@ def test_jobs_without_time_are_said_to_be_left_undone(tmp_path):
 
     jobs = [Job("first", "s", torch.float32, build), Job("second", "s", torch.float32, build)]
     run_jobs(jobs, options_for(tmp_path, limit=0.001))
-    assert [row["op"] for row in rows_of(tmp_path, "skipped")] == ["second"] or len(rows_of(tmp_path, "skipped")) == 2
+    assert [row["op"] for row in rows_of(tmp_path, "skipped")] == ["second"] or len(
+        rows_of(tmp_path, "skipped")
+    ) == 2
 
 
 def test_device_stage(tmp_path):
@@ -131,7 +137,7 @@ def test_device_stage(tmp_path):
     assert rows_of(tmp_path, "device")[0]["packages"]["pytest"] == pytest.__version__
 
 
-# ---- tests and sanitizer --------------------------------------------------------------------------------------------
+# ---- tests and sanitizer -----------------------------------------------------------------------------------
 
 
 def test_tests_that_fail_or_take_their_process_along_are_reported(tmp_path, own_tests):
@@ -183,8 +189,10 @@ def test_sanitizer(tmp_path, monkeypatch, script, outcome):
     rows = rows_of(tmp_path, "sanitizer")
     others = "reported" if outcome == "failed" else outcome
     assert [(row["tool"], row["outcome"]) for row in rows] == [
-        ("memcheck", outcome), ("synccheck", others), ("racecheck", others)
-    ]  # fmt: skip
+        ("memcheck", outcome),
+        ("synccheck", others),
+        ("racecheck", others),
+    ]
     assert len(report_of(tmp_path)["problems"]) == (0 if outcome == "clean" else 1)
 
 
@@ -196,7 +204,10 @@ def test_no_tool_but_memcheck_sees_attention():
         words = re.findall(r"\w+", selection.replace(" or ", " ").replace(" and ", " "))
         chosen = {name for name in names if any(word in name for word in words)}
         assert all(any(word in name for name in names) for word in words if word != "bfloat16"), tool
-        assert any("attention" in name or "dispatch" in name for name in chosen) == (tool == "memcheck"), (tool, chosen)
+        assert any("attention" in name or "dispatch" in name for name in chosen) == (tool == "memcheck"), (
+            tool,
+            chosen,
+        )
 
 
 def test_what_a_stopped_run_had_started_is_stopped_too(tmp_path):
@@ -245,17 +256,21 @@ def test_sanitizer_is_said_to_be_absent(tmp_path, monkeypatch):
     assert row["outcome"] == "absent" and report_of(tmp_path)["problems"] == []
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def test_stages_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
-    """What a stage wrote before it was stopped is in the report; a partial report is on disk before every stage."""
+    """What a stage wrote before it was stopped is in the report; a partial report is on disk before every
+    stage."""
     body = "import sys\npath = sys.argv[sys.argv.index('--rows') + 1]\nopen(path, 'a').write('{}\\n')\n"
     note = '{"kind": "note", "text": "%s"}'
     (tmp_path / "stage_dies.py").write_text(body.replace("{}", note % "before") + "import os\nos.abort()\n")
-    (tmp_path / "stage_hangs.py").write_text(body.replace("{}", note % "half") + "import time\ntime.sleep(99)\n")
+    (tmp_path / "stage_hangs.py").write_text(
+        body.replace("{}", note % "half") + "import time\ntime.sleep(99)\n"
+    )
     seen = (
-        f"partial = open({str(tmp_path / 'out' / 'report.json')!r}).read()\nassert '\"complete\": false' in partial\n"
+        f"partial = open({str(tmp_path / 'out' / 'report.json')!r}).read()\nassert '\"complete\": false' in"
+        " partial\n"
     )
     (tmp_path / "stage_works.py").write_text(body.replace("{}", note % "works") + seen)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -320,7 +335,14 @@ def test_counts():
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     timings = {name: {"p20": 1e-3, "p50": 2e-3, "p80": 3e-3, "rounds": 5} for name in ("ours", "peer")}
-    row = {"kind": "result", "shape": "s", "dtype": "bfloat16", "flops": 10**9, "bytes": 10**6, "timings": timings}
+    row = {
+        "kind": "result",
+        "shape": "s",
+        "dtype": "bfloat16",
+        "flops": 10**9,
+        "bytes": 10**6,
+        "timings": timings,
+    }
     rows = [row | {"op": op} for op in ("sink_window_attention", "rope_append", "denoising forward")]
     rows.append({"kind": "result", "op": "rope_append", "shape": "s", "dtype": "bfloat16", "error": "no"})
     rows.append({"kind": "series", "what": "seconds per chunk", "name": "ours", "values": [0.1, 0.2]})
@@ -340,14 +362,24 @@ def test_dry_run(tmp_path, own_tests):
     command += ["--out", str(tmp_path / "out"), "--tests", str(own_tests)]
     tools = Path(sys.executable).parent  # no compute-sanitizer there
     paths = os.pathsep.join((str(ROOT), str(ROOT / "python")))
-    environment = os.environ | {"PYTHONPATH": paths, "PATH": os.pathsep.join((str(tools), "/usr/bin", "/bin"))}
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "PATH": os.pathsep.join((str(tools), "/usr/bin", "/bin")),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["mode"] == "dry-run" and report["complete"] and report["problems"] == []
     assert [stage["status"] for stage in report["stages"]] == ["ok"] * 6
     ops = {row["op"] for row in report["results"]}
-    assert {"sink_window_attention", "rope_append", "ema_evict", "dmd_gradient", "layer", "denoising forward"} <= ops
+    assert {
+        "sink_window_attention",
+        "rope_append",
+        "ema_evict",
+        "dmd_gradient",
+        "layer",
+        "denoising forward",
+    } <= ops
     assert report["test_counts"]["passed"] == 1 and report["sanitizer"][0]["outcome"] == "absent"
     assert len(report["series"][0]["values"]) == 5
     for fact in ("date", "commit", "torch", "gpu", "arguments", "source_commit"):

@@ -1,5 +1,6 @@
-"""The variants of the Hopper attention kernel that are kept for tuning (benchmarks/tuning): each computes attention on the functional
-model, and the stage that times them passes tensors as their C interface wants them."""
+"""The variants of the Hopper attention kernel that are kept for tuning (benchmarks/tuning): each computes
+attention on the functional model, and the stage that times them passes tensors as their C interface wants
+them."""
 
 import subprocess
 import sys
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from chip.faults import FAULTS
-from chip.harness import POLICIES, Case, check, make_inputs
 
 from benchmarks.gpu_suite import tuning
 from benchmarks.gpu_suite.report import read_rows
+from chip.faults import FAULTS
+from chip.harness import POLICIES, Case, check, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "tuning"))
@@ -54,10 +55,14 @@ NAIVE = """
 #include <cstring>
 #include <vector>
 static float widen(uint16_t x) { uint32_t u = uint32_t(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
-static uint16_t narrow(float f) { uint32_t u; std::memcpy(&u, &f, 4); return uint16_t((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
+static uint16_t narrow(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return uint16_t((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
 extern "C" int64_t rf_variant_workspace_bytes(int sms) { return 64 * sms; }
-extern "C" int rf_variant_forward(const void* q_, const void* k_, const void* v_, void* out_, float* lse, const int64_t* s,
-                                  const int32_t* n, float scale, void* workspace, void*) {
+extern "C" int rf_variant_forward(const void* q_, const void* k_, const void* v_, void* out_, float* lse,
+                                  const int64_t* s, const int32_t* n, float scale, void* workspace, void*) {
   auto q = (const uint16_t*)q_, k = (const uint16_t*)k_, v = (const uint16_t*)v_;
   auto out = (uint16_t*)out_;
   if (*(const char*)workspace != 0 || n[6] || n[7] != 1) return 1;

@@ -1,14 +1,17 @@
-"""Calls of sink_window_attention for its tests: shapes, inputs, the mask from the definition, and eager PyTorch."""
+"""Calls of sink_window_attention for its tests: shapes, inputs, the mask from the definition, and eager
+PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 INF = float("inf")
-# What docs/promises.md promises of the LSE in half precision on the CPU, beside the rounding of float32 logits. PyTorch's kernel takes
-# exp(x) = 2^(n + f) for 2^n (1 + f - K(f)), a cubic K: a factor within 1.0705e-4 of exact, the same bound for a sum of such terms.
+# What docs/promises.md promises of the LSE in half precision on the CPU, beside the rounding of float32
+# logits. PyTorch's kernel takes exp(x) = 2^(n + f) for 2^n (1 + f - K(f)), a cubic K: a factor within
+# 1.0705e-4 of exact, the same bound for a sum of such terms.
 HALF_LSE = 2.0**-13
-# B, Nq, T, Hq, Hkv, D, kv_tokens: tiny, odd, grouped heads, batch, one key, one query, past the tiles of the CPU kernel (32, 512)
+# B, Nq, T, Hq, Hkv, D, kv_tokens: tiny, odd, grouped heads, batch, one key, one query, past the tiles of the
+# CPU kernel (32, 512)
 DENSE = {
     "tiny": (1, 1, 1, 1, 1, 1, 1),
     "odd": (1, 37, 61, 3, 3, 13, 53),
@@ -19,7 +22,8 @@ DENSE = {
     "wide_head": (1, 9, 50, 2, 2, 256, 50),
     "tile_edges": (1, 65, 600, 2, 2, 64, 513),
 }
-# B, N, Hq, Hkv, D, chunk_ends, S, W: two intervals, touching ones, no sink, no window, sink longer than chunks, unlimited window
+# B, N, Hq, Hkv, D, chunk_ends, S, W: two intervals, touching ones, no sink, no window, sink longer than
+# chunks, unlimited window
 WHOLE = {
     "streaming": (2, 60, 4, 2, 32, [12, 24, 36, 48, 60], 12, 24),
     "ragged": (1, 60, 3, 3, 13, [7, 20, 33, 34, 60], 9, 15),
@@ -49,7 +53,8 @@ def make_case(dtype, case, seed=0):
 
 
 def visible(queries, tokens, kv_tokens=None, chunk_ends=None, num_sink_tokens=0, num_window_tokens=None):
-    """The mask [Nq, T] written from the definition, independent of the oracle and of csrc/math/key_intervals.h."""
+    """The mask [Nq, T] written from the definition, independent of the oracle and of
+    csrc/math/key_intervals.h."""
     key = torch.arange(tokens)
     if chunk_ends is None:
         return (key < (tokens if kv_tokens is None else kv_tokens)).expand(queries, tokens)
@@ -74,4 +79,6 @@ def run_with_grads(fn, inputs, options, grad_out):
 
 # Shapes that the CPU kernel works off as one unit, on which MKL would use threads of its own.
 SINGLE_UNIT = {"one_head": (1, 37, 538, 1, 1, 32, 500), "one_key_head": (1, 44, 592, 4, 1, 24, 233)}
-SEEING = [pytest.param(case, id=name) for name, case in {**DENSE, **WHOLE}.items() if name != "nothing_visible"]
+SEEING = [
+    pytest.param(case, id=name) for name, case in {**DENSE, **WHOLE}.items() if name != "nothing_visible"
+]

@@ -8,14 +8,29 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def make(
-    frames_sink, frames_window, *, policy=None, dtype=torch.float64, grid=(2, 3), heads=2, head_dim=32, layers=1, **more
+    frames_sink,
+    frames_window,
+    *,
+    policy=None,
+    dtype=torch.float64,
+    grid=(2, 3),
+    heads=2,
+    head_dim=32,
+    layers=1,
+    **more,
 ):
     """A cache; without a policy, NoSink without sink frames and EMASink with."""
     settings = {"batch": 1, "rope": rf.RoPE3D.wan(head_dim), "device": "cpu"} | more
     spec = rf.CacheSpec(
-        layers=layers, heads=heads, head_dim=head_dim, grid=grid, sink_frames=frames_sink, window_frames=frames_window, dtype=dtype,
+        layers=layers,
+        heads=heads,
+        head_dim=head_dim,
+        grid=grid,
+        sink_frames=frames_sink,
+        window_frames=frames_window,
+        dtype=dtype,
         **settings,
-    )  # fmt: skip
+    )
     policy = policy or (rf.EMASink() if frames_sink else rf.NoSink())
     return rf.SinkWindowCache(spec, sink=policy)
 
@@ -24,14 +39,18 @@ def tensors(cache, frames, seed, q_heads=None):
     """q, k, v of a chunk."""
     generator, spec = torch.Generator().manual_seed(seed), cache.spec
     tokens, heads = frames * spec.frame_tokens, (q_heads or spec.heads, spec.heads, spec.heads)
-    return [torch.randn(spec.batch, tokens, h, spec.head_dim, generator=generator).to(spec.dtype) for h in heads]
+    return [
+        torch.randn(spec.batch, tokens, h, spec.head_dim, generator=generator).to(spec.dtype) for h in heads
+    ]
 
 
 def write(chunk, seed, forwards=2):
     """Forwards of a chunk; the attention of each layer in the last."""
     cache = chunk.cache
     for forward in range(forwards):
-        inputs = [tensors(cache, chunk.frames, seed * 1000 + forward * 100 + i) for i in range(cache.spec.layers)]
+        inputs = [
+            tensors(cache, chunk.frames, seed * 1000 + forward * 100 + i) for i in range(cache.spec.layers)
+        ]
         outputs = [chunk.attend(layer, *qkv) for layer, qkv in enumerate(inputs)]
     return outputs
 

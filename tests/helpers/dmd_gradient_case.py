@@ -1,4 +1,5 @@
-"""Calls of dmd_gradient for its tests: inputs, weights and masks of every shape, and the comparison with the oracle."""
+"""Calls of dmd_gradient for its tests: inputs, weights and masks of every shape, and the comparison with the
+oracle."""
 
 import dataclasses
 
@@ -8,13 +9,15 @@ import rf_kernels as rf
 from rf_kernels.reference.dmd_gradient import dmd_gradient as oracle
 from rf_kernels.testing import assert_within_eager
 
-SHAPE = (3, 4, 5, 6, 7)  # 840 elements a sample: one tile with a tail, frames that are no multiple of a vector
+# 840 elements a sample: one tile with a tail, frames that are no multiple of a vector
+SHAPE = (3, 4, 5, 6, 7)
 OPTIONS = [field.name for field in dataclasses.fields(rf.DMDOptions)]
 LONG = (2, 3, 4, 19, 23)  # 5,244: three tiles, the last one ragged
 
 
 def made(shape, dtype=torch.float32, prediction=None, seed=0, flow=False):
-    """Arguments with every tensor present, exactly representable in bfloat16 so that all dtypes see the same numbers."""
+    """Arguments with every tensor present, exactly representable in bfloat16 so that all dtypes see the same
+    numbers."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda d: torch.randn(shape, generator=g).bfloat16().to(d)  # noqa: E731
     prediction = prediction or dtype
@@ -68,7 +71,8 @@ def masks(shape, seed=2):
 
 
 def check(x, kw, **extra):
-    """Every output within twice eager PyTorch's own error in the arithmetic type, plus one rounding to the dtype of x."""
+    """Every output within twice eager PyTorch's own error in the arithmetic type, plus one rounding to the
+    dtype of x."""
     gradient, aux = gradient_of(x, **kw, **extra, return_aux=True)
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     extra = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in extra.items()}

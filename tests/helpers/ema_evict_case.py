@@ -18,7 +18,8 @@ LAYOUTS = {
     "adjacent_tail": rf.RoPE(
         (3, 2, 1), (1e4,) * 3, "adjacent"
     ),  # dims 12.. are not rotated; 6 temporal dims of a vector
-    "adjacent_second": rf.RoPE((2, 5, 1), (1e4,) * 3, "adjacent", temporal_axis=1),  # the temporal span starts at dim 4
+    # the temporal span starts at dim 4
+    "adjacent_second": rf.RoPE((2, 5, 1), (1e4,) * 3, "adjacent", temporal_axis=1),
     "half": rf.RoPE((4, 2, 2), (1e4,) * 3, "half"),
     "axis_half": rf.RoPE((3, 3, 2), (1e4,) * 3, "axis_half"),
     "all_temporal": rf.RoPE((8,), (1e4,), "half"),
@@ -35,9 +36,12 @@ def turn_table(rope, deltas, dtype):
 
 
 class Case:
-    """Arguments of one call: a random cache, its state, a schedule. ``tensors`` are those the op writes, in order."""
+    """Arguments of one call: a random cache, its state, a schedule. ``tensors`` are those the op writes, in
+    order."""
 
-    def __init__(self, dtype, state, *, rope=WAN, head_dim=16, batch=2, n=5, heads=3, schedule=None, window=5, seed=0):
+    def __init__(
+        self, dtype, state, *, rope=WAN, head_dim=16, batch=2, n=5, heads=3, schedule=None, window=5, seed=0
+    ):
         generator = torch.Generator().manual_seed(seed)
         schedule = [[0, 2, 3, 4], [1, 1, 6, 0]] if schedule is None else schedule
         schedule = torch.tensor(schedule, dtype=torch.int32)
@@ -121,7 +125,8 @@ def equal(a, b):
 
 
 def eager(k, v, k_state, *, schedule, turns, alpha, frame_tokens, temporal, **_):
-    """The formula in plain PyTorch in the dtype of the cache, everything rounded at every step: the yardstick of tolerances."""
+    """The formula in plain PyTorch in the dtype of the cache, everything rounded at every step: the yardstick
+    of tolerances."""
     n, (x0, y0, step), nt = frame_tokens, temporal, turns.shape[-2]
 
     def turn(x, table):
@@ -149,5 +154,13 @@ def op_arguments(case, **changes):
     alpha = torch.tensor(o["alpha"], dtype=torch.float64)
     states = STATES.index(o["state"])
     return (
-        *case.tensors, o["schedule"], o["turns"], alpha, o["frame_tokens"], list(o["temporal"]), states, True, case.skipped,
-    )  # fmt: skip
+        *case.tensors,
+        o["schedule"],
+        o["turns"],
+        alpha,
+        o["frame_tokens"],
+        list(o["temporal"]),
+        states,
+        True,
+        case.skipped,
+    )

@@ -1,16 +1,19 @@
-"""Differential fuzzing: random configurations of every op, and of whole cache streams, against the float64 oracle.
+"""Differential fuzzing: random configurations of every op, and of whole cache streams, against the float64
+oracle.
 
     python tests/helpers/fuzz.py                                   all ops, seeds 0:200
     python tests/helpers/fuzz.py --op rope_append --seeds 0:2000
     python tests/helpers/fuzz.py --op rope_append --seed 17        one configuration again
 
-A seed is one configuration: sizes, dtype, strides, options and numbers. Even seeds draw numbers that the op's arithmetic represents
-exactly, and demand equality; odd seeds draw from a normal distribution, and allow twice the error of eager PyTorch in the same dtype
-(testing.assert_within_eager). Tensors are views of larger buffers whose other elements are poison: they must come back unchanged.
-Whatever a configuration raises is a failure, running out of memory included.
+A seed is one configuration: sizes, dtype, strides, options and numbers. Even seeds draw numbers that the op's
+arithmetic represents exactly, and demand equality; odd seeds draw from a normal distribution, and allow twice
+the error of eager PyTorch in the same dtype (testing.assert_within_eager). Tensors are views of larger
+buffers whose other elements are poison: they must come back unchanged. Whatever a configuration raises is a
+failure, running out of memory included.
 """
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -33,7 +36,8 @@ from rf_kernels.reference.sink_window_attention import sink_window_attention as 
 from rf_kernels.reference.streaming import StreamingReference
 from rf_kernels.testing import assert_equal_bits, assert_within_eager, max_error, relative_l2
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON = os.environ.get("RF_BACKEND") == "triton"  # no float64; and small sizes, for its interpreter
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)[TRITON:]
 
 
 class Draw:
@@ -48,7 +52,8 @@ class Draw:
         self.guarded = []  # (buffer, a copy, what of it may change)
 
     def integer(self, low: int, high: int) -> int:
-        return self.random.randint(low, high)
+        small = TRITON and high <= 5
+        return self.random.randint(low, min(high, low + high // 3) if small else high)
 
     def choice(self, options):
         return self.random.choice(options)
@@ -59,12 +64,14 @@ class Draw:
     def numbers(self, shape, dtype=None, largest: int = 8) -> torch.Tensor:
         """Small integers (exact seeds) or normal numbers."""
         if self.exact:
-            return torch.randint(-largest, largest + 1, shape, generator=self.generator).to(dtype or self.dtype)
+            return torch.randint(-largest, largest + 1, shape, generator=self.generator).to(
+                dtype or self.dtype
+            )
         return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
 
     def view(self, values: torch.Tensor, written: bool = False) -> torch.Tensor:
-        """The same values as a strided view (last stride 1) of a larger, poisoned buffer: padding in every dimension, an offset, and
-        sometimes tokens and heads in the other order of memory."""
+        """The same values as a strided view (last stride 1) of a larger, poisoned buffer: padding in every
+        dimension, an offset, and sometimes tokens and heads in the other order of memory."""
         swap = values.dim() == 4 and self.chance(0.3)
         stored = values.transpose(1, 2) if swap else values
         padded = [n + self.integer(0, 2) for n in stored.shape]
@@ -87,14 +94,18 @@ class Draw:
     def quarter_turns(self, *shape, dtype) -> torch.Tensor:
         """cos and sin of multiples of 90 degrees: rotations that only swap and negate."""
         turn = torch.randint(0, 4, shape, generator=self.generator)
-        return torch.stack((torch.tensor([1, 0, -1, 0])[turn], torch.tensor([0, 1, 0, -1])[turn]), -1).to(dtype)
+        return torch.stack((torch.tensor([1, 0, -1, 0])[turn], torch.tensor([0, 1, 0, -1])[turn]), -1).to(
+            dtype
+        )
 
 
 def compare(draw, actual, oracle, eager, floor=0.0, **tolerance):
     """``floor``: what the rounding of terms leaves where their sum cancels."""
     if draw.exact:
         expected = oracle.to(actual.dtype)
-        assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} elements differ"
+        assert torch.equal(actual, expected), (
+            f"{int((actual != expected).sum())} of {actual.numel()} elements differ"
+        )
     elif not max_error(actual, oracle) <= floor:  # a NaN on one side alone is no difference below it
         if eager.dtype == torch.float64:  # there the oracle's own roundings count too
             tolerance["ulps"] = 16.0
@@ -104,7 +115,8 @@ def compare(draw, actual, oracle, eager, floor=0.0, **tolerance):
 def doubled(call: dict) -> dict:
     """The call in float64, on contiguous copies."""
     return {
-        k: v.double().clone() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()
+        k: v.double().clone() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
     }
 
 
@@ -203,7 +215,11 @@ def fuzz_rope(draw):
     over = (-2, -1) if norm == "model" else -1
     steepest = float((wide.square().mean(over) + options["eps"]).rsqrt().max()) if weight is not None else 1.0
     term = (
-        8 * torch.finfo(torch.promote_types(draw.dtype, torch.float32)).eps * steepest * 1.5 * float(grad.abs().max())
+        8
+        * torch.finfo(torch.promote_types(draw.dtype, torch.float32)).eps
+        * steepest
+        * 1.5
+        * float(grad.abs().max())
     )
     floors = (0.0, term, term * float(wide.abs().max()) * x.shape[0] * x.shape[1] * heads)
     for a, b, c, floor in zip(run(rf.rope, x, grad, options), exact, eager, floors, strict=False):
@@ -253,7 +269,9 @@ def fuzz_ema_evict(draw):
             draw.numbers((batch, (sink_frames + window) * n, heads, head_dim), largest=2), written=True
         ),
         "k_state": draw.numbers(shape_of_state, torch.float32 if stored == "float32" else None, largest=2),
-        "k_state_lo": draw.numbers(shape_of_state).mul(0 if draw.exact else 2**-9) if stored == "compensated" else None,
+        "k_state_lo": (
+            draw.numbers(shape_of_state).mul(0 if draw.exact else 2**-9) if stored == "compensated" else None
+        ),
         "v_state": None,
         "schedule": schedule if per_sample else schedule[0].contiguous(),
         "turns": turns if per_sample else turns[0].contiguous(),
@@ -268,9 +286,11 @@ def fuzz_ema_evict(draw):
     if pairs == 0 and stored == "published" and draw.chance():
         call["k_state"] = None
     options = {
-        "frame_tokens": n, "state": state, "on_nonfinite": draw.choice(("skip", "propagate")),
+        "frame_tokens": n,
+        "state": state,
+        "on_nonfinite": draw.choice(("skip", "propagate")),
         "temporal": draw.choice(((x0, x0 + 1, 2), (x0, x0 + pairs, 1))),
-    }  # fmt: skip
+    }
     if draw.chance(0.3):  # a source that is not finite
         slot = draw.integer(sink_frames, sink_frames + window - 1)
         call["v_cache"][draw.integer(0, batch - 1), slot * n + draw.integer(0, n - 1), 0, 0] = float("inf")
@@ -317,7 +337,9 @@ def fuzz_sink_window_attention(draw):
         window = draw.choice((None, 0, few, draw.integer(0, tokens + 3)))
         options = {
             "chunk_ends": [*cuts, tokens],
-            "num_sink_tokens": draw.choice((0, draw.integer(1, 1 + tokens // 4), draw.integer(0, tokens + 3))),
+            "num_sink_tokens": draw.choice(
+                (0, draw.integer(1, 1 + tokens // 4), draw.integer(0, tokens + 3))
+            ),
             "num_window_tokens": window,
         }
     q, k, v = (
@@ -326,8 +348,11 @@ def fuzz_sink_window_attention(draw):
     )
     options["softmax_scale"] = draw.choice((None, draw.random.uniform(0.01, 1.0)))
     if draw.exact:
-        # Logits 2048 apart: the largest alone has a weight, 1. The op compares, and copies the value of the winner.
-        rank = torch.stack([torch.randperm(tokens, generator=draw.generator) for _ in range(batch * kv_heads)])
+        # Logits 2048 apart: the largest alone has a weight, 1. The op compares, and copies the value of the
+        # winner.
+        rank = torch.stack(
+            [torch.randperm(tokens, generator=draw.generator) for _ in range(batch * kv_heads)]
+        )
         k.zero_()[..., 0] = rank.view(batch, kv_heads, tokens).transpose(1, 2).to(k.dtype)
         sign = torch.randint(0, 2, q.shape[:3], generator=draw.generator) * 2 - 1
         q.zero_()[..., 0] = 2048.0 * sign
@@ -362,13 +387,19 @@ def fuzz_sink_window_attention(draw):
             assert torch.equal(ours[i], exact[i].to(ours[i].dtype)), name
     else:
         theirs = run(eager, (q, k, v))
-        eps, largest = torch.finfo(ours[1].dtype).eps, [float(t.double().abs().max()) for t in (q, k, v, grad_out)]
+        eps, largest = (
+            torch.finfo(ours[1].dtype).eps,
+            [float(t.double().abs().max()) for t in (q, k, v, grad_out)],
+        )
         scale = options["softmax_scale"] or head_dim**-0.5
         logit = scale * head_dim * largest[0] * largest[1]
         lse_bound += (
-            eps * (head_dim + 4) * logit + 2.0**-19 * (not draw.half and draw.dtype == torch.float32) + 64 * eps
+            eps * (head_dim + 4) * logit
+            + 2.0**-19 * (not draw.half and draw.dtype == torch.float32)
+            + 64 * eps
         )
-        # Where gradients cancel (one visible key, say), what is left is the rounding of the terms: D products in float.
+        # Where gradients cancel (one visible key, say), what is left is the rounding of the terms: D products
+        # in float.
         weight = max(eps, 2.0**-20 * (draw.dtype != torch.float64))  # error of exp in PyTorch's kernels
         residue = 4 * weight * head_dim * scale * largest[2] * largest[3]
         floors = {
@@ -381,7 +412,9 @@ def fuzz_sink_window_attention(draw):
             difference = (ours[i].double() - exact[i]).abs()
             if not float(difference.max()) <= floors[i]:
                 try:
-                    assert_within_eager(ours[i], exact[i], theirs[i], ulps=16.0 if draw.dtype == torch.float64 else 2.0)
+                    assert_within_eager(
+                        ours[i], exact[i], theirs[i], ulps=16.0 if draw.dtype == torch.float64 else 2.0
+                    )
                 except AssertionError as error:
                     raise AssertionError(f"{name}: {error}") from None
     infinite = exact[1].isinf()
@@ -402,7 +435,11 @@ def visible(queries, tokens, kv_tokens=None, chunk_ends=None, num_sink_tokens=0,
 
 
 def fuzz_dmd_gradient(draw):
-    shape = (draw.integer(1, 3), *(draw.integer(1, 7) for _ in range(draw.integer(0, 4))), draw.choice((1, 5, 64, 300)))
+    shape = (
+        draw.integer(1, 3),
+        *(draw.integer(1, 7) for _ in range(draw.integer(0, 4))),
+        draw.choice((1, 5, 64, 300)),
+    )
     prediction = draw.choice((draw.dtype, torch.float32))
     flow = draw.chance() and not draw.exact
     values = {"x": draw.numbers(shape)} | {name: draw.numbers(shape, prediction) for name in ("fake", "real")}
@@ -445,16 +482,20 @@ def fuzz_dmd_gradient(draw):
     limit = {"limit": torch.finfo(prediction).max}
     exact = ref_dmd(x.double(), **doubled(call), **limit)
     wide = {
-        k: v.to(arithmetic) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()
+        k: v.to(arithmetic) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
     }
     eager = ref_dmd(x.to(arithmetic), **wide, **limit)
-    # The sums of a tile are trees of 11 roundings: 11 * 2^-24 = 6.6e-7, in the normaliser (so in the gradient) and in the loss.
+    # The sums of a tile are trees of 11 roundings: 11 * 2^-24 = 6.6e-7, in the normaliser (so in the
+    # gradient) and in the loss.
     compare(draw, gradient, exact.gradient, eager.gradient.to(draw.dtype), ulps=6.0)
     for name in ("loss", "per_sample_loss"):
         compare(draw, getattr(aux, name), getattr(exact, name), getattr(eager, name).to(arithmetic), ulps=6.0)
     for name in ("gradient_norm", "normalizer"):  # means: their division rounds
         ulps = 16.0 if arithmetic == torch.float64 else 6.0
-        assert_within_eager(getattr(aux, name), getattr(exact, name), getattr(eager, name).to(arithmetic), ulps=ulps)
+        assert_within_eager(
+            getattr(aux, name), getattr(exact, name), getattr(eager, name).to(arithmetic), ulps=ulps
+        )
     assert int(aux.dropped) == int(exact.dropped) == (special == "dropped")
     loss_options = call | {"reduction": "sum"}
     leaf = x.detach().clone().requires_grad_()
@@ -465,18 +506,30 @@ def fuzz_dmd_gradient(draw):
 
 
 def fuzz_stream(draw):
-    """A whole stream: odd seeds in float64 against the plain recomputation of the rule, even seeds in any dtype, without positions,
-    against averages of integers; chunks of any length, forwards, chunks taken back, saving, a cache that held another stream."""
+    """A whole stream: odd seeds in float64 against the plain recomputation of the rule, even seeds in any
+    dtype, without positions, against averages of integers; chunks of any length, forwards, chunks taken back,
+    saving, a cache that held another stream."""
     sink_frames, window = draw.integer(0, 3), draw.integer(1, 5)
     policy = draw.choice(("ema", "static")) if sink_frames else "none"
     alpha = draw.choice((0.0, 0.5, 1.0) if draw.exact else (0.5, 0.9, 0.999))
-    grid, heads, head_dim = (draw.integer(1, 2), draw.integer(1, 3)), draw.integer(1, 2), draw.choice((8, 16, 34))
+    grid, heads, head_dim = (
+        (draw.integer(1, 2), draw.integer(1, 3)),
+        draw.integer(1, 2),
+        draw.choice((8, 16, 34)),
+    )
     settings = {
-        "layers": draw.integer(1, 2), "batch": draw.integer(1, 2), "heads": heads, "head_dim": head_dim, "grid": grid,
-        "sink_frames": sink_frames, "window_frames": window, "undo_frames": sink_frames + window,
-        "dtype": draw.dtype if draw.exact else torch.float64, "rope": None if draw.exact else rf.RoPE3D.wan(head_dim),
+        "layers": draw.integer(1, 2),
+        "batch": draw.integer(1, 2),
+        "heads": heads,
+        "head_dim": head_dim,
+        "grid": grid,
+        "sink_frames": sink_frames,
+        "window_frames": window,
+        "undo_frames": sink_frames + window,
+        "dtype": draw.dtype if draw.exact else torch.float64,
+        "rope": None if draw.exact else rf.RoPE3D.wan(head_dim),
         "device": "cpu",
-    }  # fmt: skip
+    }
     policies = {"ema": rf.EMASink(alpha), "static": rf.StaticSink(rephase=True), "none": rf.NoSink()}
 
     def new_cache():
@@ -486,7 +539,9 @@ def fuzz_stream(draw):
     # bfloat16 has 8 bits: an integer below 4 can be halved five times beside another.
     longest = 4 if draw.exact else 10
     references = [
-        StreamingReference(grid=grid, sink_frames=sink_frames, window_frames=window, policy=policy, alpha=alpha)
+        StreamingReference(
+            grid=grid, sink_frames=sink_frames, window_frames=window, policy=policy, alpha=alpha
+        )
         for _ in range(cache.spec.layers)
     ]
 
@@ -526,12 +581,17 @@ def check_contents(cache, references):
     """Every valid slot holds the frame or average that the rule says, to the bit."""
     n = cache.spec.frame_tokens
     for layer, reference in enumerate(references):
-        for held, frames in ((reference.sink_kv, reference.sink_kv), (reference.window_kv, reference.window_kv)):
+        for held, frames in (
+            (reference.sink_kv, reference.sink_kv),
+            (reference.window_kv, reference.window_kv),
+        ):
             for frame in frames:
                 slot = cache.ring.slot(frame)
                 for which, buffer in enumerate((cache.k, cache.v)):
                     found = buffer[layer][:, slot * n : (slot + 1) * n].double()
-                    assert torch.equal(found, held[frame][which]), f"layer {layer}, frame {frame}, {'kv'[which]}"
+                    assert torch.equal(found, held[frame][which]), (
+                        f"layer {layer}, frame {frame}, {'kv'[which]}"
+                    )
 
 
 FUZZERS = {
@@ -554,7 +614,8 @@ def run(op: str, seeds) -> list[str]:
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error}"[:300]
             failures.append(
-                f"python tests/helpers/fuzz.py --op {op} --seed {seed}\n    {text} ({Path(where.filename).name}:{where.lineno})"
+                f"python tests/helpers/fuzz.py --op {op} --seed {seed}\n    {text}"
+                f" ({Path(where.filename).name}:{where.lineno})"
             )
     return failures
 
@@ -577,7 +638,8 @@ def main() -> int:
         failures = run(op, range(first, last))
         bad += len(failures)
         print(
-            f"{op:24} {last - first} configurations, {len(failures)} failures, {time.time() - start:.1f} s", flush=True
+            f"{op:24} {last - first} configurations, {len(failures)} failures, {time.time() - start:.1f} s",
+            flush=True,
         )
         for failure in failures:
             print(failure)

@@ -1,5 +1,5 @@
-"""How the streams of golden cases map onto the library's cache: its geometry, the calls, and what a ring that holds rotated keys has
-to be compared with (tests/golden/README.md, section 10)."""
+"""How the streams of golden cases map onto the library's cache: its geometry, the calls, and what a ring that
+holds rotated keys has to be compared with (tests/golden/README.md, section 10)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reward_forcing import StreamConfig
 from torch import Tensor
 
 import rf_kernels as rf
 from helpers.golden_cases import Bound, Case
+from reward_forcing import StreamConfig
 from rf_kernels.reference.streaming import StreamingReference, rotate, token_positions
 
 # ----------------------------------------------------------------
@@ -36,10 +36,12 @@ class Geometry:
         visible = min(capacity_tokens, reach) // frame_tokens
         policy = "ema" if sink_frames else "none"
         if sink_frames and capacity_tokens > reach:
-            # A cache that outlasts its window averages only once it overflows; until then the sink is the raw first
-            # frames.
+            # A cache that outlasts its window averages only once it overflows; until then the sink is the raw
+            # first frames.
             if total_frames * frame_tokens > capacity_tokens:
-                pytest.skip("the recorded cache is larger than its window and overflows: no library cache does that")
+                pytest.skip(
+                    "the recorded cache is larger than its window and overflows: no library cache does that"
+                )
             policy = "static"
         grid = (hyper["grid_h"], hyper["grid_w"])
         return cls(grid, sink_frames, visible - sink_frames, policy, hyper["alpha"])
@@ -67,8 +69,8 @@ class Geometry:
 
 
 class ReferenceStream:
-    """Stands in for a ``SinkWindowCache``, and for each of its chunks, where the whole model runs on the reference: same protocol, no
-    ring."""
+    """Stands in for a ``SinkWindowCache``, and for each of its chunks, where the whole model runs on the
+    reference: same protocol, no ring."""
 
     def __init__(self, geometry: Geometry, layers: int, batch: int):
         self.spec = SimpleNamespace(grid=geometry.grid, batch=batch, layers=layers, undo_frames=0)
@@ -119,8 +121,8 @@ def raw_sink(cache: rf.SinkWindowCache, layer: int) -> tuple[Tensor, Tensor]:
 def check_against_raw_cache(
     bound, cache, layer: int, golden_k: Tensor, golden_v: Tensor, label: str, sink_state: bool = True
 ):
-    """What a committed cache holds against a recorded raw cache ``[B, capacity, H, D]`` whose newest token is its last
-    one written.
+    """What a committed cache holds against a recorded raw cache ``[B, capacity, H, D]`` whose newest token is
+    its last one written.
 
     The recorded cache has the sink first, then the newest frames in order; unused capacity is at its end.
     """

@@ -1,5 +1,6 @@
-"""What the tests of the CUDA backends share: an op of another device behind CPU tensors, graph capture, poisoned memory, a busy
-stream. On the CPU each of them is its plainest equivalent, so that the tests that use them run there too."""
+"""What the tests of the CUDA backends share: an op of another device behind CPU tensors, graph capture,
+poisoned memory, a busy stream. On the CPU each of them is its plainest equivalent, so that the tests that use
+them run there too."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -21,7 +22,8 @@ def moved(value, device):
 
 
 def on(device, function):
-    """``function`` on ``device`` for tensors on the CPU: arguments go there, results and what was written come back."""
+    """``function`` on ``device`` for tensors on the CPU: arguments go there, results and what was written
+    come back."""
 
     def to_cpu(result):
         if isinstance(result, torch.Tensor):
@@ -44,7 +46,8 @@ def on(device, function):
 
 
 def plain_attention(q, k, v, **options):
-    """What a user would write in PyTorch: SDPA with the mask of what a chunk sees. The yardstick of tolerances."""
+    """What a user would write in PyTorch: SDPA with the mask of what a chunk sees. The yardstick of
+    tolerances."""
     mask = visible(q.shape[1], k.shape[1], **options).to(q.device) if options else None
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
@@ -52,8 +55,8 @@ def plain_attention(q, k, v, **options):
 
 
 class Captured:
-    """A call captured in a CUDA graph. ``replay`` runs the recorded kernels and no Python; its result is always the same tensor. On
-    the CPU, which has no graphs, ``replay`` calls the function again."""
+    """A call captured in a CUDA graph. ``replay`` runs the recorded kernels and no Python; its result is
+    always the same tensor. On the CPU, which has no graphs, ``replay`` calls the function again."""
 
     def __init__(self, function, device):
         self.function, self.graph = function, None
@@ -90,11 +93,14 @@ def deterministic_algorithms(fill=False):
 
 @contextmanager
 def poisoned_memory(device):
-    """Under deterministic algorithms: new tensors hold NaN, and on CUDA the allocator's free blocks are filled with it too."""
+    """Under deterministic algorithms: new tensors hold NaN, and on CUDA the allocator's free blocks are
+    filled with it too."""
     with deterministic_algorithms(fill=True):
         if torch.device(device).type == "cuda":
             sizes = [2**power for power in range(9, 27)]  # bytes, both pools of the allocator
-            blocks = [torch.full((size // 4,), float("nan"), device=device) for size in sizes for _ in range(4)]
+            blocks = [
+                torch.full((size // 4,), float("nan"), device=device) for size in sizes for _ in range(4)
+            ]
             torch.cuda.synchronize()
             del blocks
         assert bool(torch.empty(1000, device=device).isnan().all())

@@ -1,7 +1,9 @@
-"""Tensors whose memory ends, or begins, at a page that cannot be touched: `python tests/helpers/guard_pages.py 0 50 rope_append`.
+"""Tensors whose memory ends, or begins, at a page that cannot be touched: `python
+tests/helpers/guard_pages.py 0 50 rope_append`.
 
-Runs configurations of tests/helpers/fuzz.py with every tensor argument of every operator moved to such memory (the same shape, strides and
-values; what an operator writes is copied back). One byte read or written outside ends the process.
+Runs configurations of tests/helpers/fuzz.py with every tensor argument of every operator moved to such memory
+(the same shape, strides and values; what an operator writes is copied back). One byte read or written outside
+ends the process.
 """
 
 import ctypes
@@ -66,7 +68,11 @@ class Guarded:
             return self.invoke(op, *args)  # the copies are not in the graph
         schema = getattr(op, "default", op)._schema
         for argument, x, y in zip(schema.arguments, args, moved, strict=False):
-            if isinstance(x, torch.Tensor) and argument.alias_info is not None and argument.alias_info.is_write:
+            if (
+                isinstance(x, torch.Tensor)
+                and argument.alias_info is not None
+                and argument.alias_info.is_write
+            ):
                 x.copy_(y)
         return result
 

@@ -1,4 +1,5 @@
-"""The bodies of CUDA kernels as host code: compiled by the C++ compiler, called with pointers, and data between guards."""
+"""The bodies of CUDA kernels as host code: compiled by the C++ compiler, called with pointers, and data
+between guards."""
 
 import ctypes
 import shutil
@@ -15,8 +16,8 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def build(name, directory):
-    """The function ``name`` of ``tests/ops/<name>.cpp``. Undefined behaviour and a misaligned access trap; its attribute
-    ``moved_bytes`` counts what vector accesses have moved since it was last asked."""
+    """The function ``name`` of ``tests/ops/<name>.cpp``. Undefined behaviour and a misaligned access trap;
+    its attribute ``moved_bytes`` counts what vector accesses have moved since it was last asked."""
     if COMPILER is None:
         pytest.skip("no C++ compiler: the kernel's body cannot be built as host code")
     library = directory / f"{name}.so"
@@ -40,8 +41,9 @@ def pointers(tensors):
 
 
 class Guarded:
-    """A copy of ``t`` [..., D] in memory whose other bytes are 0xFF, NaN in every float type: 64 of them before and after
-    it, ``offset`` elements in front of the first row and ``gap`` elements behind every row."""
+    """A copy of ``t`` [..., D] in memory whose other bytes are 0xFF, NaN in every float type: 64 of them
+    before and after it, ``offset`` elements in front of the first row and ``gap`` elements behind every
+    row."""
 
     def __init__(self, t, *, gap=0, offset=0):
         rows, width = t[..., 0].numel(), t.shape[-1] + gap

@@ -1,8 +1,10 @@
-"""Damaged and hostile files, drawn from seeds, and a process that loads them: `python tests/helpers/hostile_files.py stream 0 1000`.
+"""Damaged and hostile files, drawn from seeds, and a process that loads them: `python
+tests/helpers/hostile_files.py stream 0 1000`.
 
-A mutation of a good file is refused with the error that the loader documents, or loaded correctly: what was loaded is then, bit for
-bit, what an independent reading of the file says. The process measures its peak of resident memory around every load, and refuses to
-give a loader more than a fixed address space, so that a claimed size which is allocated becomes a failure.
+A mutation of a good file is refused with the error that the loader documents, or loaded correctly: what was
+loaded is then, bit for bit, what an independent reading of the file says. The process measures its peak of
+resident memory around every load, and refuses to give a loader more than a fixed address space, so that a
+claimed size which is allocated becomes a failure.
 """
 
 import ctypes
@@ -23,25 +25,25 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("", "python", "tests")]
 
 import torch
-from reward_forcing import checkpoint
-from reward_forcing.config import ModelConfig
-from reward_forcing.models import CausalWanModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import rf_kernels as rf
 from helpers.golden_cases import GOLDEN_DIR, Tensors
 from helpers.promise_tools import make_cache, step
+from reward_forcing import checkpoint
+from reward_forcing.config import ModelConfig
+from reward_forcing.models import CausalWanModel
 
-#: Resident memory that a load may take beyond twice the file: the allocator's granularity and the interpreter's own objects (a file of
-#: 27 bytes takes 37 kB).
+#: Resident memory that a load may take beyond twice the file: the allocator's granularity and the
+#: interpreter's own objects (a file of 27 bytes takes 37 kB).
 SLACK = 1 << 18
 ADDRESS_SPACE = 1 << 30
 
 ITEM = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8}
 
 
-# ---- independent reading ------------------------------------------------------------------------------------------------------
+# ---- independent reading -----------------------------------------------------------------------------------
 def header_of(data: bytes) -> tuple[dict, int]:
     """Header of a safetensors file and the offset of its data."""
     length = struct.unpack("<Q", data[:8])[0]
@@ -67,7 +69,7 @@ def assert_as_in_file(data: bytes, loaded: dict[str, torch.Tensor], name_of=lamb
         assert raw(tensor) == data[start + first : start + last], name
 
 
-# ---- mutations ----------------------------------------------------------------------------------------------------------------
+# ---- mutations ---------------------------------------------------------------------------------------------
 def flip(rng, data: bytes, low=0, high=None) -> bytes:
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
@@ -76,7 +78,9 @@ def flip(rng, data: bytes, low=0, high=None) -> bytes:
 
 
 def cut(rng, data):
-    return data[: rng.choice((rng.randrange(len(data)), rng.randrange(200), len(data) - 1 - rng.randrange(64)))]
+    return data[
+        : rng.choice((rng.randrange(len(data)), rng.randrange(200), len(data) - 1 - rng.randrange(64)))
+    ]
 
 
 def splice(rng, data):
@@ -101,7 +105,9 @@ ANYWHERE = (flip, cut, splice, blank, insert)
 
 def claimed_header(rng, data):
     length = struct.unpack("<Q", data[:8])[0]
-    claim = rng.choice((0, 1, length - 1, length + 1, len(data), 10**8, 2**31, 2**32 + length, 2**63, 2**64 - 1))
+    claim = rng.choice(
+        (0, 1, length - 1, length + 1, len(data), 10**8, 2**31, 2**32 + length, 2**63, 2**64 - 1)
+    )
     return struct.pack("<Q", claim) + data[8:]
 
 
@@ -123,11 +129,15 @@ def edit_entry(rng, data):
     elif edit == 1 and entry["shape"]:
         entry["shape"][rng.randrange(len(entry["shape"]))] = huge
     elif edit == 2:
-        entry["shape"] = rng.choice(([], [0], entry["shape"][::-1] + [1], [1] * 70, [2**32, 2**32], None, "x"))
+        entry["shape"] = rng.choice(
+            ([], [0], entry["shape"][::-1] + [1], [1] * 70, [2**32, 2**32], None, "x")
+        )
     elif edit == 3:
         entry["data_offsets"] = [entry["data_offsets"][0], huge]
     elif edit == 4:
-        entry["data_offsets"] = rng.choice(([0, 8], entry["data_offsets"][::-1], [0], [0, 0], [2**63, 2**63 + 8], None))
+        entry["data_offsets"] = rng.choice(
+            ([0, 8], entry["data_offsets"][::-1], [0], [0, 0], [2**63, 2**63 + 8], None)
+        )
     elif edit == 5:
         del header[name]
     elif edit == 6:
@@ -142,8 +152,21 @@ def edit_entry(rng, data):
 
 def edit_metadata(rng, data):
     header, start = header_of(data)
-    wrong = rng.choice((None, {}, {"rf_kernels": ""}, {"rf_kernels": "[]"}, {"rf_kernels": "[" * 1500}, {"rf_kernels": 3}, [], "x",
-                        {"rf_kernels": '{"a":' * 1200}, {"rf_kernels": "9" * 6000}, {"x": "y"}))  # fmt: skip
+    wrong = rng.choice(
+        (
+            None,
+            {},
+            {"rf_kernels": ""},
+            {"rf_kernels": "[]"},
+            {"rf_kernels": "[" * 1500},
+            {"rf_kernels": 3},
+            [],
+            "x",
+            {"rf_kernels": '{"a":' * 1200},
+            {"rf_kernels": "9" * 6000},
+            {"x": "y"},
+        )
+    )
     meta = json.loads(header.get("__metadata__", {}).get("rf_kernels", "{}"))
     if meta and rng.random() < 0.6:
         name = rng.choice(list(meta))
@@ -159,7 +182,11 @@ def flood_header(rng, data):
     """A file that is a header and little else: thousands of empty tensors, or deep or long metadata."""
     kind = rng.randrange(3)
     if kind == 0:
-        text = "{" + ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(20_000)) + "}"
+        text = (
+            "{"
+            + ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(20_000))
+            + "}"
+        )
         return with_header(text, b"")
     if kind == 1:
         return with_header('{"a":' * 300_000, b"")
@@ -226,13 +253,17 @@ def lose_record(rng, data):
 
 
 def bomb(rng, data):
-    """Few bytes that ask for many: compressed records, deep tuples, floods of objects and of records, expanded tensors."""
+    """Few bytes that ask for many: compressed records, deep tuples, floods of objects and of records,
+    expanded tensors."""
     kind = rng.randrange(5)
     if kind == 0:
         return rewrite(data, in_pickle(lambda content: content + bytes(1 << 26)), zipfile.ZIP_DEFLATED)
     if kind == 1:
         return rewrite(
-            data, in_pickle(lambda content: b"\x80\x02}()" + b"\x85" * rng.choice((10**3, 10**5, 10**6)) + b"K\x01u.")
+            data,
+            in_pickle(
+                lambda content: b"\x80\x02}()" + b"\x85" * rng.choice((10**3, 10**5, 10**6)) + b"K\x01u."
+            ),
         )
     if kind == 2:
         return rewrite(data, in_pickle(lambda content: b"\x80\x02](" + b"]" * 10**6 + b"e."))
@@ -249,9 +280,21 @@ def other_contents(rng, data):
     state = dict(torch.load(io.BytesIO(data), weights_only=True))
     name = rng.choice(sorted(state))
     x = state[name]
-    state[name] = rng.choice((
-        x.to_sparse(), x.to("meta"), x.to(torch.complex64), x.int(), x[None], None, "text", [x], {"a": x}, x.bool(), print,
-    ))  # fmt: skip
+    state[name] = rng.choice(
+        (
+            x.to_sparse(),
+            x.to("meta"),
+            x.to(torch.complex64),
+            x.int(),
+            x[None],
+            None,
+            "text",
+            [x],
+            {"a": x},
+            x.bool(),
+            print,
+        )
+    )
     return saved(state)
 
 
@@ -281,7 +324,7 @@ ARCHIVES = (
 NEVER = (cut, claimed_header, flood_header, legacy, other_contents, bomb)
 
 
-# ---- loaders ------------------------------------------------------------------------------------------------------------------
+# ---- loaders -----------------------------------------------------------------------------------------------
 class Stream:
     """SinkWindowCache.save and load."""
 
@@ -309,10 +352,7 @@ class Stream:
     def check(self, data, cache):
         meta = json.loads(header_of(data)[0]["__metadata__"]["rf_kernels"])
         assert cache.next_frame == meta["next_frame"]
-        valid = {
-            "k": cache.k[:, :, : cache.kv_tokens],
-            "v": cache.v[:, :, : cache.kv_tokens],
-        }
+        valid = {"k": cache.k[:, :, : cache.kv_tokens], "v": cache.v[:, :, : cache.kv_tokens]}
         assert_as_in_file(data, valid | {f"sink.{name}": t for name, t in cache._sink.tensors.items()})
         step(cache, 1, 0, forwards=1)  # and it goes on
 
@@ -345,9 +385,14 @@ class Checkpoint:
             self.write(state, folder / name)
         self.good, self.state = (folder / "good").read_bytes(), models[0]
         short = {name: t for name, t in models[0].items() if "blocks.3" not in name}
-        wrong_name = saved(models[0]) if self.suffix == ".safetensors" else b"\x20" + bytes(7) + b"{}" + b" " * 30
+        wrong_name = (
+            saved(models[0]) if self.suffix == ".safetensors" else b"\x20" + bytes(7) + b"{}" + b" " * 30
+        )
         self.write(short, folder / "short")
-        self.others = [(folder / name).read_bytes() for name in ("other", "short")] + [wrong_name, self.good[::-1]]
+        self.others = [(folder / name).read_bytes() for name in ("other", "short")] + [
+            wrong_name,
+            self.good[::-1],
+        ]
 
     def load(self, path):
         return checkpoint.load_causal_model(path, self.config(), dtype=torch.float32).state_dict()
@@ -365,7 +410,8 @@ class Pickled(Checkpoint):
         torch.save(dict(state), path)
 
     def check(self, data, state):
-        """Written again: what torch reads without a map, which compares sizes. In place: no more bytes differ than in the file."""
+        """Written again: what torch reads without a map, which compares sizes. In place: no more bytes differ
+        than in the file."""
         assert state.keys() == self.state.keys()
         if len(data) != len(self.good):
             expected = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
@@ -392,15 +438,16 @@ class Golden:
         header, start = header_of(data)
         for name, tensor in loaded.items():
             first, last = header[name]["data_offsets"]
-            assert header[name]["shape"] == list(tensor.shape) and raw(tensor) == data[start + first : start + last], (
-                name
-            )
+            assert (
+                header[name]["shape"] == list(tensor.shape)
+                and raw(tensor) == data[start + first : start + last]
+            ), name
 
 
 FORMATS = {"stream": Stream, "checkpoint": Checkpoint, "pickled": Pickled, "golden": Golden}
 
 
-# ---- a process of its own -----------------------------------------------------------------------------------------------------
+# ---- a process of its own ----------------------------------------------------------------------------------
 def status(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -408,7 +455,8 @@ def status(field: str) -> int:
 def peak_of(call):
     """(result or exception, growth of resident memory at its peak)."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that malloc kept of an earlier load would hide what this one takes
+    # memory that malloc kept of an earlier load would hide what this one takes
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = status("VmRSS")
     try:
@@ -427,7 +475,8 @@ def mutation(target, seed: int) -> tuple[str, bytes]:
 
 
 def run(name: str, first: int, last: int) -> dict:
-    """Load mutations ``first`` to ``last`` of a format; counts by outcome, the largest growth, and what went wrong."""
+    """Load mutations ``first`` to ``last`` of a format; counts by outcome, the largest growth, and what went
+    wrong."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         target = FORMATS[name](folder)
@@ -438,16 +487,26 @@ def run(name: str, first: int, last: int) -> dict:
         gc.freeze()  # or every collection before a load looks at all that was imported
         assert peak_of(lambda: torch.ones(8 << 20))[1] >= 30 << 20, "the meter of memory does not work"
         resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + ADDRESS_SPACE,) * 2)
-        report = {"refused": 0, "loaded": 0, "kinds": {}, "bytes": len(target.good), "worst": 0.0, "failures": []}
+        report = {
+            "refused": 0,
+            "loaded": 0,
+            "kinds": {},
+            "bytes": len(target.good),
+            "worst": 0.0,
+            "failures": [],
+        }
         never = {kind.__name__ for kind in NEVER} | {"other"}
         for seed in range(first, last):
             kind, data = mutation(target, seed)
             path.write_bytes(data)
-            print(f"{name} {seed} {kind}", file=sys.stderr, flush=True)  # the last line names what a crash was about
+            # the last line names what a crash was about
+            print(f"{name} {seed} {kind}", file=sys.stderr, flush=True)
             for _ in range(3):
                 result, peak = peak_of(lambda: target.load(path))
                 if peak <= (most := 2 * len(data) + SLACK):
-                    break  # once is enough: pages of code that the system had taken back come again with a load, and then stay
+                    # once is enough: pages of code that the system had taken back come again with a load, and
+                    # then stay
+                    break
             fault = None
             if isinstance(result, target.refusals):
                 report["refused"] += 1

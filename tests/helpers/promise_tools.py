@@ -1,4 +1,5 @@
-"""What the tests of docs/promises.md share: caches of any kind, chunks drawn from a seed, and all that a cache holds, as bytes."""
+"""What the tests of docs/promises.md share: caches of any kind, chunks drawn from a seed, and all that a
+cache holds, as bytes."""
 
 import torch
 
@@ -46,7 +47,9 @@ def draw(cache, frames, seed):
     spec = cache.spec
     size = (frames * spec.frame_tokens, spec.heads, spec.head_dim)
     generators = [torch.Generator().manual_seed(1000 * seed + b) for b in range(spec.batch)]
-    return [torch.stack([torch.randn(size, generator=g) for g in generators]).to(spec.dtype) for _ in range(3)]
+    return [
+        torch.stack([torch.randn(size, generator=g) for g in generators]).to(spec.dtype) for _ in range(3)
+    ]
 
 
 def forward(chunk, inputs):
@@ -84,12 +87,19 @@ def everything_of(cache):
     chunk = cache._chunk
     host = (cache.next_frame, cache._broken, id(chunk))
     if chunk is not None:
-        host += (chunk.is_open, tuple(chunk._evicted), tuple(chunk._appended), chunk.kv_tokens, chunk.plan.shift)
+        host += (
+            chunk.is_open,
+            tuple(chunk._evicted),
+            tuple(chunk._appended),
+            chunk.kv_tokens,
+            chunk.plan.shift,
+        )
     return fingerprint(*tensors_of(cache)), host
 
 
 def seen_of(cache):
-    """What later chunks can read of a cache between chunks: its valid prefix and, once it has been taken, the sink's state."""
+    """What later chunks can read of a cache between chunks: its valid prefix and, once it has been taken, the
+    sink's state."""
     states = states_of(cache).values() if cache.next_frame > cache.ring.length else ()
     return [cache.k[:, :, : cache.kv_tokens], cache.v[:, :, : cache.kv_tokens], *states]
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance(*packages: str) -> dict:
-    """Date, commit (with "+changes" where tracked files differ from it), machine, versions of Python and of packages."""
+    """Date, commit (with "+changes" where tracked files differ from it), machine, versions of Python and of
+    packages."""
 
     def git(*arguments):
         done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)

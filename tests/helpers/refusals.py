@@ -1,5 +1,5 @@
-"""The catalogue of wrong calls: one call per line, the public function, the argument that the error must name, and what is wrong with
-it. Each is a right call (``World``) with one thing changed."""
+"""The catalogue of wrong calls: one call per line, the public function, the argument that the error must
+name, and what is wrong with it. Each is a right call (``World``) with one thing changed."""
 
 import re
 
@@ -33,7 +33,10 @@ class World:
         }
         self.rope = {"x": randn(2, 4, 4, 8), "angles": angles.clone(), "axes": axes, "weight": randn(32)}
         half = {"k_cache": randn(2, 12, 2, 8).bfloat16(), "v_cache": randn(2, 12, 2, 8).bfloat16()}
-        state = {name: torch.zeros(2, 4, 2, 8, dtype=torch.bfloat16) for name in ("k_state", "k_state_lo", "v_state")}
+        state = {
+            name: torch.zeros(2, 4, 2, 8, dtype=torch.bfloat16)
+            for name in ("k_state", "k_state_lo", "v_state")
+        }
         self.ema_evict = (
             half
             | state
@@ -83,7 +86,12 @@ class World:
     def tensors(self):
         """All tensors that a call could change."""
         calls = (self.rope_append, self.rope, self.ema_evict, self.sink_window_attention, self.dmd_gradient)
-        return [v for call in calls for v in call.values() if isinstance(v, torch.Tensor) and v.device.type == "cpu"]
+        return [
+            v
+            for call in calls
+            for v in call.values()
+            if isinstance(v, torch.Tensor) and v.device.type == "cpu"
+        ]
 
 
 def meta(t):
@@ -230,7 +238,9 @@ def op_entries():
         "on meta": argument("slots", meta),
         "of another batch": value("slots", torch.tensor([[0, 1]] * 3, dtype=torch.int32)),
         "a list": value("slots", [1, 3]),
-        "beyond the cache in the second sample": value("slots", torch.tensor([[0, 1], [2, 9]], dtype=torch.int32)),
+        "beyond the cache in the second sample": value(
+            "slots", torch.tensor([[0, 1], [2, 9]], dtype=torch.int32)
+        ),
     }.items():
         add(op, "slots", what, edit)
     for function in (op, "rope"):
@@ -273,11 +283,15 @@ def op_entries():
         {"one dimension less": lambda t: t[0], "int32": torch.Tensor.int, "a list": not_a_tensor},
     )
     add("rope", "x", "None", lambda c: c.update(x=None, angles=None, weight=None, axes=[]))
-    add_all("rope", ("weight",), {"on meta": meta, "float64": torch.Tensor.double, "too short": lambda t: t[:8]})
+    add_all(
+        "rope", ("weight",), {"on meta": meta, "float64": torch.Tensor.double, "too short": lambda t: t[:8]}
+    )
 
     # ---- ema_evict
     op = "ema_evict"
-    add_all(op, ("k_cache", "v_cache"), STRIDE, GRAD, SELF_OVERLAP, {"sparse": sparse, "a list": not_a_tensor})
+    add_all(
+        op, ("k_cache", "v_cache"), STRIDE, GRAD, SELF_OVERLAP, {"sparse": sparse, "a list": not_a_tensor}
+    )
     add_all(
         op,
         ("v_cache", "k_state", "k_state_lo", "v_state"),
@@ -316,7 +330,12 @@ def op_entries():
         add(op, first, f"overlaps {second}", overlapping(second, first, 8))
     for state in ("k_state", "k_state_lo", "v_state"):
         for cache in ("k_cache", "v_cache"):
-            add(op, state, f"lies in {cache}", alias(state, cache, lambda t: t.view(-1)[8 : 8 + 128].view(2, 4, 2, 8)))
+            add(
+                op,
+                state,
+                f"lies in {cache}",
+                alias(state, cache, lambda t: t.view(-1)[8 : 8 + 128].view(2, 4, 2, 8)),
+            )
     add(
         op,
         "k_cache",
@@ -324,7 +343,12 @@ def op_entries():
         lambda c: c.update(turns=c["k_cache"].view(-1)[:48].view(torch.float32).view(2, 3, 2, 2)),
     )
     add(op, "v_cache", "holds alpha", lambda c: c.update(alpha=c["v_cache"].view(-1)[:8].view(torch.float64)))
-    add(op, "skipped", "lies in v_state", lambda c: c.update(skipped=c["v_state"].view(-1)[:4].view(torch.int64)))
+    add(
+        op,
+        "skipped",
+        "lies in v_state",
+        lambda c: c.update(skipped=c["v_state"].view(-1)[:4].view(torch.int64)),
+    )
     for what, edit in {
         "a sink slot as source": plan([1, 1, 1, 0], [1, 0, 0, 0]),
         "beyond the cache": plan([1, 1, 6, 0], [1, 0, 0, 0]),
@@ -418,6 +442,23 @@ def op_entries():
         )
         add_all(op, ("x", "fake", "real"), {"None": nothing})
         add(op, "x", "a list", argument("x", not_a_tensor))
+        add(op, "x", "int32", argument("x", torch.Tensor.int))
+        add(op, "x", "no dimension", value("x", torch.tensor(1.0)))
+        add(op, "x", "ten dimensions", value("x", torch.zeros((1,) * 10)))
+        add_all(
+            op,
+            ("fake", "real", "real_uncond"),
+            {"one sample": lambda t: t[:1], "float64": torch.Tensor.double},
+        )
+        add_all(op, ("real_uncond", "x_t", "sigma"), {"None": nothing})
+        add(op, "x_t", "half", argument("x_t", torch.Tensor.half))
+        add(op, "sigma", "four frames", value("sigma", torch.rand(2, 4)))
+        for name, what, x in (
+            ("weight", "of integers", torch.ones(2, dtype=torch.int64)),
+            ("weight", "of other frames", torch.rand(2, 5)),
+            ("mask", "of bytes", torch.ones(2, dtype=torch.uint8)),
+        ):
+            add(op, name, what, value(name, x))
         for name, wrong in {
             "real_guidance": (None, float("nan"), "x"),
             "fake_guidance": (float("inf"), [1.0]),
@@ -432,6 +473,12 @@ def op_entries():
     return entries
 
 
+DMD_OPTIONS = {
+    "eps": (-1.0, float("nan"), float("inf"), None, "x"),
+    "nan": ("skip", 1, None),
+    "guidance": ("cfg", 1, None),
+    "reduction": ("batchmean", None, 1),
+}
 CONFIGURATIONS = {
     "layers": (0, 1.5, True),
     "batch": (0, None),
@@ -468,7 +515,9 @@ def refused(call, argument=None):
     with pytest.raises(rf.ArgumentError) as caught:
         call()
     text = str(caught.value)
-    found = re.fullmatch(r"rf_kernels\.([\w.]+): argument `([^`]+)`: expected (.+), found (.+)", text, re.DOTALL)
+    found = re.fullmatch(
+        r"rf_kernels\.([\w.]+): argument `([^`]+)`: expected (.+), found (.+)", text, re.DOTALL
+    )
     assert found, text
     assert argument is None or argument == found[2], f"names `{found[2]}`, not `{argument}`: {text}"
     return found

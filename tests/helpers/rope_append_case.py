@@ -14,7 +14,8 @@ BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
-    """Standard normal values that are representable in every dtype's own precision: made in float64, then rounded."""
+    """Standard normal values that are representable in every dtype's own precision: made in float64, then
+    rounded."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -30,17 +31,23 @@ def rope_of(pairs, layout="adjacent"):
     return rf.RoPE(pairs=pairs, bases=(1e4, 500.0, 1e4)[: len(pairs)], layout=layout)
 
 
-def inputs(dtype, *, batch=2, grid=(3, 2, 4), heads=(4, 2), dim=40, pairs=(6, 5, 5), layout="adjacent", norm="model"):
-    """(positional, keyword) arguments of rope_append; the caches have two slots more than the call has frames."""
+def inputs(
+    dtype, *, batch=2, grid=(3, 2, 4), heads=(4, 2), dim=40, pairs=(6, 5, 5), layout="adjacent", norm="model"
+):
+    """(positional, keyword) arguments of rope_append; the caches have two slots more than the call has
+    frames."""
     frames, n = grid[0], math.prod(grid[1:])
     q_heads, kv_heads = heads
     data = [
-        normal(batch, frames * n, h, dim, dtype=dtype, seed=h + i) for i, h in enumerate((q_heads, kv_heads, kv_heads))
+        normal(batch, frames * n, h, dim, dtype=dtype, seed=h + i)
+        for i, h in enumerate((q_heads, kv_heads, kv_heads))
     ]
     caches = [random_bits(batch, (frames + 2) * n, heads[1], dim, dtype=dtype, seed=i) for i in (7, 8)]
     angles, axes = None, []
     if pairs is not None:
-        angles, axes = rope_of(pairs, layout).table([range(5, 5 + frames), *map(range, grid[1:])], dtype=dtype)
+        angles, axes = rope_of(pairs, layout).table(
+            [range(5, 5 + frames), *map(range, grid[1:])], dtype=dtype
+        )
     widths = [h * dim if norm == "model" else dim for h in heads]
     weights = [None if norm is None else normal(w, dtype=dtype, seed=w) for w in widths]
     slots = torch.randperm(frames + 2, generator=torch.Generator().manual_seed(3))[:frames].to(torch.int32)
@@ -49,9 +56,13 @@ def inputs(dtype, *, batch=2, grid=(3, 2, 4), heads=(4, 2), dim=40, pairs=(6, 5,
 
 
 def widened(args, keywords, **table):
-    """The same call in float64: data and weights upcast; the angles of ``table`` (float64, not rounded to float32)."""
+    """The same call in float64: data and weights upcast; the angles of ``table`` (float64, not rounded to
+    float32)."""
     up = [t.double() for t in args]
-    wide = {k: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for k, t in keywords.items()}
+    wide = {
+        k: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for k, t in keywords.items()
+    }
     return up, wide | table
 
 
@@ -63,7 +74,8 @@ SHAPES = {
     "grouped heads and a tail": dict(),
     "one chunk of Wan, few rows": dict(batch=1, grid=(3, 5, 4), heads=(12, 12), dim=128, pairs=(22, 21, 21)),
     "odd head dim": dict(grid=(2, 3, 1), heads=(3, 1), dim=17, pairs=(2, 3, 1)),
-    "one token": dict(batch=1, grid=(1, 1, 1), heads=(1, 1), dim=2, pairs=(1,), norm="head") | dict(pairs=(1, 0, 0)),
+    "one token": dict(batch=1, grid=(1, 1, 1), heads=(1, 1), dim=2, pairs=(1,), norm="head")
+    | dict(pairs=(1, 0, 0)),
     "all of the head": dict(dim=32),
     "one dim": dict(dim=1, pairs=None),
 }
@@ -88,7 +100,8 @@ def compare(dtype, shape):
     assert_equal_bits(args[4][:, tokens], args[2])  # values are copied
     rest = torch.ones(args[3].shape[1], dtype=torch.bool)
     rest[tokens] = False
-    for cache, old in zip(args[3:], before, strict=True):  # and nothing else is written, whatever bits it holds
+    # and nothing else is written, whatever bits it holds
+    for cache, old in zip(args[3:], before, strict=True):
         assert_equal_bits(cache[:, rest], old[:, rest])
 
     if dtype.itemsize == 2:  # rounded once: half a unit in the last place, and what float32 loses before

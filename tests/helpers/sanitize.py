@@ -1,13 +1,16 @@
-"""The CPU backend under sanitizers: `make sanitize` (tests/contracts/reports/sanitize.json is what it wrote), `make sanitize SAMPLE=1` in CI.
+"""The CPU backend under sanitizers: `make sanitize` (tests/contracts/reports/sanitize.json is what it wrote),
+`make sanitize SAMPLE=1` in CI.
 
-AddressSanitizer and UndefinedBehaviorSanitizer (alignment included) in one build, ThreadSanitizer in another: the extension is built
-with RF_SANITIZE into build/sanitize, and the configurations of tests/helpers/fuzz.py and the wrong calls of tests/helpers/refusals.py run on it in a
-process with the runtimes preloaded. A planted overrun, misalignment and races must be found in such a process, else nothing was shown;
-and every operator must have run in every dtype, its kinds of work (KINDS) included.
+AddressSanitizer and UndefinedBehaviorSanitizer (alignment included) in one build, ThreadSanitizer in another:
+the extension is built with RF_SANITIZE into build/sanitize, and the configurations of tests/helpers/fuzz.py
+and the wrong calls of tests/helpers/refusals.py run on it in a process with the runtimes preloaded. A planted
+overrun, misalignment and races must be found in such a process, else nothing was shown; and every operator
+must have run in every dtype, its kinds of work (KINDS) included.
 
-Under ThreadSanitizer PyTorch itself runs on one thread (it is not instrumented), and the parallel loops of this library, which call
-PyTorch's ``torch_parallel_for``, on threads of tests/helpers/parallel_for_threads.cpp. Attention's loop over two intervals of keys calls
-PyTorch's kernel from those threads.
+Under ThreadSanitizer PyTorch itself runs on one thread (it is not instrumented), and the parallel loops of
+this library, which call PyTorch's ``torch_parallel_for``, on threads of
+tests/helpers/parallel_for_threads.cpp. Attention's loop over two intervals of keys calls PyTorch's kernel
+from those threads.
 """
 
 import argparse
@@ -40,18 +43,34 @@ _WIDTHS = ("vectors of 64", "vectors of 32", "vectors of 8", "scalar")
 _STATES = [*product(_DTYPES, ["published"]), *product(_HALF, ["compensated", "float32"])]
 #: What every run must have reached, as `label` says it.
 KINDS = {
-    *(f"{op} {dtype}" for op in ("rope", "rope_append", "rope_append_check", "dmd_gradient") for dtype in _DTYPES),
-    *(f"{op} {dtype}, {seen}" for op in ("sink_window_attention", "sink_window_attention_backward")
-      for dtype in _DTYPES for seen in _SEEN),
+    *(
+        f"{op} {dtype}"
+        for op in ("rope", "rope_append", "rope_append_check", "dmd_gradient")
+        for dtype in _DTYPES
+    ),
+    *(
+        f"{op} {dtype}, {seen}"
+        for op in ("sink_window_attention", "sink_window_attention_backward")
+        for dtype in _DTYPES
+        for seen in _SEEN
+    ),
     *(f"ema_evict {dtype}, {state}, {width}" for dtype, state in _STATES for width in _WIDTHS),
-}  # fmt: skip
+}
 
-#: Build: sanitizers, runtimes in the order they must be loaded in (their hooks need libstdc++ behind them), plants and their signs.
+#: Build: sanitizers, runtimes in the order they must be loaded in (their hooks need libstdc++ behind them),
+#: plants and their signs.
 BUILDS = {
-    "memory": ("address,undefined", ("libasan.so", "libubsan.so", "libstdc++.so"),
-               {"overrun": "heap-buffer-overflow", "misaligned": "misaligned address"}),
-    "threads": ("thread", ("libtsan.so", "libstdc++.so"), {"race of calls": "data race", "race in a loop": "data race"}),
-}  # fmt: skip
+    "memory": (
+        "address,undefined",
+        ("libasan.so", "libubsan.so", "libstdc++.so"),
+        {"overrun": "heap-buffer-overflow", "misaligned": "misaligned address"},
+    ),
+    "threads": (
+        "thread",
+        ("libtsan.so", "libstdc++.so"),
+        {"race of calls": "data race", "race in a loop": "data race"},
+    ),
+}
 
 
 def package_of(kind: str) -> Path:
@@ -266,9 +285,9 @@ def main() -> int:
         run_child(kind, what, int(first), int(last))
         return 0
     first, last = map(int, arguments.seeds.split(":"))
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
-        0
-    ]
+    version = subprocess.run(
+        [compiler(), "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
     facts = {
         "command": " ".join(["python", "tests/helpers/sanitize.py", *sys.argv[1:]]),
         **provenance("torch"),
@@ -279,7 +298,9 @@ def main() -> int:
     builds = {kind: check(kind, first, last) for kind in kinds}
     if arguments.report:
         write(arguments.report, facts | {"builds": builds})
-    bad = sum(b["findings"] + sum(found != "found" for found in b["planted"].values()) for b in builds.values())
+    bad = sum(
+        b["findings"] + sum(found != "found" for found in b["planted"].values()) for b in builds.values()
+    )
     for kind, report in builds.items():
         missing = report["not reached"]
         if missing and not arguments.sample:

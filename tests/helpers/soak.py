@@ -2,11 +2,13 @@
 
     python tests/helpers/soak.py --chunks 100000 --report tests/contracts/reports/soak.json
 
-One stream of bfloat16 frames goes through a cache of every kind of sink at once. Every SAMPLE chunks the sink's state and the
-attention of the chunk are compared with a float64 replay of the recursion on raw frames, and memory is read: live tensors and their
-bytes, bytes in use by malloc, live Python objects, resident memory. Allocations of one chunk are counted by the profiler before the
-first hundred chunks are over and again at the end. The trend of an error is a least-squares line over means of BATCH samples, which are
-far apart enough (500 chunks at a memory of 100) to be independent; the correlation of neighbouring means (`lag1`) is reported.
+One stream of bfloat16 frames goes through a cache of every kind of sink at once. Every SAMPLE chunks the
+sink's state and the attention of the chunk are compared with a float64 replay of the recursion on raw frames,
+and memory is read: live tensors and their bytes, bytes in use by malloc, live Python objects, resident
+memory. Allocations of one chunk are counted by the profiler before the first hundred chunks are over and
+again at the end. The trend of an error is a least-squares line over means of BATCH samples, which are far
+apart enough (500 chunks at a memory of 100) to be independent; the correlation of neighbouring means (`lag1`)
+is reported.
 """
 
 import argparse
@@ -67,7 +69,9 @@ class Replay:
             if len(self.window) > WINDOW:
                 leaving, j = self.window.popleft(), (self.frames - WINDOW - SINK) % SINK
                 held = self.sinks["EMA"][j]
-                self.sinks["EMA"][j] = tuple(ALPHA * s + (1 - ALPHA) * x for s, x in zip(held, leaving, strict=True))
+                self.sinks["EMA"][j] = tuple(
+                    ALPHA * s + (1 - ALPHA) * x for s, x in zip(held, leaving, strict=True)
+                )
             self.frames += 1
 
     def state(self, kind):
@@ -84,14 +88,28 @@ class Replay:
 
 
 class Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                                                     "uordblks", "fordblks", "keepcost")]  # fmt: skip
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 def memory() -> dict[str, int]:
     """Live tensors and their bytes, bytes in use by malloc, live Python blocks, resident bytes."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # isinstance would wake lazy objects
+    # isinstance would wake lazy objects
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = Mallinfo2
     info = libc.mallinfo2()
@@ -119,7 +137,8 @@ class Trend:
         return self.low <= 0 <= self.high
 
 
-#: Student's t, two-sided at 99.9%: ten trends are judged at once. By degrees of freedom, the next smaller entry is taken.
+#: Student's t, two-sided at 99.9%: ten trends are judged at once. By degrees of freedom, the next smaller
+#: entry is taken.
 T_QUANTILES = {
     1: 636.6,
     2: 31.6,
@@ -165,7 +184,9 @@ class Report:
 
 def allocations_of(call) -> int:
     """Allocations of tensor memory during a call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call()
     events = profile.profiler.kineto_results.events()
     return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
@@ -175,9 +196,17 @@ def soak(chunks: int, *, seed: int = 0, batch: int = BATCH, plant=None) -> Repor
     """Stream ``chunks`` chunks. ``plant(caches)``, called after each, is for faults that must be found."""
     start = time.perf_counter()
     spec = rf.CacheSpec(
-        layers=1, batch=1, heads=HEADS, head_dim=DIM, grid=GRID, sink_frames=SINK, window_frames=WINDOW, rope=rf.RoPE3D.wan(DIM),
-        dtype=torch.bfloat16, device="cpu",
-    )  # fmt: skip
+        layers=1,
+        batch=1,
+        heads=HEADS,
+        head_dim=DIM,
+        grid=GRID,
+        sink_frames=SINK,
+        window_frames=WINDOW,
+        rope=rf.RoPE3D.wan(DIM),
+        dtype=torch.bfloat16,
+        device="cpu",
+    )
     caches = {name: rf.SinkWindowCache(spec, sink=policy) for name, policy in POLICIES.items()}
     replay, generator = Replay(), torch.Generator().manual_seed(seed)
     shape = (1, FRAMES * GRID[0] * GRID[1], HEADS, DIM)
@@ -229,18 +258,26 @@ def soak(chunks: int, *, seed: int = 0, batch: int = BATCH, plant=None) -> Repor
 
 
 def table(report: Report) -> str:
-    lines = [f"{report.chunks} chunks of {FRAMES} frames, {report.seconds:.0f} s; relative L2 errors against the float64 replay, "
-             "slope per 1000 chunks with its 99.9% interval", ""]  # fmt: skip
+    lines = [
+        (
+            f"{report.chunks} chunks of {FRAMES} frames, {report.seconds:.0f} s; relative L2 errors against"
+            " the float64 replay, slope per 1000 chunks with its 99.9% interval"
+        ),
+        "",
+    ]
     lines.append(f"{'sink':20} {'of':10} {'mean':>10} {'slope':>11} {'interval':>25}")
     for name in POLICIES:
         for what, trends in (("state", report.state), ("attention", report.attention)):
             t = trends[name]
             verdict = "" if t.flat else "  trend"
-            lines.append(f"{name:20} {what:10} {t.mean:10.3e} {t.slope:11.2e} [{t.low:11.2e}, {t.high:11.2e}]{verdict}")
+            lines.append(
+                f"{name:20} {what:10} {t.mean:10.3e} {t.slope:11.2e} [{t.low:11.2e}, {t.high:11.2e}]{verdict}"
+            )
     lines += ["", f"{'memory':16} {'chunk 100':>12} {'end':>12}"]
     lines += [f"{name:16} {report.early[name]:12} {report.late[name]:12}" for name in report.early]
     lines.append(
-        f"{'allocations':16} {report.allocations[0]:12} {report.allocations[1]:12}   (of one chunk, all sinks)"
+        f"{'allocations':16} {report.allocations[0]:12} {report.allocations[1]:12}   (of one chunk, all"
+        " sinks)"
     )
     lines.append(f"largest growth of resident memory after chunk 100: {report.peak_growth} bytes")
     return "\n".join(lines)
@@ -251,7 +288,10 @@ def as_report(report: Report, facts: dict) -> dict:
     promised = [trends[name] for trends in (report.state, report.attention) for name in PROMISED]
     memory_is_constant = all(report.early[name] == report.late[name] for name in ("tensors", "tensor bytes"))
     return {
-        "command": f"python tests/helpers/soak.py --chunks {report.chunks} --report tests/contracts/reports/soak.json",
+        "command": (
+            f"python tests/helpers/soak.py --chunks {report.chunks} --report"
+            " tests/contracts/reports/soak.json"
+        ),
         **facts,
         "chunks": report.chunks,
         "seconds": round(report.seconds),
@@ -264,12 +304,19 @@ def as_report(report: Report, facts: dict) -> dict:
         "largest growth of resident memory after chunk 100": report.peak_growth,
         "allocations of a chunk": {"chunk 50": report.allocations[0], "end": report.allocations[1]},
         "memory": {"chunk 100": report.early, "end": report.late},
-        "errors": "relative L2 against a float64 replay; slope per 1000 chunks, interval at 99.9% (ten are judged at once)",
+        "errors": (
+            "relative L2 against a float64 replay; slope per 1000 chunks, interval at 99.9% (ten are judged"
+            " at once)"
+        ),
         "sinks": {
-            name: {"promised": name in PROMISED, "state": asdict(report.state[name]), "attention": asdict(report.attention[name])}
+            name: {
+                "promised": name in PROMISED,
+                "state": asdict(report.state[name]),
+                "attention": asdict(report.attention[name]),
+            }
             for name in POLICIES
         },
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

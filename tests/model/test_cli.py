@@ -1,4 +1,5 @@
-"""`reward-forcing stream`: what it refuses, in which words, and that a stream which was stopped anywhere goes on to the same latents."""
+"""`reward-forcing stream`: what it refuses, in which words, and that a stream which was stopped anywhere goes
+on to the same latents."""
 
 import argparse
 import fcntl
@@ -14,15 +15,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_forcing import cli, job
+from safetensors.torch import load_file, save_file
+
+import rf_kernels as rf
+from reward_forcing import job
 from reward_forcing.cli import main
 from reward_forcing.folder import OUTPUTS, StreamFolder
-from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = str(ROOT / "tests/golden/model_weights.safetensors")
-SMALL = ["stream", "--checkpoint", CHECKPOINT, "--heads", "2", "--height", "4", "--width", "6", "--dtype", "float32",
-         "--device", "cpu", "--steps", "1000", "500"]  # fmt: skip
+SMALL = [
+    "stream",
+    "--checkpoint",
+    CHECKPOINT,
+    "--heads",
+    "2",
+    "--height",
+    "4",
+    "--width",
+    "6",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+    "--steps",
+    "1000",
+    "500",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,55 +74,97 @@ def uninterrupted(tmp_path_factory):
     return files(folder)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 REFUSED = {
     "no frames": (["--frames", "0"], "--frames: expected a whole number of at least 1, found '0'"),
     "negative frames": (["--frames", "-3"], "--frames: expected a whole number of at least 1, found '-3'"),
-    "frames in words": (["--frames", "many"], "--frames: expected a whole number of at least 1, found 'many'"),
-    "part of a chunk": (["--frames", "20"], "--frames: expected a multiple of the 3 frames of a chunk, found 20"),
+    "frames in words": (
+        ["--frames", "many"],
+        "--frames: expected a whole number of at least 1, found 'many'",
+    ),
+    "part of a chunk": (
+        ["--frames", "20"],
+        "--frames: expected a multiple of the 3 frames of a chunk, found 20",
+    ),
     "more frames than the disk holds": (["--frames", 3 * 10**15], "--frames: expected latents that fit"),
     "half a patch": (["--height", "5"], "--height, --width: expected multiples of (2, 2), found (5, 6)"),
-    "a cache of terabytes": (["--height", 10**7], "--height, --width, --chunk-frames, --window: expected sizes that fit"),
+    "a cache of terabytes": (
+        ["--height", 10**7],
+        "--height, --width, --chunk-frames, --window: expected sizes that fit",
+    ),
     "sizes beyond 64 bits": (["--width", 10**30], "--window: expected sizes that fit"),
     "unknown device": (["--device", "bogus"], "--device: expected cpu, cuda or cuda:N, found 'bogus'"),
     "device without memory": (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, found 'meta'"),
     "GPU that is not there": (["--device", "cuda:99"], "--device: expected a device for 'cuda:99', found"),
-    "unknown dtype": (["--dtype", "int8"], "--dtype: expected one of float64, float32, bfloat16, float16, found 'int8'"),
+    "unknown dtype": (
+        ["--dtype", "int8"],
+        "--dtype: expected one of float64, float32, bfloat16, float16, found 'int8'",
+    ),
     "infinite shift": (["--shift", "inf"], "--shift: expected a finite number, found 'inf'"),
     "shift of nothing": (["--shift", "0"], "--shift: expected a positive number, found 0.0"),
     "alpha": (["--alpha", "1.5"], "--alpha: expected a number in 0..1, found 1.5"),
     "alpha not a number": (["--alpha", "nan"], "--alpha: expected a finite number, found 'nan'"),
-    "steps beyond the schedule": (["--steps", "1000", "1001"], "--steps: expected steps in 0..1000, found 1001"),
+    "steps beyond the schedule": (
+        ["--steps", "1000", "1001"],
+        "--steps: expected steps in 0..1000, found 1001",
+    ),
     "negative step": (["--steps", "-1"], "--steps: expected a whole number of at least 0, found '-1'"),
     "no chunk": (["--chunk-frames", "0"], "--chunk-frames: expected a whole number of at least 1, found '0'"),
     "sink without a window": (["--sink-frames", "9"], "--window: expected at least 10, with 9 sink frames"),
-    "chunk beyond the window": (["--window", "5"], "--window: expected a window of 3 frames, found 2 (5 frames attended"),
+    "chunk beyond the window": (
+        ["--window", "5"],
+        "--window: expected a window of 3 frames, found 2 (5 frames attended",
+    ),
     "sink frames of no sink": (
         ["--sink-policy", "none", "--sink-frames", "3"],
         "--sink-frames: expected 0 with sink_policy 'none', found 3",
     ),
-    "unknown sink": (["--sink-policy", "mean"], "--sink-policy: expected one of ema, static, none, found 'mean'"),
-    "unknown state": (["--sink-state", "int4"], "--sink-state: expected one of compensated, float32, published, found"),
-    "heads that do not divide": (["--heads", "7"], "--heads: expected heads of an even width (dim = 128), found 7"),
+    "unknown sink": (
+        ["--sink-policy", "mean"],
+        "--sink-policy: expected one of ema, static, none, found 'mean'",
+    ),
+    "unknown state": (
+        ["--sink-state", "int4"],
+        "--sink-state: expected one of compensated, float32, published, found",
+    ),
+    "heads that do not divide": (
+        ["--heads", "7"],
+        "--heads: expected heads of an even width (dim = 128), found 7",
+    ),
     "seed": (["--seed", "0.5"], "--seed: expected a whole number, found '0.5'"),
-    "no checkpoint": (["--checkpoint", "nowhere.safetensors"], "--checkpoint: expected a readable checkpoint"),
+    "no checkpoint": (
+        ["--checkpoint", "nowhere.safetensors"],
+        "--checkpoint: expected a readable checkpoint",
+    ),
     "folder for a checkpoint": (["--checkpoint", "{tmp}"], "--checkpoint: expected a readable checkpoint"),
-    "cut checkpoint": (["--checkpoint", "{tmp}/cut.safetensors"], "cut.safetensors: not a readable safetensors file"),
+    "cut checkpoint": (
+        ["--checkpoint", "{tmp}/cut.safetensors"],
+        "cut.safetensors: not a readable safetensors file",
+    ),
     "checkpoint of noise": (["--checkpoint", "{tmp}/noise.pt"], "noise.pt: not a readable checkpoint"),
     "checkpoint of another model": (["--checkpoint", "{tmp}/text.safetensors"], "patch_embedding.weight"),
     "no context": (["--context", "nowhere.safetensors"], "--context: expected a readable safetensors file"),
-    "context without its name": (["--context", "{tmp}/other.safetensors"], "--context: expected a tensor named `context`"),
+    "context without its name": (
+        ["--context", "{tmp}/other.safetensors"],
+        "--context: expected a tensor named `context`",
+    ),
     "context too long": (["--context", "{tmp}/long.safetensors"], "found torch.float32 [600, 64]"),
     "context of integers": (["--context", "{tmp}/whole.safetensors"], "found torch.int64 [5, 64]"),
-    "context not finite": (["--context", "{tmp}/nan.safetensors"], "--context: expected finite numbers, found a NaN"),
+    "context not finite": (
+        ["--context", "{tmp}/nan.safetensors"],
+        "--context: expected finite numbers, found a NaN",
+    ),
     "out is a file": (["--out", "{tmp}/noise.pt"], "--out: expected a folder that can be written, found"),
-    "out below a file": (["--out", "{tmp}/noise.pt/out"], "--out: expected a folder that can be written, found"),
+    "out below a file": (
+        ["--out", "{tmp}/noise.pt/out"],
+        "--out: expected a folder that can be written, found",
+    ),
     "nothing to resume": (["--resume"], "--resume: expected an unfinished stream in"),
     "resume and overwrite": (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
     "time": (["--save-seconds", "-1"], "--save-seconds: expected a finite number of at least 0, found '-1'"),
     "unknown option": (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -135,26 +196,34 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(name, bad_files, tmp_path, ca
 def test_a_model_of_unpublished_sizes_asks_for_its_heads(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["stream", "--checkpoint", CHECKPOINT, "--frames", "3", "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().err.startswith("reward-forcing: error: --heads: expected the number of attention heads")
+    assert capsys.readouterr().err.startswith(
+        "reward-forcing: error: --heads: expected the number of attention heads"
+    )
 
 
 def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*_, **__):
-        raise cli.rf.ArgumentError("rf_kernels.rope_append: argument `q`: expected a fault of ours, found one")
+        raise rf.ArgumentError("rf_kernels.rope_append: argument `q`: expected a fault of ours, found one")
 
     monkeypatch.setattr("reward_forcing.pipeline.StreamingPipeline.stream", broken)
-    with pytest.raises(cli.rf.ArgumentError, match="a fault of ours"):
+    with pytest.raises(rf.ArgumentError, match="a fault of ours"):
         main([*SMALL, "--frames", "3", "--out", str(tmp_path)])
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------------
+# ---- streams -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options",
-    [["--sink-policy", "none"], ["--sink-frames", "0"], ["--sink-policy", "static"], ["--steps", "1000"], ["--seed", "-1"]],
+    [
+        ["--sink-policy", "none"],
+        ["--sink-frames", "0"],
+        ["--sink-policy", "static"],
+        ["--steps", "1000"],
+        ["--seed", "-1"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_every_choice_streams_to_the_end(options, uninterrupted, tmp_path, capsys):
     code, err = call(capsys, "--frames", "15", "--out", tmp_path, *options)
     assert (code, err) == (0, "")
@@ -195,7 +264,7 @@ def test_a_finished_stream_is_replaced_only_when_asked(uninterrupted, tmp_path, 
     assert files(tmp_path) == {**uninterrupted, "mine.txt": b"kept"}  # no report of the stream before
 
 
-# ---- stopped and resumed ------------------------------------------------------------------------------------------------------
+# ---- stopped and resumed -----------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -204,7 +273,8 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed_at(monkeypatch):
-    """``killed_at(n)``: the n-th change that a folder makes on disk does not happen, nor anything after it."""
+    """``killed_at(n)``: the n-th change that a folder makes on disk does not happen, nor anything after
+    it."""
     steps = {"left": None, "dead": False}
 
     def counted(function):
@@ -218,7 +288,13 @@ def killed_at(monkeypatch):
 
         return step
 
-    for owner, name in ((Path, "rename"), (Path, "unlink"), (Path, "write_text"), (Path, "write_bytes"), (os, "fsync")):
+    for owner, name in (
+        (Path, "rename"),
+        (Path, "unlink"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+        (os, "fsync"),
+    ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     for name in ("append", "save"):
         monkeypatch.setattr(StreamFolder, name, counted(getattr(StreamFolder, name)))
@@ -238,7 +314,9 @@ def killed_at(monkeypatch):
         pytest.param(True, id="a folder with a finished stream"),
     ],
 )
-def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(earlier, uninterrupted, tmp_path, capsys, killed_at):
+def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(
+    earlier, uninterrupted, tmp_path, capsys, killed_at
+):
     run = ["--frames", "15", "--save-seconds", "0"]
     old = {name: b"old" for name in OUTPUTS} if earlier else {}
     points = 0
@@ -256,7 +334,8 @@ def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(earlier, uninterr
         finally:
             killed_at(None)
         there = {name: data for name, data in files(out).items() if "/" not in name}
-        assert there.items() <= old.items() or there.items() <= uninterrupted.items()  # never parts of two streams
+        # never parts of two streams
+        assert there.items() <= old.items() or there.items() <= uninterrupted.items()
         again = ["--resume"] if StreamFolder(out).begun else ["--overwrite"]
         assert call(capsys, *run, "--out", out, *again) == (0, "")
         assert files(out) == uninterrupted
@@ -332,6 +411,33 @@ def test_a_signal_during_preparation_leaves_nothing(tmp_path, capsys, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path):
+    process = Process(tmp_path / "out")
+    maps = Path(f"/proc/{process.popen.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.popen.poll() is None
+    code, err = process.end(signal.SIGINT)
+    assert err == "reward-forcing: stopped; nothing was written\n"
+    # Where the signal arrives inside exec(), Python itself ends by the signal: 130 to a shell all the same.
+    assert code in (130, -signal.SIGINT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_refused_before_pytorch_is_imported():
+    check = (
+        "import sys, reward_forcing.cli as cli\ntry: cli.main(sys.argv[1:])\nfinally: assert 'torch' not in"
+        " sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    for words in (["stream", "--frames", "0"], ["stream", "--help"]):
+        run = subprocess.run(
+            [sys.executable, "-c", check, *words], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == (0 if "--help" in words else 2) and run.stderr.count("\n") == (
+            "--help" not in words
+        )
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_chunk(uninterrupted, tmp_path, capsys, monkeypatch):
     def impatient(self, shape, draw=job.ChunkNoise.draw):
         if self.place == 6:
@@ -350,7 +456,9 @@ def test_memory_that_the_check_could_not_foresee(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(job, "free_memory", lambda device: None)  # a system that does not say
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=2**63))
     code, err = call(capsys, "--frames", "3", "--height", str(10**12), "--out", tmp_path)
-    assert code == 1 and err.startswith("reward-forcing: error: ") and err.count("\n") == 1 and "allocate" in err
+    assert (
+        code == 1 and err.startswith("reward-forcing: error: ") and err.count("\n") == 1 and "allocate" in err
+    )
 
 
 def test_a_lock_whose_file_has_left_is_taken_anew(tmp_path, monkeypatch):
@@ -365,7 +473,7 @@ def test_a_lock_whose_file_has_left_is_taken_anew(tmp_path, monkeypatch):
     with StreamFolder(tmp_path / "out") as held:
         assert (held.part / "lock").exists()
         with (
-            pytest.raises(cli.rf.ArgumentError, match="a folder that no other run writes into"),
+            pytest.raises(rf.ArgumentError, match="a folder that no other run writes into"),
             StreamFolder(held.out),
         ):
             pass
@@ -373,9 +481,12 @@ def test_a_lock_whose_file_has_left_is_taken_anew(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "error, words",
-    [(OSError(28, "No space left on device"), "No space left on device"), (None, "frames 9..11: expected finite latents")],
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (None, "frames 9..11: expected finite latents"),
+    ],
     ids=["a full disk", "latents that are not finite"],
-)  # fmt: skip
+)
 def test_a_failure_on_the_way_is_one_line_and_the_rest_is_kept(
     error, words, uninterrupted, tmp_path, capsys, monkeypatch
 ):
@@ -421,7 +532,7 @@ def unfinished(tmp_path, capsys, monkeypatch):
         (["--checkpoint", "{other}"], "--checkpoint: expected '"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_a_resume_needs_the_same_stream(change, words, unfinished, uninterrupted, tmp_path_factory, capsys):
     other = tmp_path_factory.mktemp("other") / "other.safetensors"
     weights = load_file(CHECKPOINT)
@@ -453,10 +564,18 @@ def test_an_unfinished_stream_is_discarded_when_asked(unfinished, capsys):
     "name, damage, words",
     [
         ("cache.safetensors", lambda data: data[:1000], "--resume: expected the saved cache of this stream"),
-        ("cache.safetensors", lambda data: os.urandom(1000), "--resume: expected the saved cache of this stream"),
+        (
+            "cache.safetensors",
+            lambda data: os.urandom(1000),
+            "--resume: expected the saved cache of this stream",
+        ),
         ("settings.json", lambda data: data[:20], "--resume: expected a readable settings.json"),
         ("settings.json", lambda data: b"[]", "with which the stream in"),
-        ("latents.safetensors", lambda data: data[:500], "--resume: expected at least the 12 frames that the cache"),
+        (
+            "latents.safetensors",
+            lambda data: data[:500],
+            "--resume: expected at least the 12 frames that the cache",
+        ),
         ("latents.safetensors", lambda data: bytes(len(data)), "--resume: expected latents [15, 16, 4, 6]"),
     ],
 )

@@ -1,12 +1,13 @@
-"""Configurations refuse what cannot be, wherever it came from: the message names the key, what was expected and what was found."""
+"""Configurations refuse what cannot be, wherever it came from: the message names the key, what was expected
+and what was found."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from reward_forcing import FlowMatchScheduler, ModelConfig, StreamConfig
 
 import rf_kernels as rf
+from reward_forcing import FlowMatchScheduler, ModelConfig, StreamConfig
 
 SIZES = {"dim": 48, "ffn_dim": 80, "num_heads": 2, "num_layers": 2}
 
@@ -23,27 +24,51 @@ REFUSED = [
     (ModelConfig, {"eps": float("nan")}, "`eps`: expected a finite number, found nan"),
     (ModelConfig, {"qk_norm": 1}, "`qk_norm`: expected True or False, found 1"),
     (ModelConfig, {"patch_size": 2}, "`patch_size`: expected a tuple of integers, found 2"),
-    (ModelConfig, {"patch_size": (1, 2.0, 2)}, "`patch_size`: expected a tuple of integers, found (1, 2.0, 2)"),
+    (
+        ModelConfig,
+        {"patch_size": (1, 2.0, 2)},
+        "`patch_size`: expected a tuple of integers, found (1, 2.0, 2)",
+    ),
     (ModelConfig, {"patch_size": (2, 2, 2)}, "`patch_size`: expected (1, rows, columns), found (2, 2, 2)"),
     (ModelConfig, {"model_type": "i2v"}, "`model_type`: expected 't2v', found 'i2v'"),
     (StreamConfig, {"chunk_frames": 0}, "`chunk_frames`: expected at least 1, found 0"),
     (StreamConfig, {"chunk_frames": 2.5}, "`chunk_frames`: expected an integer, found 2.5"),
     (StreamConfig, {"sink_frames": -1}, "`sink_frames`: expected at least 0, found -1"),
     (StreamConfig, {"sink_frames": 9}, "`local_attn_size`: expected at least 10, with 9 sink frames"),
-    (StreamConfig, {"sink_policy": "static", "sink_frames": 10}, "`local_attn_size`: expected at least 10, with 10"),
+    (
+        StreamConfig,
+        {"sink_policy": "static", "sink_frames": 10},
+        "`local_attn_size`: expected at least 10, with 10",
+    ),
     (StreamConfig, {"sink_policy": "none"}, "`sink_frames`: expected 0 with sink_policy 'none', found 3"),
-    (StreamConfig, {"sink_policy": "mean"}, "`sink_policy`: expected one of ('ema', 'static', 'none'), found 'mean'"),
+    (
+        StreamConfig,
+        {"sink_policy": "mean"},
+        "`sink_policy`: expected one of ('ema', 'static', 'none'), found 'mean'",
+    ),
     (StreamConfig, {"sink_state": 32}, "`sink_state`: expected a string, found 32"),
-    (StreamConfig, {"sink_state": "int4"}, "`sink_state`: expected one of ('compensated', 'float32', 'published')"),
+    (
+        StreamConfig,
+        {"sink_state": "int4"},
+        "`sink_state`: expected one of ('compensated', 'float32', 'published')",
+    ),
     (StreamConfig, {"alpha": 1.5}, "`alpha`: expected a number in 0..1, found 1.5"),
     (StreamConfig, {"alpha": "0.9"}, "`alpha`: expected a finite number, found '0.9'"),
-    (StreamConfig, {"denoising_step_list": ()}, "`denoising_step_list`: expected at least one step, found none"),
+    (
+        StreamConfig,
+        {"denoising_step_list": ()},
+        "`denoising_step_list`: expected at least one step, found none",
+    ),
     (
         StreamConfig,
         {"denoising_step_list": (1000, -1)},
         "`denoising_step_list`: expected steps of at least 0, found -1",
     ),
-    (StreamConfig, {"denoising_step_list": (1000, "500")}, "`denoising_step_list`: expected a tuple of integers"),
+    (
+        StreamConfig,
+        {"denoising_step_list": (1000, "500")},
+        "`denoising_step_list`: expected a tuple of integers",
+    ),
     (StreamConfig, {"shift": float("inf")}, "`shift`: expected a finite number, found inf"),
     (StreamConfig, {"shift": 0}, "`shift`: expected a positive number, found 0"),
     (StreamConfig, {"context_noise": -1.0}, "`context_noise`: expected at least 0, found -1.0"),
@@ -51,7 +76,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("cls, change, words", REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "cls, change, words", REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
 def test_a_wrong_value_is_refused_by_name(cls, change, words):
     values = {**(SIZES if cls is ModelConfig else {}), **change}
     for make in (lambda: cls(**values), lambda: cls.from_dict({**values, "a key of another program": 1})):
@@ -65,7 +92,9 @@ def test_a_mapping_without_a_size_names_it():
         rf.ArgumentError, match=r"argument `ffn_dim`: expected a value, found none among the keys \['dim'\]"
     ):
         ModelConfig.from_dict({"dim": 48})
-    with pytest.raises(rf.ArgumentError, match="argument `values`: expected a mapping of names to values, found list"):
+    with pytest.raises(
+        rf.ArgumentError, match="argument `values`: expected a mapping of names to values, found list"
+    ):
         StreamConfig.from_dict(["chunk_frames"])
 
 

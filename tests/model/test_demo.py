@@ -25,7 +25,11 @@ def test_the_demo_leaves_latents_preview_and_report(finished):
     folder, report = finished
     latents = load_file(folder / "latents.safetensors")["latents"]
     assert latents.shape == (18, 16, 4, 6) and latents.isfinite().all() and latents.std() > 0.1
-    for name, start in (("preview.gif", b"GIF8"), ("preview.png", b"\x89PNG"), ("report.html", b"<!doctype html>")):
+    for name, start in (
+        ("preview.gif", b"GIF8"),
+        ("preview.png", b"\x89PNG"),
+        ("report.html", b"<!doctype html>"),
+    ):
         assert (folder / name).read_bytes().startswith(start)
     page = (folder / "report.html").read_text()
     for section in (
@@ -37,7 +41,9 @@ def test_the_demo_leaves_latents_preview_and_report(finished):
         "Bytes moved",
     ):
         assert section in page
-    assert len(report["chunks"]) == 6 and [c["first_frame"] for c in report["chunks"]] == list(range(0, 18, 3))
+    assert len(report["chunks"]) == 6 and [c["first_frame"] for c in report["chunks"]] == list(
+        range(0, 18, 3)
+    )
 
 
 def test_the_stream_agrees_with_the_published_path(finished):

@@ -1,11 +1,11 @@
-"""Losses and noise schedule on numbers: what no model is needed for (tests/model/test_model.py has them with models, tests/golden/test_golden.py
-against the published code)."""
+"""Losses and noise schedule on numbers: what no model is needed for (tests/model/test_model.py has them with
+models, tests/golden/test_golden.py against the published code)."""
 
 import pytest
 import torch
+
 from reward_forcing import FlowMatchScheduler
 from reward_forcing.losses import critic_flow_loss, dmd_loss, draw_timesteps, sid_loss, warp_timesteps
-
 from rf_kernels.testing import assert_equal_bits
 
 SHAPE = (2, 3, 4, 2, 2)
@@ -27,7 +27,12 @@ def common():
 def test_every_integer_is_drawn():
     """From 0 on, and below the number of training timesteps."""
     draws = draw_timesteps(
-        500, shift=1.0, min_step=0, num_train_timesteps=4, max_step=4, generator=torch.Generator().manual_seed(0)
+        500,
+        shift=1.0,
+        min_step=0,
+        num_train_timesteps=4,
+        max_step=4,
+        generator=torch.Generator().manual_seed(0),
     )
     assert sorted(set(draws.tolist())) == [0.0, 1.0, 2.0, 3.0]
     t = warp_timesteps(torch.tensor([0, 250, 500, 999]), shift=5.0)
@@ -58,7 +63,8 @@ def test_an_unconditional_scorer_is_called_only_where_its_guidance_is_not_0(whic
 
 
 def test_a_nan_leaves_the_score_identity_loss():
-    """Element by element: the others keep their part. (The normaliser is the sample's: the NaN is in the fake score.)"""
+    """Element by element: the others keep their part. (The normaliser is the sample's: the NaN is in the fake
+    score.)"""
     x, real = noise(0), noise(2)
     poison = torch.zeros(SHAPE, dtype=torch.float64)
     poison[0, 0, 0, 0, 0] = float("nan")
@@ -89,5 +95,18 @@ def test_the_critic_is_trained_on_a_mean():
 def test_conversions_are_computed_in_float64_and_rounded_once(dtype):
     scheduler, x_t, other = FlowMatchScheduler(5.0), noise(0, dtype), noise(1, dtype)
     sigma = scheduler.sigma(T).double().view(2, 1, 1, 1, 1)
-    assert_equal_bits(scheduler.x0_from_flow(other, x_t, T), (x_t.double() - sigma * other.double()).to(dtype))
-    assert_equal_bits(scheduler.flow_from_x0(other, x_t, T), ((x_t.double() - other.double()) / sigma).to(dtype))
+    assert_equal_bits(
+        scheduler.x0_from_flow(other, x_t, T), (x_t.double() - sigma * other.double()).to(dtype)
+    )
+    assert_equal_bits(
+        scheduler.flow_from_x0(other, x_t, T), ((x_t.double() - other.double()) / sigma).to(dtype)
+    )
+
+
+def test_timestep_draws():
+    t = draw_timesteps(4000, shift=5.0, generator=torch.Generator().manual_seed(0))
+    assert t.min() == 20 and t.max() == 980 and t.dtype == torch.float32
+    linear = draw_timesteps(
+        4000, shift=1.0, min_step=0, max_step=1000, generator=torch.Generator().manual_seed(0)
+    )
+    assert linear.mean().item() == pytest.approx(499.5, abs=4 * 1000 / 12**0.5 / 4000**0.5)

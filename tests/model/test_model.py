@@ -1,5 +1,5 @@
-"""The model layer: sizes come from the configuration alone, checkpoints in every published wrapping, the scheduler's
-edges, and the streaming pipeline: deterministic, resumable, independent of who else streams.
+"""The model layer: sizes come from the configuration alone, checkpoints in every published wrapping, the
+scheduler's edges, and the streaming pipeline: deterministic, resumable, independent of who else streams.
 """
 
 import os
@@ -7,6 +7,11 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rf_kernels as rf
+from benchmarks import published
 from reward_forcing import (
     BidirectionalWanModel,
     CausalWanModel,
@@ -24,24 +29,27 @@ from reward_forcing import (
 from reward_forcing.losses import critic_flow_loss, dmd_loss, draw_timesteps, sid_loss
 from reward_forcing.models.blocks import sinusoidal_embedding
 from reward_forcing.pipeline import chunk_lengths
-from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import rf_kernels as rf
-from benchmarks import published
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**overrides) -> ModelConfig:
     sizes = {
-        "dim": 48, "ffn_dim": 80, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4, "text_dim": 10, "text_len": 6,
+        "dim": 48,
+        "ffn_dim": 80,
+        "num_heads": 2,
+        "num_layers": 2,
+        "in_dim": 4,
+        "out_dim": 4,
+        "text_dim": 10,
+        "text_len": 6,
         "freq_dim": 32,
-    }  # fmt: skip
+    }
     return ModelConfig(**{**sizes, **overrides})
 
 
-#: Sizes that share nothing with the published ones: odd head counts and widths, one block, other patches, no norms.
+#: Sizes that share nothing with the published ones: odd head counts and widths, one block, other patches, no
+#: norms.
 ODD = {
     "three heads of 20": tiny(dim=60, num_heads=3, ffn_dim=33, freq_dim=14),
     "one block, one head": tiny(dim=16, num_heads=1, num_layers=1, text_len=1),
@@ -62,13 +70,14 @@ def noise(*shape, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
 
 
 # ---- sizes
-# -----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ODD)
 @torch.no_grad()
 def test_a_whole_clip_in_one_chunk_is_the_bidirectional_model(name):
-    """With nothing cached before it, a chunk attends itself in full: both models must agree, for every size."""
+    """With nothing cached before it, a chunk attends itself in full: both models must agree, for every
+    size."""
     config = ODD[name]
     causal, bidirectional = make(CausalWanModel, config), BidirectionalWanModel(config).double()
     bidirectional.load_state_dict(causal.state_dict(), strict=True)
@@ -92,12 +101,16 @@ def test_presets_are_the_published_sizes():
         parameters = [sum(p.numel() for p in CausalWanModel(c).parameters()) for c in (small, large)]
     assert [round(n / 1e9, 1) for n in parameters] == [1.4, 14.3]
     assert ModelConfig.wan_1_3b(num_layers=2).num_layers == 2
-    assert ModelConfig.from_dict({"dim": 8, "ffn_dim": 8, "num_heads": 1, "num_layers": 1, "seed": 3}).dim == 8
+    assert (
+        ModelConfig.from_dict({"dim": 8, "ffn_dim": 8, "num_heads": 1, "num_layers": 1, "seed": 3}).dim == 8
+    )
 
 
 def test_time_embedding_is_float64_cosines_then_sines():
     embedded = sinusoidal_embedding(torch.tensor([[3.0, 999.0]]), 6)
-    angles = torch.tensor([3.0, 999.0], dtype=torch.float64)[:, None] * 10000.0 ** -(torch.arange(3.0).double() / 3)
+    angles = torch.tensor([3.0, 999.0], dtype=torch.float64)[:, None] * 10000.0 ** -(
+        torch.arange(3.0).double() / 3
+    )
     torch.testing.assert_close(embedded[0], torch.cat((angles.cos(), angles.sin()), 1), rtol=0, atol=1e-12)
 
 
@@ -131,7 +144,9 @@ def test_bidirectional_model_is_differentiable():
     x, context = noise(1, 4, 2, 4, 4).requires_grad_(), noise(1, 6, 10, seed=1)
 
     def loss(x):
-        return (model(x, torch.tensor([500.0]), model.text_keys(context)) * noise(1, 4, 2, 4, 4, seed=2)).sum()
+        return (
+            model(x, torch.tensor([500.0]), model.text_keys(context)) * noise(1, 4, 2, 4, 4, seed=2)
+        ).sum()
 
     leaves = [x, *model.parameters()]
     gradients = torch.autograd.grad(loss(x), leaves)
@@ -148,7 +163,7 @@ def test_bidirectional_model_is_differentiable():
 
 
 # ---- checkpoints
-# -------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def wrapped(state: dict, prefix: str = "", block: str = "") -> dict:
@@ -159,10 +174,14 @@ def wrapped(state: dict, prefix: str = "", block: str = "") -> dict:
 LAYOUTS = {
     "bare.pt": lambda s: s,
     "generator.pt": lambda s: {"generator": wrapped(s, "model."), "critic": wrapped(s, "model."), "step": 5},
-    "generator_ema.pt": lambda s: {"generator_ema": wrapped(s, "model._fsdp_wrapped_module.", "_fsdp_wrapped_module.")},
+    "generator_ema.pt": lambda s: {
+        "generator_ema": wrapped(s, "model._fsdp_wrapped_module.", "_fsdp_wrapped_module.")
+    },
     "model.pt": lambda s: {"model": wrapped(s, "_orig_mod.")},
     "ddp.pt": lambda s: wrapped(s, "module."),
-    "fsdp+checkpointing.pt": lambda s: wrapped(s, "model.", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "fsdp+checkpointing.pt": lambda s: wrapped(
+        s, "model.", "_fsdp_wrapped_module._checkpoint_wrapped_module."
+    ),
     "compiled.pt": lambda s: {"generator": wrapped(s, "model._orig_mod.", "_orig_mod.")},
     "bare.safetensors": lambda s: s,
     "prefixed.safetensors": lambda s: wrapped(s, "model."),
@@ -186,11 +205,16 @@ def test_every_published_wrapping_loads(tmp_path, layout):
 
 
 def test_entries_of_a_training_checkpoint(tmp_path):
-    states = {name: make(CausalWanModel, tiny(), torch.float32, seed).state_dict() for seed, name in enumerate("abc")}
+    states = {
+        name: make(CausalWanModel, tiny(), torch.float32, seed).state_dict()
+        for seed, name in enumerate("abc")
+    }
     path = tmp_path / "step.pt"
     torch.save({"critic": states["c"], "generator_ema": states["b"], "generator": states["a"]}, path)
     for entry, expected in ((None, "a"), ("generator", "a"), ("generator_ema", "b"), ("critic", "c")):
-        assert torch.equal(read_checkpoint(path, entry=entry)["head.head.bias"], states[expected]["head.head.bias"])
+        assert torch.equal(
+            read_checkpoint(path, entry=entry)["head.head.bias"], states[expected]["head.head.bias"]
+        )
     with pytest.raises(CheckpointError, match="no entry 'model'.*critic"):
         read_checkpoint(path, entry="model")
 
@@ -224,7 +248,9 @@ class Hostile:
         return (os.mkdir, (str(self.path),))
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data, protocol=2))])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data, protocol=2))]
+)
 def test_hostile_pickles_are_refused(tmp_path, write):
     trace = tmp_path / "was_here"
     state = dict(make(CausalWanModel, tiny(), torch.float32).state_dict())
@@ -246,7 +272,9 @@ def test_unreadable_files_are_refused(tmp_path, name, content):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    for i, data in enumerate([[1, 2], {"generator": {"a": torch.zeros(1)}}, {"patch_embedding.weight": "text"}, {}]):
+    for i, data in enumerate(
+        [[1, 2], {"generator": {"a": torch.zeros(1)}}, {"patch_embedding.weight": "text"}, {}]
+    ):
         torch.save(data, tmp_path / f"{i}.pt")
         with pytest.raises(CheckpointError):
             read_checkpoint(tmp_path / f"{i}.pt")
@@ -278,7 +306,7 @@ def test_dtype_and_kind_of_a_loaded_model(tmp_path):
 
 
 # ---- scheduler
-# -----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
@@ -289,11 +317,14 @@ def test_scheduler_conversions_are_inverse(shift):
     x_t = scheduler.add_noise(x0, eps, t)
     flow = scheduler.flow_from_x0(x0, x_t, t)
     torch.testing.assert_close(scheduler.x0_from_flow(flow, x_t, t), x0, rtol=0, atol=1e-12)
-    torch.testing.assert_close(flow, scheduler.training_target(x0, eps), rtol=0, atol=1e-4)  # 1 - sigma is float32
+    # 1 - sigma is float32
+    torch.testing.assert_close(flow, scheduler.training_target(x0, eps), rtol=0, atol=1e-4)
     per_frame = [scheduler.add_noise(x0[:, f], eps[:, f], t[:, f]) for f in range(3)]
     assert torch.equal(x_t, torch.stack(per_frame, 1)), "timesteps per frame are those of the frame alone"
     shared = scheduler.add_noise(x0, eps, t[:, :1])
-    assert torch.equal(shared, scheduler.add_noise(x0, eps, t[:, :1].expand(2, 3))) and not torch.equal(shared, x_t)
+    assert torch.equal(shared, scheduler.add_noise(x0, eps, t[:, :1].expand(2, 3))) and not torch.equal(
+        shared, x_t
+    )
 
 
 def test_scheduler_ends():
@@ -321,7 +352,7 @@ def test_euler_steps_with_the_exact_flow_arrive_at_x0():
 
 
 # ---- pipeline
-# -------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def pipeline(dtype=torch.float32, **stream) -> StreamingPipeline:
@@ -359,7 +390,10 @@ CONTEXT = noise(1, 5, 10, seed=8, dtype=torch.float32)
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_stream_is_a_function_of_its_inputs(dtype):
-    runs = [pipeline(dtype).rollout(clip(12, dtype=dtype), CONTEXT.to(dtype), noise_source=seeded()) for _ in range(2)]
+    runs = [
+        pipeline(dtype).rollout(clip(12, dtype=dtype), CONTEXT.to(dtype), noise_source=seeded())
+        for _ in range(2)
+    ]
     assert torch.equal(*runs) and runs[0].dtype == dtype and torch.isfinite(runs[0]).all()
     other = pipeline(dtype).rollout(clip(12, dtype=dtype), CONTEXT.to(dtype), noise_source=seeded(1))
     assert not torch.equal(runs[0], other)
@@ -408,7 +442,11 @@ def test_a_failed_chunk_is_taken_back():
 def published_rollout(line: StreamingPipeline, clip_noise, draws) -> torch.Tensor:
     """The same weights, noise and draws through the oracle of the published path."""
     config, stream = line.model.config, line.config
-    sizes = {name: getattr(config, name) for name in published.WanConfig.__dataclass_fields__ if hasattr(config, name)}
+    sizes = {
+        name: getattr(config, name)
+        for name in published.WanConfig.__dataclass_fields__
+        if hasattr(config, name)
+    }
     tokens = 2 * 3 * stream.local_attn_size
     model = published.CausalWanModel(
         published.WanConfig(**sizes),
@@ -436,7 +474,8 @@ def published_rollout(line: StreamingPipeline, clip_noise, draws) -> torch.Tenso
 
 @torch.no_grad()
 def test_a_long_stream_is_the_published_one():
-    """Fifty chunks in float64: a cache that turns its sink at every chunk must not drift from one that never rotates what it holds."""
+    """Fifty chunks in float64: a cache that turns its sink at every chunk must not drift from one that never
+    rotates what it holds."""
     line = pipeline(torch.float64, sink_frames=2, local_attn_size=6)
     source = clip(100, dtype=torch.float64)
     draws = [noise(1, 2, 4, 4, 6, seed=100 + i) for i in range(50)]
@@ -490,7 +529,8 @@ def test_the_past_is_remembered_and_the_prefix_matters():
     source = noise(1, 4, 4, 4, 6, seed=11)
     given = [noise(1, 4, 4, 4, 6, seed=s) for s in (12, 13)]
     latents = [
-        line.rollout(source, CONTEXT.double(), initial_latent=g, noise_source=seeded()) for g in (*given, given[0])
+        line.rollout(source, CONTEXT.double(), initial_latent=g, noise_source=seeded())
+        for g in (*given, given[0])
     ]
     assert torch.equal(latents[0][:, :4], given[0]) and latents[0].shape[1] == 8
     assert torch.equal(latents[0], latents[2]) and not torch.equal(latents[0][:, 4:], latents[1][:, 4:])
@@ -548,7 +588,9 @@ def test_a_frame_by_itself_comes_first_in_a_stream_and_nowhere_else():
     [(1, 3, 4, "ema"), (4, 1, 6, "ema"), (2, 3, 6, "static"), (2, 0, 3, "none"), (5, 2, 7, "ema")],
 )
 def test_any_chunk_sink_and_window_streams(chunk_frames, sink_frames, visible, policy):
-    line = pipeline(chunk_frames=chunk_frames, sink_frames=sink_frames, local_attn_size=visible, sink_policy=policy)
+    line = pipeline(
+        chunk_frames=chunk_frames, sink_frames=sink_frames, local_attn_size=visible, sink_policy=policy
+    )
     cache = line.new_cache(1, 4, 6)
     latents = line.rollout(clip(6 * chunk_frames), CONTEXT, cache=cache, noise_source=seeded())
     assert torch.isfinite(latents).all() and cache.next_frame == 6 * chunk_frames
@@ -556,7 +598,7 @@ def test_any_chunk_sink_and_window_streams(chunk_frames, sink_frames, visible, p
 
 
 # ---- scorers and losses
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_scorers_drive_the_losses():
@@ -572,7 +614,11 @@ def test_scorers_drive_the_losses():
     x, eps = noise(2, 3, 4, 4, 4).requires_grad_(), noise(2, 3, 4, 4, 4, seed=5)
     t = draw_timesteps(2, shift=5.0, generator=torch.Generator().manual_seed(0))
     common = {"noise": eps, "t": t, "scheduler": scheduler}
-    scores = {"fake": scorer(critic, text), "real": scorer(teacher, text), "real_uncond": scorer(teacher, empty)}
+    scores = {
+        "fake": scorer(critic, text),
+        "real": scorer(teacher, text),
+        "real_uncond": scorer(teacher, empty),
+    }
 
     loss = dmd_loss(x, **scores, **common, real_guidance=3.0)
     (dx,) = torch.autograd.grad(loss, x)
@@ -597,10 +643,3 @@ def test_scorers_drive_the_losses():
 
     (dx,) = torch.autograd.grad(sid_loss(x, **scores, **common, real_guidance=3.0), x)
     assert torch.isfinite(dx).all() and dx.abs().max() > 0
-
-
-def test_timestep_draws():
-    t = draw_timesteps(4000, shift=5.0, generator=torch.Generator().manual_seed(0))
-    assert t.min() == 20 and t.max() == 980 and t.dtype == torch.float32
-    linear = draw_timesteps(4000, shift=1.0, min_step=0, max_step=1000, generator=torch.Generator().manual_seed(0))
-    assert linear.mean().item() == pytest.approx(499.5, abs=4 * 1000 / 12**0.5 / 4000**0.5)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reward_forcing.rewards import OpticalFlowDynamics, scores
-from reward_forcing.world import Prompt, render
 
 import rf_kernels as rf
+from reward_forcing.rewards import OpticalFlowDynamics, scores
+from reward_forcing.world import Prompt, render
 
 cv2 = pytest.importorskip("cv2")
 
@@ -42,7 +42,9 @@ def test_flicker_raises_raw_flow_but_not_the_score():
     video, _, prompts = clip("still")
     flicker = video + 0.25 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
     slow, _, _ = clip("slow")
-    assert raw_flow(flicker) > raw_flow(slow)  # what the correction is for: noise on a still clip beats real motion
+    assert raw_flow(flicker) > raw_flow(
+        slow
+    )  # what the correction is for: noise on a still clip beats real motion
     reward = OpticalFlowDynamics()
     assert scores(reward, flicker, prompts).mean() < 0.6 * scores(reward, slow, prompts).mean()
 
@@ -51,7 +53,9 @@ def test_a_sample_is_scored_by_itself():
     video, _, prompts = clip("fast")
     reward = OpticalFlowDynamics()
     together = scores(reward, video, prompts)
-    assert torch.equal(together, torch.cat([scores(reward, video[i : i + 1], prompts[:1]) for i in range(len(video))]))
+    assert torch.equal(
+        together, torch.cat([scores(reward, video[i : i + 1], prompts[:1]) for i in range(len(video))])
+    )
     assert together.dtype == torch.float32 and together.shape == (6,)
 
 

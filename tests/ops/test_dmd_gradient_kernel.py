@@ -1,14 +1,15 @@
-"""What a CUDA thread of dmd_gradient computes (csrc/dmd_gradient/kernel.h), run on the host at the vector widths of the GPU, tails
-included: gradients bit for bit those of the CPU backend. The sums across threads are launch.cu's and not shown here."""
+"""What a CUDA thread of dmd_gradient computes (csrc/dmd_gradient/kernel.h), run on the host at the vector
+widths of the GPU, tails included: gradients bit for bit those of the CPU backend. The sums across threads are
+launch.cu's and not shown here."""
 
 import ctypes
 
 import pytest
 import torch
-from helpers import host_lanes
-from helpers.host_lanes import DTYPES, Guarded, integers, pointers
 
 import rf_kernels as rf
+from helpers import host_lanes
+from helpers.host_lanes import DTYPES, Guarded, integers, pointers
 from rf_kernels.testing import assert_equal_bits
 
 COMBINATIONS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in DTYPES if t != torch.float32]
@@ -38,9 +39,14 @@ def test_body(lanes, dtype, prediction, flow, elements, offset):
     if flow:
         views |= dict(sigma=sigma)
     expected, aux = rf.dmd_gradient(
-        x.view.reshape(full), **views, fake_guidance=0.5, real_guidance=3.0, weight=weight.reshape(full),
-        mask=mask.reshape(full), return_aux=True,
-    )  # fmt: skip
+        x.view.reshape(full),
+        **views,
+        fake_guidance=0.5,
+        real_guidance=3.0,
+        weight=weight.reshape(full),
+        mask=mask.reshape(full),
+        return_aux=True,
+    )
 
     gradient = Guarded(torch.zeros(shape, dtype=dtype), offset=offset)
     seen = torch.zeros(3, 5, dtype=torch.float64)  # the last two columns are integers
@@ -54,7 +60,8 @@ def test_body(lanes, dtype, prediction, flow, elements, offset):
     gradient.check()
     assert_equal_bits(gradient.view.reshape(full), expected)
     assert seen.view(torch.int64)[:, 4].tolist() == mask.sum(1).tolist()
-    # There a tree of 11 roundings and one to the result; here one after the other in float64, an error of its own in float64.
+    # There a tree of 11 roundings and one to the result; here one after the other in float64, an error of its
+    # own in float64.
     bound = dict(rtol=12 * torch.finfo(acc).eps + elements * torch.finfo(torch.float64).eps, atol=0)
     torch.testing.assert_close((seen[:, 0] / elements).to(acc), aux.normalizer, **bound)
     torch.testing.assert_close((seen[:, 2] / elements).to(acc), aux.gradient_norm, **bound)

@@ -1,10 +1,13 @@
-"""ema_evict: the oracle against an independent recursion, the op against the oracle, and what the op promises."""
+"""ema_evict: the oracle against an independent recursion, the op against the oracle, and what the op
+promises."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+
+import rf_kernels as rf
 from helpers.ema_evict_case import (
     DTYPES,
     HALF,
@@ -18,27 +21,29 @@ from helpers.ema_evict_case import (
     op_arguments,
     turn_table,
 )
-
-import rf_kernels as rf
 from rf_kernels.reference.ema_evict import ema_evict as reference
 from rf_kernels.testing import assert_equal_bits, assert_within_eager, relative_l2
 
-# ---- the formula ----------------------------------------------------------------------------------------------------
+# ---- the formula -------------------------------------------------------------------------------------------
 
 
 def turned(x, rope, frames):
-    """Complex multiplication, written independently of the oracle: temporal pairs of x [..., D] at ``frames``."""
+    """Complex multiplication, written independently of the oracle: temporal pairs of x [..., D] at
+    ``frames``."""
     x = x.clone()
     x0, y0, step = rope.temporal_dims
     for i, w in enumerate(rope.frequencies(rope.temporal_axis)):
         a, b = x0 + i * step, y0 + i * step
-        z = torch.complex(x[..., a], x[..., b]) * torch.polar(torch.tensor(1.0).double(), torch.tensor(w * frames))
+        z = torch.complex(x[..., a], x[..., b]) * torch.polar(
+            torch.tensor(1.0).double(), torch.tensor(w * frames)
+        )
         x[..., a], x[..., b] = z.real, z.imag
     return x
 
 
 def stream(raw_k, raw_v, *, sink_frames, window, chunk, alpha, rope, dtype, state, function, held=()):
-    """Feed un-rotated frames [frames, n, H, D] through a ring of rotated keys, chunk by chunk, as design of the cache has it.
+    """Feed un-rotated frames [frames, n, H, D] through a ring of rotated keys, chunk by chunk, as design of
+    the cache has it.
 
     Returns the written tensors, the final shift, and the number of calls.
     """
@@ -47,7 +52,9 @@ def stream(raw_k, raw_v, *, sink_frames, window, chunk, alpha, rope, dtype, stat
     k = torch.zeros(1, slots * n, *raw_k.shape[2:], dtype=dtype)
     v = torch.zeros_like(k)
     precision = state if dtype in HALF else "published"
-    k_state = torch.zeros(1, S * n, *raw_k.shape[2:], dtype=torch.float32 if precision == "float32" else dtype)
+    k_state = torch.zeros(
+        1, S * n, *raw_k.shape[2:], dtype=torch.float32 if precision == "float32" else dtype
+    )
     k_lo = torch.zeros_like(k_state) if precision == "compensated" else None
     v_state = torch.zeros_like(k_state) if precision != "published" else None
     slot = lambda f: f if f < S else S + (f - S) % window  # noqa: E731
@@ -64,11 +71,18 @@ def stream(raw_k, raw_v, *, sink_frames, window, chunk, alpha, rope, dtype, stat
             plan = [[int(calls == 0), len(e), *map(slot, e), *[0] * (width - len(e))] for e in leaving]
             deltas = [[*(j - f for f in e), *[0] * (width - len(e)), shift] for j, e in enumerate(leaving)]
             function(
-                k, v, k_state, k_lo, v_state,
+                k,
+                v,
+                k_state,
+                k_lo,
+                v_state,
                 schedule=torch.tensor(plan, dtype=torch.int32).reshape(S, 2 + width),
                 turns=turn_table(rope, deltas, dtype),
-                alpha=alpha, frame_tokens=n, temporal=rope.temporal_dims, state=state,
-            )  # fmt: skip
+                alpha=alpha,
+                frame_tokens=n,
+                temporal=rope.temporal_dims,
+                state=state,
+            )
             calls += 1
         for f in range(begin, end):
             rows = slice(slot(f) * n, (slot(f) + 1) * n)
@@ -78,7 +92,8 @@ def stream(raw_k, raw_v, *, sink_frames, window, chunk, alpha, rope, dtype, stat
 
 
 def recursion(raw, *, sink_frames, window, alpha, held=()):
-    """sink <- alpha sink + (1 - alpha) evicted on un-rotated float64 frames: the paper's formula, frame by frame."""
+    """sink <- alpha sink + (1 - alpha) evicted on un-rotated float64 frames: the paper's formula, frame by
+    frame."""
     state = raw[:sink_frames].clone()
     for e in range(sink_frames, raw.shape[0] - window):
         j = (e - sink_frames) % sink_frames
@@ -105,7 +120,14 @@ def test_rotations_commute_with_the_average(function, sink_frames, window, chunk
     raw_k, raw_v = (torch.randn(frames, 4, 2, 16, generator=generator, dtype=torch.float64) for _ in range(2))
     options = dict(sink_frames=sink_frames, window=window, alpha=0.8, held=held)
     out, shift, calls = stream(
-        raw_k, raw_v, chunk=chunk, rope=WAN, dtype=torch.float64, state="published", function=function, **options
+        raw_k,
+        raw_v,
+        chunk=chunk,
+        rope=WAN,
+        dtype=torch.float64,
+        state="published",
+        function=function,
+        **options,
     )
     assert calls > 3 and shift == frames - sink_frames - window
     expected_k, expected_v = recursion(raw_k, **options), recursion(raw_v, **options)
@@ -132,19 +154,24 @@ def test_within_eager(dtype, state, layout):
         (out[0], out[1], joined(case, out)[2].to(dtype)), oracle, (naive[0], naive[1], naive[2]), strict=False
     ):
         assert_within_eager(got, want, plain)
-    # The state, in its own precision: each of two evictions may round the state once (u) and the arithmetic a few times (2^-24).
+    # The state, in its own precision: each of two evictions may round the state once (u) and the arithmetic a
+    # few times (2^-24).
     u = {"compensated": torch.finfo(dtype).eps ** 2, "float32": 0.0}.get(state if dtype in HALF else "", None)
     if u is not None:
-        u = max(u, 2.0**-25 if dtype == torch.float16 and state == "compensated" else 0.0)  # lo's subnormal grid
+        # lo's subnormal grid
+        u = max(u, 2.0**-25 if dtype == torch.float16 and state == "compensated" else 0.0)
         for got, want in zip(joined(case, out)[2:], oracle[2:], strict=True):
-            assert float((got - want).abs().max()) <= 2 * (u + 8 * 2.0**-24) * float(want.abs().max().clamp(min=1))
+            assert float((got - want).abs().max()) <= 2 * (u + 8 * 2.0**-24) * float(
+                want.abs().max().clamp(min=1)
+            )
     assert_equal_bits(out[0][:, n_sink:], case.k[:, n_sink:])  # nothing but the sink slots is written
     assert_equal_bits(out[1][:, n_sink:], case.v[:, n_sink:])
     assert rf.last_dispatch().op == "ema_evict" and rf.last_dispatch().backend == "cpu"
 
 
 def test_temporal_pairs_anywhere_in_the_head():
-    """Two runs or neighbours, at multiples of a vector and between, side by side and apart, up to the end of the head."""
+    """Two runs or neighbours, at multiples of a vector and between, side by side and apart, up to the end of
+    the head."""
     for head_dim, step in itertools.product((16, 24, 40, 64, 96, 200), (1, 2)):
         for pairs, x0 in itertools.product((1, 4, 7, 8, 12, 20, 33, 64), (0, 3, 4, 8, 32)):
             least = x0 + (pairs if step == 1 else 1)
@@ -160,7 +187,8 @@ def test_temporal_pairs_anywhere_in_the_head():
 
 
 def test_exactly_representable_inputs_are_equal():
-    """Small integers, alpha in quarters, turns by multiples of 90 degrees: no rounding but that of the stored values."""
+    """Small integers, alpha in quarters, turns by multiples of 90 degrees: no rounding but that of the stored
+    values."""
     rng = np.random.default_rng(11)
     for trial in range(120):
         dtype, state = DTYPES[trial % 4], STATES[trial // 4 % 3]
@@ -172,7 +200,9 @@ def test_exactly_representable_inputs_are_equal():
             count = int(min(rng.integers(0, E + 1), len(pool)))
             plan.append([int(rng.integers(0, 2)), count, *pool[:count].tolist(), *[0] * (E - count)])
             pool = pool[count:]
-        case = Case(dtype, state, rope=LAYOUTS[layout], n=int(n), window=int(window), schedule=plan, seed=trial)
+        case = Case(
+            dtype, state, rope=LAYOUTS[layout], n=int(n), window=int(window), schedule=plan, seed=trial
+        )
         for t in case.tensors:
             if t is not None:
                 t.copy_(torch.from_numpy(rng.integers(-8, 9, t.shape)))
@@ -180,22 +210,27 @@ def test_exactly_representable_inputs_are_equal():
             case.k_lo.zero_()
             case.v_state.zero_()
         quarters = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]]).to(case.options["turns"].dtype)
-        case.options["turns"] = quarters[torch.from_numpy(rng.integers(0, 4, case.options["turns"].shape[:-1]))]
+        case.options["turns"] = quarters[
+            torch.from_numpy(rng.integers(0, 4, case.options["turns"].shape[:-1]))
+        ]
         case.options["alpha"] = float(rng.integers(0, 5)) / 4
         for got, want in zip(case.run(), case.run(reference), strict=True):
             if got is not None:
                 assert torch.equal(got, want), (trial, dtype, state, layout)
 
 
-# ---- state precisions -----------------------------------------------------------------------------------------------
+# ---- state precisions --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [0.999, 0.9, 1 / 3, 0.0, 1.0])
 def test_published_is_bit_exact(dtype, alpha):
-    state = "published" if dtype in HALF else "compensated"  # float32 and float64 are published under every name
+    # float32 and float64 are published under every name
+    state = "published" if dtype in HALF else "compensated"
     case = Case(dtype, state, n=64, heads=2)
-    case.options["turns"] = torch.tensor([1.0, 0.0]).to(case.options["turns"].dtype).expand(2, 3, 4, 2).contiguous()
+    case.options["turns"] = (
+        torch.tensor([1.0, 0.0]).to(case.options["turns"].dtype).expand(2, 3, 4, 2).contiguous()
+    )
     k, v, k_state, *_ = case.run(alpha=alpha)
     for j, (init, count, *sources) in enumerate(case.options["schedule"].tolist()):
         rows = slice(64 * j, 64 * (j + 1))
@@ -247,16 +282,30 @@ def test_identity_turn_keeps_every_bit():
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_a_float32_state_is_rounded_once_and_to_nearest_even(dtype):
-    """A key slot that is written from its state: float32 of every kind (lower halves around the ties of both half precisions)."""
-    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    """A key slot that is written from its state: float32 of every kind (lower halves around the ties of both
+    half precisions)."""
+    lower = torch.tensor(
+        [0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64
+    )
     exact = (
-        ((torch.arange(1 << 16).unsqueeze(1) << 16) + lower).to(torch.int32).view(torch.float32).view(1, 1, 1024, -1)
+        ((torch.arange(1 << 16).unsqueeze(1) << 16) + lower)
+        .to(torch.int32)
+        .view(torch.float32)
+        .view(1, 1, 1024, -1)
     )
     k, v = torch.ones(exact.shape, dtype=dtype), torch.ones(exact.shape, dtype=dtype)
     rf.ema_evict(
-        k, v, exact.clone(), None, torch.zeros_like(exact), schedule=torch.zeros(1, 2, dtype=torch.int32),
-        turns=torch.zeros(1, 1, 0, 2), alpha=0.5, frame_tokens=1, state="float32",
-    )  # fmt: skip
+        k,
+        v,
+        exact.clone(),
+        None,
+        torch.zeros_like(exact),
+        schedule=torch.zeros(1, 2, dtype=torch.int32),
+        turns=torch.zeros(1, 1, 0, 2),
+        alpha=0.5,
+        frame_tokens=1,
+        state="float32",
+    )
     nan = exact.isnan()
     assert bool(k[nan].isnan().all())
     assert_equal_bits(k[~nan], exact[~nan].to(dtype))
@@ -284,10 +333,12 @@ def autoregressive(frames, shape, *, rho, generator):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_a_thousand_evictions(dtype):
-    """alpha = 0.999: the state within 3e-4, what attention reads within 2.5e-3 of the float64 recursion on un-rotated frames."""
+    """alpha = 0.999: the state within 3e-4, what attention reads within 2.5e-3 of the float64 recursion on
+    un-rotated frames."""
     generator = torch.Generator().manual_seed(5)
     evictions, window = 1000, 4
-    # Representable in the dtype, as a cache's values are; the keys are rounded once more when they are rotated.
+    # Representable in the dtype, as a cache's values are; the keys are rounded once more when they are
+    # rotated.
     raw_k, raw_v = (
         autoregressive(1 + window + evictions, (6, 2, 32), rho=0.9, generator=generator).to(dtype).double()
         for _ in range(2)
@@ -311,7 +362,8 @@ def test_a_thousand_evictions(dtype):
 
 
 def test_static_frames_do_not_drift():
-    """10,000 re-phasings: the state keeps its bits, and the slot is never further from exact than one rounding."""
+    """10,000 re-phasings: the state keeps its bits, and the slot is never further from exact than one
+    rounding."""
     dtype = torch.bfloat16
     case = Case(dtype, "compensated", schedule=[[1, 0]], n=3, batch=1, heads=2, window=1)
     options = {k: v for k, v in case.options.items() if k != "skipped"}
@@ -331,7 +383,7 @@ def test_static_frames_do_not_drift():
     assert late < 1.2 * early
 
 
-# ---- the NaN rule ---------------------------------------------------------------------------------------------------
+# ---- the NaN rule ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -375,7 +427,7 @@ def test_propagate(state):
     assert (~out[1][:, :10].isfinite()).nonzero().tolist() == [[1, 6, 2, 0]]
 
 
-# ---- schedules, memory, threads --------------------------------------------------------------------------------------
+# ---- schedules, memory, threads ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -439,7 +491,8 @@ def test_alpha_per_frame_and_per_token():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_strided_caches(dtype):
-    """A layer of [layers, B, T, H, D] and a [B, H, T, D] buffer give the bits of a contiguous cache; all else keeps its bytes."""
+    """A layer of [layers, B, T, H, D] and a [B, H, T, D] buffer give the bits of a contiguous cache; all else
+    keeps its bytes."""
     case = Case(dtype, "compensated")
     want = case.run()
     layers = torch.full((3, *case.k.shape), 7.0, dtype=dtype)
@@ -472,10 +525,12 @@ def test_nothing_to_do():
         equal(case.run(**changes)[:2], (case.k, case.v))
 
 
-# ---- a citizen of PyTorch ---------------------------------------------------------------------------------------------
+# ---- a citizen of PyTorch ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, state", [(torch.bfloat16, "compensated"), (torch.float32, "published")], ids=str)
+@pytest.mark.parametrize(
+    "dtype, state", [(torch.bfloat16, "compensated"), (torch.float32, "published")], ids=str
+)
 def test_opcheck(dtype, state):
     torch.library.opcheck(torch.ops.rf_kernels.ema_evict, op_arguments(Case(dtype, state)))
 

@@ -1,14 +1,15 @@
-"""The body of ema_evict's CUDA kernel (csrc/ema_evict/kernel.h), run lane by lane on the host: the code that launch.cu
-compiles for the GPU, bit for bit against the CPU backend. What only a GPU can show is not shown here."""
+"""The body of ema_evict's CUDA kernel (csrc/ema_evict/kernel.h), run lane by lane on the host: the code that
+launch.cu compiles for the GPU, bit for bit against the CPU backend. What only a GPU can show is not shown
+here."""
 
 import pytest
 import torch
-from helpers import host_lanes
-from helpers.ema_evict_case import LAYOUTS, STATES, Case, equal
-from helpers.host_lanes import DTYPES, Guarded, integers, pointers
 
 import rf_kernels as rf
 from benchmarks import traffic
+from helpers import host_lanes
+from helpers.ema_evict_case import LAYOUTS, STATES, Case, equal
+from helpers.host_lanes import DTYPES, Guarded, integers, pointers
 from rf_kernels.ops.ema_evict import STATES as STATE_NUMBERS
 from rf_kernels.testing import assert_equal_bits
 
@@ -37,7 +38,13 @@ def run_lanes(lanes, case, *, threads=64, reverse=False, gap=0, offset=0, **chan
     n, pairs = options["frame_tokens"], turns.shape[-2]
     state = options["state"] if k.element_size() == 2 else "published"
     sizes = [DTYPES.index(k.dtype), STATE_NUMBERS[state], k.shape[0], k.shape[1] // n, schedule.shape[-2], n]
-    sizes += [k.shape[2], k.shape[3], schedule.shape[-1] - 2, pairs, *(options["temporal"] if pairs else (0, 1, 2))]
+    sizes += [
+        k.shape[2],
+        k.shape[3],
+        schedule.shape[-1] - 2,
+        pairs,
+        *(options["temporal"] if pairs else (0, 1, 2)),
+    ]
     sizes += [*k.stride()[:3], *v.stride()[:3], schedule.stride(0) if schedule.ndim == 3 else 0]
     sizes += [turns.stride(0) if turns.ndim == 5 else 0, alpha.stride(0) if alpha.ndim else 0]
     sizes += [alpha.stride(1) if alpha.ndim == 2 else 0, options["on_nonfinite"] == "skip"]
@@ -50,16 +57,20 @@ def run_lanes(lanes, case, *, threads=64, reverse=False, gap=0, offset=0, **chan
     return [*(None if t is None else t.contiguous() for t in written), skipped], width
 
 
-SEVERAL = [[[0, 3, 3, 6, 4], [1, 2, 5, 7, 0]], [[1, 0, 0, 0, 0], [0, 1, 4, 0, 0]]]  # a schedule of each of two samples
+# a schedule of each of two samples
+SEVERAL = [[[0, 3, 3, 6, 4], [1, 2, 5, 7, 0]], [[1, 0, 0, 0, 0], [0, 1, 4, 0, 0]]]
 
 
 @all_precisions
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_body(lanes, layout, dtype, state):
-    """Several sources, none, init, a plan per sample; 3 heads in units that 7 lanes share unevenly and 64 leave idle."""
+    """Several sources, none, init, a plan per sample; 3 heads in units that 7 lanes share unevenly and 64
+    leave idle."""
     case = Case(dtype, state, rope=LAYOUTS[layout], schedule=SEVERAL, window=6, n=3, seed=len(layout))
     expected = case.run()
-    assert any(not torch.equal(a, b) for a, b in zip(case.tensors, expected[:5], strict=True) if a is not None)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(case.tensors, expected[:5], strict=True) if a is not None
+    )
     for threads, reverse in ((64, False), (7, True)):
         found, _ = run_lanes(lanes, case, threads=threads, reverse=reverse)
         equal(found, expected)
@@ -78,7 +89,8 @@ WIDTHS = {
 @all_precisions
 @pytest.mark.parametrize("name", WIDTHS)
 def test_access_width(lanes, name, dtype, state):
-    """16 bytes where the layout, every address and every stride allow it, else elements; the same bits, guards whole."""
+    """16 bytes where the layout, every address and every stride allow it, else elements; the same bits,
+    guards whole."""
     options, memory, wide = WIDTHS[name]
     case = Case(dtype, state, **options)
     found, width = run_lanes(lanes, case, threads=5, **memory)
@@ -104,7 +116,8 @@ def test_nonfinite_tokens_are_skipped_by_all_lanes_and_counted_once(lanes, dtype
         case.k[0, 3 * n + 1][place] = value  # source 3 of sample 0: the first of three
         case.k[0, 6 * n + 1][place] = value  # source 6: a second token of the same row
         case.v[0, 4 * n + 4][place] = value  # source 4: the last of three
-        case.v[0, 5 * n + 2][place] = case.k[0, 5 * n + 2][place] = value  # K and V of one token: skipped once
+        # K and V of one token: skipped once
+        case.v[0, 5 * n + 2][place] = case.k[0, 5 * n + 2][place] = value
         case.v[1, 5 * n][place] = value  # no source in sample 1
         for threads, reverse in ((64, False), (7, True)):
             found, _ = run_lanes(lanes, case, threads=threads, reverse=reverse)
@@ -122,14 +135,22 @@ def test_nonfinite_elements_propagate(lanes, dtype, state):
     for a, b in zip(found, expected, strict=True):
         if a is not None:  # which NaN comes of two operands is the processor's choice
             assert torch.equal(a.isnan(), b.isnan())
-            assert_equal_bits(a.masked_fill(a.isnan(), 0) if a.is_floating_point() else a, b.masked_fill(b.isnan(), 0))
+            assert_equal_bits(
+                a.masked_fill(a.isnan(), 0) if a.is_floating_point() else a, b.masked_fill(b.isnan(), 0)
+            )
 
 
 @all_precisions
 def test_more_sources_than_a_group(lanes, dtype, state):
     """Sources 33 and on go in a second launch, which begins from the state that the first has stored."""
     case = Case(
-        dtype, state, schedule=[[1, 40, *range(2, 42)], [0, 2, 42, 43, *[0] * 38]], window=42, n=2, batch=1, heads=1
+        dtype,
+        state,
+        schedule=[[1, 40, *range(2, 42)], [0, 2, 42, 43, *[0] * 38]],
+        window=42,
+        n=2,
+        batch=1,
+        heads=1,
     )
     case.k[0, 2 * 35, 0, 5] = case.v[0, 2 * 36 + 1, 0, 0] = NAN
     found, _ = run_lanes(lanes, case, threads=3)
@@ -154,7 +175,8 @@ def test_no_state_without_temporal_pairs(lanes, dtype):
 
 
 def test_plans_that_nobody_has_checked(lanes):
-    """On a GPU the schedule's values are not looked at: a source outside of the window is left out, a count is limited."""
+    """On a GPU the schedule's values are not looked at: a source outside of the window is left out, a count
+    is limited."""
     case = Case(torch.float32, "published", schedule=[[0, 9, 3, 1, 4], [0, -2, 5, 6, 2]])
     sane = Case(torch.float32, "published", schedule=[[0, 2, 3, 4, 0], [0, 0, 0, 0, 0]])
     turns = case.options["turns"].clone()
@@ -168,9 +190,12 @@ def test_plans_that_nobody_has_checked(lanes):
 @all_precisions
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 0, 0], [3, 0, 2]], ids=str)
 def test_bytes_moved_are_those_predicted(lanes, counts, dtype, state):
-    """Every source and state element once, whatever the number of lanes; of a value slot that gets nothing, none."""
+    """Every source and state element once, whatever the number of lanes; of a value slot that gets nothing,
+    none."""
     slots = iter(range(3, 9))
-    schedule = [[0, count, *(next(slots) for _ in range(count)), *[0] * (max(counts) - count)] for count in counts]
+    schedule = [
+        [0, count, *(next(slots) for _ in range(count)), *[0] * (max(counts) - count)] for count in counts
+    ]
     case = Case(dtype, state, schedule=schedule, n=2, window=6)
     shape = dict(batch=2, frame_tokens=2, heads=3, head_dim=16, dtype=dtype, state=state)
     for threads, memory in ((7, dict()), (64, dict(gap=1))):  # 16-byte accesses, elements

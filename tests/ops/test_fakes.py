@@ -1,5 +1,5 @@
-"""What a compiler is told about a result is what comes out: shape, strides and dtype, for every op, every dtype and inputs whose
-strides are not those of their shape."""
+"""What a compiler is told about a result is what comes out: shape, strides and dtype, for every op, every
+dtype and inputs whose strides are not those of their shape."""
 
 import pytest
 import torch
@@ -34,7 +34,11 @@ def attention(dtype):
 
 def whole_sequence(dtype):
     tensors = (strided(2, 6, heads, 8, dtype=dtype) for heads in (4, 2, 2))
-    return rf.sink_window_attention, tuple(tensors), {"chunk_ends": [2, 6], "num_sink_tokens": 1, "return_lse": True}
+    return (
+        rf.sink_window_attention,
+        tuple(tensors),
+        {"chunk_ends": [2, 6], "num_sink_tokens": 1, "return_lse": True},
+    )
 
 
 def dmd_gradient(dtype):

@@ -1,5 +1,5 @@
-"""rope_append and rope: oracle against the golden set and against formulas written independently, the op against the
-oracle, the contract (what is written, what is refused), and life as a PyTorch op."""
+"""rope_append and rope: oracle against the golden set and against formulas written independently, the op
+against the oracle, the contract (what is written, what is refused), and life as a PyTorch op."""
 
 import json
 import math
@@ -8,28 +8,43 @@ import re
 import mpmath  # a dependency of torch (through sympy)
 import pytest
 import torch
-from helpers.golden_cases import parametrize
-from helpers.rope_append_case import DTYPES, LAYOUTS, SHAPES, clones, compare, inputs, normal, random_bits, rope_of
 
 import rf_kernels as rf
+from helpers.golden_cases import parametrize
+from helpers.rope_append_case import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    clones,
+    compare,
+    inputs,
+    normal,
+    random_bits,
+    rope_of,
+)
 from rf_kernels.reference import rope_append as ref
 from rf_kernels.testing import assert_equal_bits, fingerprint
 
-# ---- inputs ---------------------------------------------------------------------------------------------------------
+# ---- inputs ------------------------------------------------------------------------------------------------
 
 
-# ---- golden set -----------------------------------------------------------------------------------------------------
+# ---- golden set --------------------------------------------------------------------------------------------
 
 
 def golden_runs(case):
-    """(prefix, RoPE, positions, rotated tokens) of every run of a golden rope case; pad tokens behind them pass
-    through."""
+    """(prefix, RoPE, positions, rotated tokens) of every run of a golden rope case; pad tokens behind them
+    pass through."""
     for run in case.hyper["runs"]:
         frames, rows, columns = run["grid"]
         wan = rf.RoPE3D.wan(run["head_dim"], base=case.hyper["theta"])
         assert list(wan.pairs) == run["pairs_t_h_w"]
         start = run["start_frame"]
-        yield f"r{run['id']}", wan, [range(start, start + frames), range(rows), range(columns)], frames * rows * columns
+        yield (
+            f"r{run['id']}",
+            wan,
+            [range(start, start + frames), range(rows), range(columns)],
+            frames * rows * columns,
+        )
 
 
 @parametrize("rope")
@@ -44,15 +59,15 @@ def test_golden(case, path, dtype):
 
 @parametrize("rope")
 def test_golden_bfloat16(case):
-    """The published path rotates bf16 in float64 and rounds once, we in float32: the last bit may differ, and seldom
-    does."""
+    """The published path rotates bf16 in float64 and rounds once, we in float32: the last bit may differ, and
+    seldom does."""
     for prefix, rope, positions, tokens in golden_runs(case):
         x = case.tensors[f"{prefix}.x"][:, :tokens].to(torch.bfloat16)
         expected = case.tensors[f"{prefix}.y_bf16"][:, :tokens]
         angles, axes = rope.table(positions, dtype=torch.bfloat16)
         y = rf.rope(x, angles=angles, axes=axes)
-        # float32 arithmetic misses by < 2^-22 of the pair's length, 2^-13 of a bf16 unit: that decides few roundings.
-        # Any further rounding to bf16 on the way would change a quarter of them.
+        # float32 arithmetic misses by < 2^-22 of the pair's length, 2^-13 of a bf16 unit: that decides few
+        # roundings. Any further rounding to bf16 on the way would change a quarter of them.
         assert (y != expected).double().mean() < 0.01
         torch.testing.assert_close(y.double(), expected.double(), rtol=2**-7, atol=1e-6)
 
@@ -70,7 +85,7 @@ def test_golden_tables(case):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-# ---- the oracle, against formulas that share nothing with it --------------------------------------------------------
+# ---- the oracle, against formulas that share nothing with it -----------------------------------------------
 
 
 def rotated_by_hand(x, pairs, bases, layout, positions):
@@ -81,7 +96,9 @@ def rotated_by_hand(x, pairs, bases, layout, positions):
         for axis, count in enumerate(pairs):
             before = sum(pairs[:axis])
             for i in range(count):
-                turn = complex(math.cos(a := positions[t][axis] * math.pow(bases[axis], -i / count)), math.sin(a))
+                turn = complex(
+                    math.cos(a := positions[t][axis] * math.pow(bases[axis], -i / count)), math.sin(a)
+                )
                 p = before + i
                 where = {"adjacent": (2 * p, 2 * p + 1), "half": (p, p + total)}
                 dim_x, dim_y = where.get(layout, (2 * before + i, 2 * before + count + i))
@@ -102,7 +119,9 @@ def test_oracle_rotation_by_hand(layout):
     token_positions = [[f, r, c] for f in positions[0] for r in positions[1] for c in positions[2]]
     expected = rotated_by_hand(x[0], pairs, rope.bases, layout, token_positions)
     for path in (ref.rope, rf.rope):
-        torch.testing.assert_close(path(x, angles=angles, axes=axes, layout=layout)[0], expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            path(x, angles=angles, axes=axes, layout=layout)[0], expected, rtol=0, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("norm", ["model", "head"])
@@ -140,7 +159,8 @@ def test_rows_of_angles_that_lie_apart_are_refused():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_temporal_dims_are_those_that_the_temporal_axis_turns(layout, axis):
-    """By a quarter turn of every temporal pair: x becomes y, and y becomes -x, where `temporal_dims` says, and nowhere else."""
+    """By a quarter turn of every temporal pair: x becomes y, and y becomes -x, where `temporal_dims` says,
+    and nowhere else."""
     rope = rf.RoPE(pairs=(3, 2, 4), bases=(1.0,) * 3, layout=layout, temporal_axis=axis)
     table, axes = rope.table([[0], [0], [0]], dtype=torch.float64)
     table[..., 0], table[..., 1] = 1.0, 0.0
@@ -161,25 +181,30 @@ def test_a_temporal_axis_is_one_of_the_axes():
 
 
 def test_rotation_keeps_relative_positions():
-    """Logits of rotated q and k depend on the difference of their frames alone: why a key need be rotated only once."""
+    """Logits of rotated q and k depend on the difference of their frames alone: why a key need be rotated
+    only once."""
     rope = rf.RoPE3D.wan(32)
     q, k = normal(1, 1, 1, 32, seed=1), normal(1, 1, 1, 32, seed=2)
 
     def logit(frame_q, frame_k):
         at = [rope.table([[f], [3], [4]], dtype=torch.float64) for f in (frame_q, frame_k)]
-        return (rf.rope(q, angles=at[0][0], axes=at[0][1]) * rf.rope(k, angles=at[1][0], axes=at[1][1])).sum().item()
+        return (
+            (rf.rope(q, angles=at[0][0], axes=at[0][1]) * rf.rope(k, angles=at[1][0], axes=at[1][1]))
+            .sum()
+            .item()
+        )
 
     assert logit(7, 2) == pytest.approx(logit(1005, 1000), abs=1e-12)
     assert abs(logit(7, 2) - logit(8, 2)) > 1e-3
 
 
-# ---- positions ------------------------------------------------------------------------------------------------------
+# ---- positions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frame", [0, 1, 1023, 10**6, 10**8])
 def test_angles_are_exact_at_any_frame(frame):
-    """float32 tables within 2^-24 of the real number, by 60-digit arithmetic; also through the op (x = (1, 0) reads
-    them off)."""
+    """float32 tables within 2^-24 of the real number, by 60-digit arithmetic; also through the op (x = (1, 0)
+    reads them off)."""
     rope = rf.RoPE3D.wan(128)
     angles, axes = rope.table([[frame], [51], [0]], dtype=torch.float32)
     with mpmath.workdps(60):
@@ -196,7 +221,7 @@ def test_angles_are_exact_at_any_frame(frame):
     assert torch.equal(rf.rope(unit, angles=angles, axes=axes).view(64, 2), angles[0])
 
 
-# ---- the op against the oracle --------------------------------------------------------------------------------------
+# ---- the op against the oracle -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -214,8 +239,11 @@ def test_op_against_oracle_at_full_size(dtype):
 
 
 def float32_kinds():
-    """Float32 of every kind: each upper half with lower halves at, just above and just below the ties of both half precisions."""
-    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    """Float32 of every kind: each upper half with lower halves at, just above and just below the ties of both
+    half precisions."""
+    lower = torch.tensor(
+        [0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64
+    )
     bits = (torch.arange(1 << 16).unsqueeze(1) << 16) + lower
     return bits.to(torch.int32).view(-1).view(torch.float32)
 
@@ -229,7 +257,8 @@ def assert_rounded(actual, exact):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_kind_of_float32_is_rounded_to_nearest_even(dtype):
-    """A row of ones has norm 1, so the op rounds the weights alone: in vectors, and in tails of every length below one."""
+    """A row of ones has norm 1, so the op rounds the weights alone: in vectors, and in tails of every length
+    below one."""
     weight = float32_kinds()
     for dim in (weight.numel(), 4097, 7):
         heads = weight.numel() // dim
@@ -241,7 +270,8 @@ def test_every_kind_of_float32_is_rounded_to_nearest_even(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_to_do_changes_no_bit(dtype):
-    """Neither norm nor rotation: half precision goes through float32 and comes back, infinities and subnormal numbers included."""
+    """Neither norm nor rotation: half precision goes through float32 and comes back, infinities and subnormal
+    numbers included."""
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(1, 1, -1, 1)
     x = x.view(torch.float16) if dtype == torch.float16 else x.to(dtype)
     for dim in (1, 8, 13, 64):
@@ -290,8 +320,8 @@ def test_positions_and_slots_per_sample():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_views(dtype):
-    """q, k, v out of one projection, caches and heads inside of larger buffers, a transposed [B, H, N, D]: the same
-    bits."""
+    """q, k, v out of one projection, caches and heads inside of larger buffers, a transposed [B, H, N, D]:
+    the same bits."""
     args, keywords = inputs(dtype, heads=(3, 3))
     plain = clones(args)
     expected = rf.rope_append(*plain, **keywords)
@@ -303,7 +333,12 @@ def test_strided_views(dtype):
         for step, t in zip((2, 3), args[3:], strict=True)
     ]
     # Of one kind, and mixed: each tensor must be read and written by its own strides.
-    for q, k, v in (split, transposed, (split[0], transposed[1], args[2]), (args[0], split[1], transposed[2])):
+    for q, k, v in (
+        split,
+        transposed,
+        (split[0], transposed[1], args[2]),
+        (args[0], split[1], transposed[2]),
+    ):
         caches = [p[:, 1:-2, ::step, 3:-2] for step, p in zip((2, 3), pools, strict=True)]
         for cache, old in zip(caches, args[3:], strict=True):
             cache.copy_(old)
@@ -363,5 +398,6 @@ def test_keys_without_queries():
     assert_equal_bits(keys[3], full[3])
     none = [t[:, :, :0] for t in args[1:]]
     assert_equal_bits(
-        rf.rope_append(args[0], *none, **keywords | dict(k_weight=None)), rf.rope_append(*clones(args), **keywords)
+        rf.rope_append(args[0], *none, **keywords | dict(k_weight=None)),
+        rf.rope_append(*clones(args), **keywords),
     )

@@ -1,10 +1,11 @@
-"""rope_append and rope as citizens of PyTorch: wrong calls change nothing, gradients, fakes, compilation, dispatch record, cost."""
+"""rope_append and rope as citizens of PyTorch: wrong calls change nothing, gradients, fakes, compilation,
+dispatch record, cost."""
 
 import pytest
 import torch
-from helpers.rope_append_case import LAYOUTS, clones, inputs, normal, rope_of
 
 import rf_kernels as rf
+from helpers.rope_append_case import LAYOUTS, clones, inputs, normal, rope_of
 from rf_kernels.reference import rope_append as ref
 from rf_kernels.testing import assert_equal_bits, assert_within_eager
 
@@ -16,7 +17,7 @@ def test_parameters_are_welcome_without_grad_mode():
         assert not rf.rope_append(*args, **keywords).requires_grad
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,7 +66,7 @@ def test_gradient_of_expanded_output():
     torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-14)
 
 
-# ---- registration, compilation --------------------------------------------------------------------------------------
+# ---- registration, compilation -----------------------------------------------------------------------------
 
 
 def test_caches_may_touch():
@@ -102,7 +103,8 @@ def test_opcheck(norm, dtype):
 
 
 def compiled(backend):
-    """Both ops in one graph, eager and compiled: results and caches must be the same bits, without a second compilation."""
+    """Both ops in one graph, eager and compiled: results and caches must be the same bits, without a second
+    compilation."""
     args, keywords = inputs(torch.bfloat16)
     table = {name: keywords[name] for name in ("angles", "axes")}
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -139,7 +141,9 @@ def test_compile_with_gradients():
         return rf.rope(x, angles=angles, axes=axes, weight=weight).square().mul(x).sum()
 
     expected = torch.autograd.grad(loss(x, weight), (x, weight))
-    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight), (x, weight))
+    ours = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight), (x, weight)
+    )
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -149,7 +153,7 @@ def test_compile_inductor():
     compiled("inductor")
 
 
-# ---- what ran, what would run, what it costs ------------------------------------------------------------------------
+# ---- what ran, what would run, what it costs ---------------------------------------------------------------
 
 
 def test_dispatch_is_recorded():

@@ -1,17 +1,17 @@
-"""The body of rope_append's CUDA kernel (csrc/rope_append/kernel.h), run lane by lane on the host: the code that
-launch.cu compiles for the GPU, against the CPU backend and the float64 oracle. What only a GPU can show is not shown
-here."""
+"""The body of rope_append's CUDA kernel (csrc/rope_append/kernel.h), run lane by lane on the host: the code
+that launch.cu compiles for the GPU, against the CPU backend and the float64 oracle. What only a GPU can show
+is not shown here."""
 
 import ctypes
 from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import host_lanes
-from helpers.host_lanes import DTYPES, integers, pointers
 
 import rf_kernels as rf
 from benchmarks import traffic
+from helpers import host_lanes
+from helpers.host_lanes import DTYPES, integers, pointers
 from rf_kernels.reference import rope_append as ref
 from rf_kernels.testing import assert_equal_bits, assert_within_eager
 
@@ -29,7 +29,12 @@ def run_lanes(lanes, call, *, threads=0, reverse=False):
     slots, n = call.slots, q.shape[1] // call.slots.shape[-1]
     weights = (call.kwargs["q_weight"], call.kwargs["k_weight"])
     angles = call.kwargs["angles"]
-    sizes = [DTYPES.index(q.dtype), {None: 0, "model": 1, "head": 2}[call.kwargs["norm"]], q.shape[3], q.shape[1]]
+    sizes = [
+        DTYPES.index(q.dtype),
+        {None: 0, "model": 1, "head": 2}[call.kwargs["norm"]],
+        q.shape[3],
+        q.shape[1],
+    ]
     sizes += [q.shape[0], q.shape[2], k.shape[2], *(w is not None and w.dtype != q.dtype for w in weights)]
     sizes += [slots.stride(0) if slots.ndim == 2 else 0, slots.stride(-1), n, k_cache.shape[1]]
     sizes += [0 if angles is None or angles.shape[0] == 1 else angles.stride(0)]
@@ -60,7 +65,9 @@ class Call:
             if dtype
             else (q, k, v, k_cache.clone(), v_cache.clone())
         )
-        kwargs = {name: copy(x) if isinstance(x, torch.Tensor) and dtype else x for name, x in self.kwargs.items()}
+        kwargs = {
+            name: copy(x) if isinstance(x, torch.Tensor) and dtype else x for name, x in self.kwargs.items()
+        }
         return Call(data, self.slots, kwargs)
 
     def run(self, path, **more):
@@ -83,7 +90,8 @@ def make(
     float_weight=False,
     seed=0,
 ):
-    """A call with inputs that are views of one projection, shifted by ``offset`` elements; NaN in the caches."""
+    """A call with inputs that are views of one projection, shifted by ``offset`` elements; NaN in the
+    caches."""
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads = heads
     n = grid[0] * grid[1]
@@ -151,7 +159,11 @@ def test_body(lanes, name, dtype):
     exact = call.clone(torch.float64)
     exact.kwargs["angles"] = make(torch.float64, **CASES[name]).kwargs["angles"]
     q_out, _ = run_lanes(lanes, ours)
-    q_cpu, q_eager, q_exact = backend.run(rf.rope_append), eager.run(ref.rope_append), exact.run(ref.rope_append)
+    q_cpu, q_eager, q_exact = (
+        backend.run(rf.rope_append),
+        eager.run(ref.rope_append),
+        exact.run(ref.rope_append),
+    )
 
     assert_equal_bits(ours.data[4], backend.data[4])
     assert_within_eager(q_out, q_exact, q_eager)
@@ -164,7 +176,8 @@ def test_body(lanes, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lanes_in_any_number_and_order(lanes, dtype):
-    """Within a phase no lane may read what another writes; several passes over a wide row are the same arithmetic."""
+    """Within a phase no lane may read what another writes; several passes over a wide row are the same
+    arithmetic."""
     call = make(dtype, pairs=(16, 8, 8), dim=72, heads=(5, 2))
     results = []
     for threads, reverse in ((0, False), (0, True), (32, False), (7, True), (1, False)):
@@ -192,7 +205,9 @@ def test_bytes_moved_are_those_predicted(lanes, name, dtype):
     """Every row once, and the weights once a token (which the caches of the GPU serve)."""
     call = make(dtype, **CASES[name])
     (batch, tokens, q_heads, dim), kv_heads = call.data[0].shape, call.data[1].shape[2]
-    shape = dict(batch=batch, tokens=tokens, frames=2, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, dtype=dtype)
+    shape = dict(
+        batch=batch, tokens=tokens, frames=2, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, dtype=dtype
+    )
     weights = 0 if call.kwargs["norm"] is None else (q_heads + kv_heads) * dim * dtype.itemsize
     lanes.moved_bytes()
     run_lanes(lanes, call)
@@ -201,7 +216,8 @@ def test_bytes_moved_are_those_predicted(lanes, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_half_precision_without_instructions_for_it(lanes, dtype):
-    """The host build has no F16C: every bit pattern through float32 and back; every kind of float32 rounded to nearest even."""
+    """The host build has no F16C: every bit pattern through float32 and back; every kind of float32 rounded
+    to nearest even."""
     call = make(dtype, pairs=None, norm=None, dim=64, heads=(1024, 1), frames=1, grid=(1, 1), batch=1)
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 1024, 64)
     call.data = (patterns, *call.data[1:])
@@ -211,7 +227,9 @@ def test_half_precision_without_instructions_for_it(lanes, dtype):
 
     # A row of ones has norm 1: what is rounded are the weights.
     lower = torch.tensor([1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001], dtype=torch.int64)
-    weight = ((torch.arange(1 << 16).unsqueeze(1) << 16) + lower).to(torch.int32).view(torch.float32).flatten()
+    weight = (
+        ((torch.arange(1 << 16).unsqueeze(1) << 16) + lower).to(torch.int32).view(torch.float32).flatten()
+    )
     for part in weight.split(1 << 16):
         call.data = (torch.ones_like(patterns), *call.data[1:])
         call.kwargs |= dict(norm="model", q_weight=part.contiguous(), eps=0.0)
@@ -251,7 +269,8 @@ def stretched(t, dim):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_tensor_is_asked_for_its_alignment(lanes, dtype):
-    """One tensor off, by its address or by one stride, is enough for single elements; the results stay right."""
+    """One tensor off, by its address or by one stride, is enough for single elements; the results stay
+    right."""
     base = make(dtype)
     base.data = (*(t.contiguous() for t in base.data[:3]), *base.data[3:])
     eager, exact = base.clone(), base.clone(torch.float64)
@@ -260,7 +279,9 @@ def test_every_tensor_is_asked_for_its_alignment(lanes, dtype):
     assert run_lanes(lanes, base.clone())[1] == 16 // dtype.itemsize
 
     changes = [
-        (i, change) for i in range(5) for change in (shifted, *(lambda t, d=d: stretched(t, d) for d in range(3)))
+        (i, change)
+        for i in range(5)
+        for change in (shifted, *(lambda t, d=d: stretched(t, d) for d in range(3)))
     ]
     for place, change in [*changes, ("q_weight", shifted), ("k_weight", shifted)]:
         call = base.clone()
@@ -275,14 +296,16 @@ def test_every_tensor_is_asked_for_its_alignment(lanes, dtype):
         assert_within_eager(call.data[3], exact.data[3], eager.data[3])
 
 
-# ---- on a GPU: the same calls through the op ------------------------------------------------------------------------
+# ---- on a GPU: the same calls through the op ---------------------------------------------------------------
 
 
 def on_gpu(call):
     def move(t):
         return t.cuda() if isinstance(t, torch.Tensor) else t
 
-    return Call(tuple(map(move, call.data)), call.slots.cuda(), {name: move(x) for name, x in call.kwargs.items()})
+    return Call(
+        tuple(map(move, call.data)), call.slots.cuda(), {name: move(x) for name, x in call.kwargs.items()}
+    )
 
 
 @pytest.mark.gpu
@@ -296,7 +319,11 @@ def test_gpu(name, dtype):
     exact.kwargs["angles"] = make(torch.float64, **CASES[name]).kwargs["angles"]
     q_out = gpu.run(rf.rope_append).cpu()
     assert rf.last_dispatch()[:3] == ("rope_append", "cuda", False)
-    q_cpu, q_eager, q_exact = backend.run(rf.rope_append), eager.run(ref.rope_append), exact.run(ref.rope_append)
+    q_cpu, q_eager, q_exact = (
+        backend.run(rf.rope_append),
+        eager.run(ref.rope_append),
+        exact.run(ref.rope_append),
+    )
     assert_equal_bits(gpu.data[4].cpu(), backend.data[4])
     assert_within_eager(q_out, q_exact, q_eager)
     assert_within_eager(gpu.data[3].cpu(), exact.data[3], eager.data[3])

@@ -1,5 +1,5 @@
-"""Where values are rounded, to the bit: the order of operations that csrc/math promises, against exact fractions and against
-operations that round one by one."""
+"""Where values are rounded, to the bit: the order of operations that csrc/math promises, against exact
+fractions and against operations that round one by one."""
 
 import math
 from fractions import Fraction
@@ -22,9 +22,12 @@ def fraction(value):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_rotation_and_norm_round_like_separate_operations(dtype):
-    """Bit for bit what separate operations of PyTorch give: two products and their sum; the norm's scale, then the weight."""
+    """Bit for bit what separate operations of PyTorch give: two products and their sum; the norm's scale,
+    then the weight."""
     x = normal(2, 6, 3, 16).to(dtype)
-    cos, sin = torch.rand(2, 1, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    cos, sin = torch.rand(2, 1, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
     table = torch.stack((cos, sin), -1).reshape(1, 48, 2)  # one axis: a row per token and pair
     a, b = x[..., 0::2], x[..., 1::2]
     c, s = cos[:, :, None], sin[:, :, None]
@@ -35,8 +38,11 @@ def test_rotation_and_norm_round_like_separate_operations(dtype):
     x = torch.randint(-7, 8, (2, 6, 3, 16), generator=torch.Generator().manual_seed(2)).to(dtype)
     weight, eps = normal(16).to(dtype), 1e-3
     mean = (x.square().sum(-1, keepdim=True) / 16 + eps).numpy()
-    scale = torch.from_numpy(1 / np.sqrt(mean))  # NumPy's root is rounded correctly, PyTorch's is not everywhere
-    assert_equal_bits(rf.rope(x, angles=None, axes=[], weight=weight, norm="head", eps=eps), x * scale * weight)
+    # NumPy's root is rounded correctly, PyTorch's is not everywhere
+    scale = torch.from_numpy(1 / np.sqrt(mean))
+    assert_equal_bits(
+        rf.rope(x, angles=None, axes=[], weight=weight, norm="head", eps=eps), x * scale * weight
+    )
 
 
 def nearest_float32(exact):
@@ -54,25 +60,43 @@ def test_a_float32_average_is_two_fused_steps():
     cache, state = normal(1, 2, 4, 64).bfloat16(), normal(1, 1, 4, 64, seed=1).float()
     before, expected = state.flatten().tolist(), []
     for s, x in zip(before, cache[:, 1].flatten().tolist(), strict=True):
-        inner = nearest_float32(fraction(tail) * fraction(s) + fraction(nearest_float32(fraction(take) * fraction(x))))
+        inner = nearest_float32(
+            fraction(tail) * fraction(s) + fraction(nearest_float32(fraction(take) * fraction(x)))
+        )
         expected.append(nearest_float32(fraction(keep) * fraction(s) + fraction(inner)))
     rf.ema_evict(
-        cache, cache.clone(), state, None, state.clone(), schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32),
-        turns=torch.zeros(1, 2, 0, 2), alpha=alpha, frame_tokens=1, state="float32",
-    )  # fmt: skip
+        cache,
+        cache.clone(),
+        state,
+        None,
+        state.clone(),
+        schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32),
+        turns=torch.zeros(1, 2, 0, 2),
+        alpha=alpha,
+        frame_tokens=1,
+        state="float32",
+    )
     assert_equal_bits(state.flatten(), torch.from_numpy(np.array(expected)))
 
 
 def test_a_turn_is_a_fused_step_and_only_the_angle_zero_is_none():
-    """x cos - (y sin), x sin + (y cos) with the product in parentheses rounded; half a turn changes every sign."""
+    """x cos - (y sin), x sin + (y cos) with the product in parentheses rounded; half a turn changes every
+    sign."""
     k = normal(1, 1, 1, 64).float()
     for angle in (0.3, 2.0, None):
-        cosine, sine = (np.float32(math.cos(angle)), np.float32(math.sin(angle))) if angle else np.float32((-1, 0))
+        cosine, sine = (
+            (np.float32(math.cos(angle)), np.float32(math.sin(angle))) if angle else np.float32((-1, 0))
+        )
         out, pairs = k.clone(), k.view(32, 2).tolist()
         rf.ema_evict(
-            out, k.clone(), k.clone(), schedule=torch.zeros(1, 2, dtype=torch.int32), alpha=0.5, frame_tokens=1,
+            out,
+            k.clone(),
+            k.clone(),
+            schedule=torch.zeros(1, 2, dtype=torch.int32),
+            alpha=0.5,
+            frame_tokens=1,
             turns=torch.tensor([float(cosine), float(sine)]).expand(1, 1, 32, 2).contiguous(),
-        )  # fmt: skip
+        )
         c, s = fraction(cosine), fraction(sine)
         expected = []
         for x, y in pairs:
@@ -96,7 +120,8 @@ def test_a_turn_in_float64_is_fused_as_well():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_two_sets_of_keys_are_merged_in_float32_and_rounded_once(dtype):
-    """Uniform weights over two sink rows that are all `a` and three window rows that are all `b`: 0.4 a + 0.6 b within half a unit."""
+    """Uniform weights over two sink rows that are all `a` and three window rows that are all `b`: 0.4 a + 0.6
+    b within half a unit."""
     a, b = (normal(512, seed=seed).to(dtype) for seed in (0, 1))
     q = k = torch.zeros(1, 8, 2, 256, dtype=dtype)
     v = torch.ones(1, 8, 2, 256, dtype=dtype)
@@ -118,7 +143,8 @@ def test_a_difference_that_is_the_largest_number_is_finite(dtype):
 
 
 def test_gradients_of_keys_that_many_chunks_see_are_summed_in_float32():
-    """Every query but the first sees the sink row and itself with weight 1/2; a sum in bfloat16 would stay at 128."""
+    """Every query but the first sees the sink row and itself with weight 1/2; a sum in bfloat16 would stay at
+    128."""
     tokens = 513
     q, k, v = (torch.zeros(1, tokens, 1, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     ends = list(range(1, tokens + 1))
@@ -130,16 +156,34 @@ def test_gradients_of_keys_that_many_chunks_see_are_summed_in_float32():
 
 def test_bfloat16_has_one_nan():
     """Whatever NaN comes in, what rounding to bfloat16 makes of it is 0x7FFF, as on the GPU."""
-    data = torch.tensor([0x7F81, 0x7FC0, 0xFFC1, 0xFFFF] * 4, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    found = [rf.rope(data.view(1, 1, 1, 16), angles=None, axes=[], weight=torch.ones(16).bfloat16(), norm="head")]
+    data = (
+        torch.tensor([0x7F81, 0x7FC0, 0xFFC1, 0xFFFF] * 4, dtype=torch.int32)
+        .to(torch.int16)
+        .view(torch.bfloat16)
+    )
+    found = [
+        rf.rope(data.view(1, 1, 1, 16), angles=None, axes=[], weight=torch.ones(16).bfloat16(), norm="head")
+    ]
     for state in ("compensated", "published"):  # vectors of eight, and one element at a time
         for width in (16, 15):
             k, v = (data[:width].expand(1, 2, 1, width).contiguous() for _ in range(2))
-            rest = (torch.zeros_like(k[:, :1]), torch.zeros_like(k[:, :1])) if state == "compensated" else (None, None)
+            rest = (
+                (torch.zeros_like(k[:, :1]), torch.zeros_like(k[:, :1]))
+                if state == "compensated"
+                else (None, None)
+            )
             rf.ema_evict(
-                k, v, k[:, :1].clone(), *rest, schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32), alpha=0.5,
-                turns=torch.zeros(1, 2, 0, 2), frame_tokens=1, state=state, on_nonfinite="propagate",
-            )  # fmt: skip
+                k,
+                v,
+                k[:, :1].clone(),
+                *rest,
+                schedule=torch.tensor([[0, 1, 1]], dtype=torch.int32),
+                alpha=0.5,
+                turns=torch.zeros(1, 2, 0, 2),
+                frame_tokens=1,
+                state=state,
+                on_nonfinite="propagate",
+            )
             found += [k[:, :1], v[:, :1]]
     for result in found:
         assert set(result.reshape(-1).view(torch.int16).tolist()) == {0x7FFF}

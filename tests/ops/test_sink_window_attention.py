@@ -1,4 +1,5 @@
-"""sink_window_attention on CPU: against the oracle, the oracle against masked SDPA, and what the op promises to the bit."""
+"""sink_window_attention on CPU: against the oracle, the oracle against masked SDPA, and what the op promises
+to the bit."""
 
 import itertools
 import math
@@ -8,6 +9,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from torch.autograd.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import rf_kernels as rf
 from helpers.attention_case import (
     DENSE,
     HALF_LSE,
@@ -21,10 +26,6 @@ from helpers.attention_case import (
     sdpa,
     visible,
 )
-from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
-
-import rf_kernels as rf
 from rf_kernels.reference.sink_window_attention import sink_window_attention as oracle
 from rf_kernels.testing import assert_equal_bits, assert_within_eager, fingerprint, max_error
 
@@ -47,7 +48,10 @@ def test_oracle_is_masked_sdpa(case):
     q, k, _ = inputs
     out, lse = oracle(*inputs, **options, return_lse=True)
     assert max_error(out, sdpa(*inputs, **options)) < 1e-14
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)) * q.shape[-1] ** -0.5
+    logits = (
+        torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
+        * q.shape[-1] ** -0.5
+    )
     hidden = ~visible(q.shape[1], k.shape[1], **options)
     assert max_error(lse, logits.masked_fill(hidden, -INF).logsumexp(-1)) < 1e-14
 
@@ -56,7 +60,9 @@ def test_oracle_is_masked_sdpa(case):
 @pytest.mark.parametrize("case", SEEING)
 def test_values_and_gradients_within_eager(case, dtype):
     inputs, options = make_case(dtype, case)
-    grad_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    grad_out = torch.randn(
+        inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(dtype)
     exact = run_with_grads(oracle, [t.double() for t in inputs], options, grad_out)
     eager = run_with_grads(sdpa, inputs, options, grad_out)
     for ours, truth, theirs in zip(
@@ -85,7 +91,8 @@ def test_last_dispatch_names_the_backend():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_views_of_a_cache_are_read_in_place(dtype):
-    """k and v as a cache has them (a layer of one buffer), q as a fused projection has it: same bits, nothing copied but the LSE."""
+    """k and v as a cache has them (a layer of one buffer), q as a fused projection has it: same bits, nothing
+    copied but the LSE."""
     q, k, v = make(dtype, 2, 40, 50, 4, 4, 32)
     buffer = torch.full((2, 3, 50, 2, 4, 32), float("nan"), dtype=dtype)  # B, layer, T, (k, v), H, D
     buffer[:, 1, :, 0], buffer[:, 1, :, 1] = k, v
@@ -95,7 +102,11 @@ def test_views_of_a_cache_are_read_in_place(dtype):
         out = rf.sink_window_attention(fused[:, :, 1], buffer[:, 1, :, 0], buffer[:, 1, :, 1], kv_tokens=43)
     assert_equal_bits(out, rf.sink_window_attention(q, k, v, kv_tokens=43))
     assert out.is_contiguous()
-    copies = [e.input_shapes[0] for e in log.function_events if e.name in ("aten::copy_", "aten::cat", "aten::clone")]
+    copies = [
+        e.input_shapes[0]
+        for e in log.function_events
+        if e.name in ("aten::copy_", "aten::cat", "aten::clone")
+    ]
     assert all(shape == [2, 4, 40] for shape in copies), copies
 
 
@@ -104,7 +115,9 @@ def test_expanded_heads_and_batch():
     wide = [t[:1].expand(3, -1, 4, -1) for t in (k, v)]
     assert_equal_bits(
         rf.sink_window_attention(q, *wide, kv_tokens=20),
-        rf.sink_window_attention(q, *(t[:1].expand(3, -1, -1, -1).contiguous() for t in (k, v)), kv_tokens=20),
+        rf.sink_window_attention(
+            q, *(t[:1].expand(3, -1, -1, -1).contiguous() for t in (k, v)), kv_tokens=20
+        ),
     )
 
 
@@ -119,7 +132,9 @@ def test_no_key_is_the_empty_sum(dtype):
     assert bool((out == 0).all()) and bool((lse == -INF).all())
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 7, 2, 2, 8), (0, 3, 7, 2, 2, 8), (2, 0, 0, 2, 1, 8), (1, 3, 7, 0, 0, 8)])
+@pytest.mark.parametrize(
+    "shape", [(2, 0, 7, 2, 2, 8), (0, 3, 7, 2, 2, 8), (2, 0, 0, 2, 1, 8), (1, 3, 7, 0, 0, 8)]
+)
 def test_empty(shape):
     q, k, v = (t.requires_grad_() for t in make(torch.float32, *shape))
     out, lse = rf.sink_window_attention(q, k, v, kv_tokens=k.shape[1], return_lse=True)
@@ -134,10 +149,14 @@ def test_empty(shape):
 def test_exact_answers(dtype):
     """One key: its value to the bit. Identical keys: the mean of exactly representable values."""
     q, k, v = make(dtype, 2, 9, 12, 2, 2, 16)
-    assert_equal_bits(rf.sink_window_attention(q, k, v, kv_tokens=1), v[:, :1].expand(-1, 9, -1, -1).contiguous())
+    assert_equal_bits(
+        rf.sink_window_attention(q, k, v, kv_tokens=1), v[:, :1].expand(-1, 9, -1, -1).contiguous()
+    )
     same = k[:, :1].expand_as(k).contiguous()
     steps = torch.arange(8, dtype=dtype).view(1, 8, 1, 1).expand(2, 8, 2, 16).contiguous()
-    out, lse = rf.sink_window_attention(q, same, F.pad(steps, (0, 0, 0, 0, 0, 4)), kv_tokens=8, return_lse=True)
+    out, lse = rf.sink_window_attention(
+        q, same, F.pad(steps, (0, 0, 0, 0, 0, 4)), kv_tokens=8, return_lse=True
+    )
     assert bool((out == 3.5).all())
     _, one = rf.sink_window_attention(q, same, v, kv_tokens=1, return_lse=True)
     assert max_error(lse, one.double() + torch.log(torch.tensor(8.0, dtype=torch.float64))) < (
@@ -148,7 +167,8 @@ def test_exact_answers(dtype):
 @pytest.mark.parametrize("mode", ["dense", "whole"])
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_extreme_logits(size, mode):
-    """Logits of +-size: no overflow; all weight goes to the largest. Eager float32 is as exact as its logits are."""
+    """Logits of +-size: no overflow; all weight goes to the largest. Eager float32 is as exact as its logits
+    are."""
     (q, k, v), options = make_case(torch.float32, DENSE["odd"] if mode == "dense" else WHOLE["ragged"])
     q = q * size
     exact, exact_lse = oracle(q.double(), k.double(), v.double(), **options, return_lse=True)
@@ -160,15 +180,24 @@ def test_extreme_logits(size, mode):
 
 @pytest.mark.parametrize("order", ["stream", "ring"])
 def test_whole_sequence_is_streaming_with_a_static_sink(order):
-    """Chunk by chunk over a buffer of sink and ring, whose slots keep no order, gives the whole-sequence result."""
+    """Chunk by chunk over a buffer of sink and ring, whose slots keep no order, gives the whole-sequence
+    result."""
     n, frames, sink_frames, window_frames, per_chunk = 5, 12, 2, 4, 2
     q, k, v = make(torch.float64, 2, frames * n, frames * n, 4, 2, 16)
     ends = [n * f for f in range(per_chunk, frames + 1, per_chunk)]
     whole, whole_lse = rf.sink_window_attention(
-        q, k, v, chunk_ends=ends, num_sink_tokens=sink_frames * n, num_window_tokens=window_frames * n, return_lse=True
+        q,
+        k,
+        v,
+        chunk_ends=ends,
+        num_sink_tokens=sink_frames * n,
+        num_window_tokens=window_frames * n,
+        return_lse=True,
     )
     slots = sink_frames + window_frames
-    cache_k, cache_v = (torch.full((2, slots * n, 2, 16), float("nan"), dtype=torch.float64) for _ in range(2))
+    cache_k, cache_v = (
+        torch.full((2, slots * n, 2, 16), float("nan"), dtype=torch.float64) for _ in range(2)
+    )
     for end in range(per_chunk, frames + 1, per_chunk):
         for f in range(end - per_chunk, end):
             slot = f if f < sink_frames else sink_frames + (f - sink_frames) % window_frames
@@ -209,7 +238,8 @@ def test_poison_outside_sink_and_window_changes_no_later_bit(dtype):
     (q, k, v), options = make_case(dtype, WHOLE["ragged"])
     clean, clean_lse = rf.sink_window_attention(q, k, v, **options, return_lse=True)
     k, v = k.clone(), v.clone()
-    k[:, 10:19], v[:, 10:19] = float("nan"), INF  # behind the sink (9), before the window of the last three chunks
+    # behind the sink (9), before the window of the last three chunks
+    k[:, 10:19], v[:, 10:19] = float("nan"), INF
     out, lse = rf.sink_window_attention(q, k, v, **options, return_lse=True)
     assert_equal_bits(out[:, 34:], clean[:, 34:])
     assert_equal_bits(lse[:, :, 34:], clean_lse[:, :, 34:])
@@ -255,7 +285,9 @@ def test_bits_do_not_depend_on_the_neighbours(mode, dtype):
 def test_gradcheck(case):
     inputs, options = make_case(torch.float64, case)
     leaves = [t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *x: rf.sink_window_attention(*x, softmax_scale=0.7, **options), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *x: rf.sink_window_attention(*x, softmax_scale=0.7, **options), leaves
+    )
 
 
 def test_gradients_only_where_asked():
@@ -287,7 +319,8 @@ def test_a_cache_written_between_forward_and_backward_is_noticed():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_at_random_shapes_threads_and_places(dtype, threads):
-    """Odd head dims, few rows and rows that no cache line divides: each sample at each place and thread count as by itself."""
+    """Odd head dims, few rows and rows that no cache line divides: each sample at each place and thread count
+    as by itself."""
     choose = random.Random(7)
     for seed in range(12):
         heads = choose.choice([1, 1, 2, 3, 4])
@@ -302,7 +335,8 @@ def test_bits_at_random_shapes_threads_and_places(dtype, threads):
         grad_out = torch.randn_like(crowd[0])
         threads(1)
         alone = [
-            run_bits([t[b : b + 1].clone() for t in crowd], options, grad_out[b : b + 1].clone()) for b in range(3)
+            run_bits([t[b : b + 1].clone() for t in crowd], options, grad_out[b : b + 1].clone())
+            for b in range(3)
         ]
         for n in (1, 2, 4):
             threads(n)
@@ -320,7 +354,9 @@ def test_an_expanded_gradient_is_one_with_memory(tokens, dtype):
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(2, tokens, 3, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
     out = rf.sink_window_attention(*leaves, kv_tokens=tokens)
-    expanded = torch.autograd.grad(out, leaves, torch.ones((), dtype=dtype).expand(out.shape), retain_graph=True)
+    expanded = torch.autograd.grad(
+        out, leaves, torch.ones((), dtype=dtype).expand(out.shape), retain_graph=True
+    )
     for a, b in zip(expanded, torch.autograd.grad(out, leaves, torch.ones_like(out)), strict=True):
         assert_equal_bits(a, b)
 
@@ -328,10 +364,18 @@ def test_an_expanded_gradient_is_one_with_memory(tokens, dtype):
 @pytest.mark.parametrize("case", OPCHECK)
 def test_opcheck(case):
     (q, k, v), o = make_case(torch.float32, case)
-    options = (o.get("kv_tokens"), 0.3, o.get("chunk_ends"), o.get("num_sink_tokens", 0), o.get("num_window_tokens"))
+    options = (
+        o.get("kv_tokens"),
+        0.3,
+        o.get("chunk_ends"),
+        o.get("num_sink_tokens", 0),
+        o.get("num_window_tokens"),
+    )
     leaves = [t.requires_grad_() for t in (q, k, v)]
     for deterministic in ((), (True,)):  # left at its default, and given
-        torch.library.opcheck(torch.ops.rf_kernels.sink_window_attention.default, (*leaves, *options, *deterministic))
+        torch.library.opcheck(
+            torch.ops.rf_kernels.sink_window_attention.default, (*leaves, *options, *deterministic)
+        )
     out, lse = rf.sink_window_attention(q, k, v, softmax_scale=0.3, **o, return_lse=True)
     saved = [t.detach() for t in (torch.ones_like(out), q, k, v, out, lse)]
     torch.library.opcheck(torch.ops.rf_kernels.sink_window_attention_backward.default, (*saved, *options))
@@ -349,7 +393,9 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_does_not_recompile_per_length(backend):
     q, k, v = make(torch.float32, 1, 12, 40, 2, 2, 16)
-    compiled, counter = compile_counted(lambda q, k, v, n: rf.sink_window_attention(q, k, v, kv_tokens=n) * 2, backend)
+    compiled, counter = compile_counted(
+        lambda q, k, v, n: rf.sink_window_attention(q, k, v, kv_tokens=n) * 2, backend
+    )
     for n in (3, 7, 12, 25, 33, 40):
         assert_equal_bits(compiled(q, k, v, n), rf.sink_window_attention(q, k, v, kv_tokens=n) * 2)
     assert counter.frame_count <= 2  # once with the length as a constant, once with it as a symbol
@@ -424,17 +470,19 @@ def test_wrong_calls_are_refused(name):
     argument, tensors, options = BAD[name]
     before = fingerprint(*tensors)
     with pytest.raises(
-        rf.ArgumentError, match=rf"^rf_kernels\.sink_window_attention: argument `{argument}`: expected .+, found .+"
+        rf.ArgumentError,
+        match=rf"^rf_kernels\.sink_window_attention: argument `{argument}`: expected .+, found .+",
     ):
         rf.sink_window_attention(*tensors, **options)
     assert fingerprint(*tensors) == before
 
 
-# ---- queries for which every logit is -inf -----------------------------------------------------------------------------------------
+# ---- queries for which every logit is -inf -----------------------------------------------------------------
 
 
 def unseeing(dtype, how):
-    """q, k, v [1, 24, 2, 8] and what of the keys is seen: query 9 sees nothing in keys 0..7 (`first`), or in no key (`all`)."""
+    """q, k, v [1, 24, 2, 8] and what of the keys is seen: query 9 sees nothing in keys 0..7 (`first`), or in
+    no key (`all`)."""
     q, k, v = make(dtype, 1, 24, 24, 2, 2, 8)
     hidden = slice(0, 8) if how.startswith("first") else slice(None)
     if how.endswith("keys"):
@@ -453,7 +501,8 @@ def unseeing(dtype, how):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["first keys", "first product"])
 def test_an_interval_without_weight_changes_nothing(how, dtype):
-    """The sink of queries 16..23 has no weight: what they see is their window alone, to the last bit of the merge."""
+    """The sink of queries 16..23 has no weight: what they see is their window alone, to the last bit of the
+    merge."""
     q, k, v = unseeing(dtype, how)
     q[:, 16:] = q[:, 9:10]
     q, k, v = (t.requires_grad_() for t in (q, k, v))
@@ -466,7 +515,9 @@ def test_an_interval_without_weight_changes_nothing(how, dtype):
     (grad,) = torch.autograd.grad(out[:, 16:].sum(), v)
     assert bool(grad.isfinite().all()) and not bool(grad[:, :8].any()) and bool(grad[:, 16:].any())
     with torch.no_grad():
-        exact = oracle(q.double(), k.double(), v.double(), chunk_ends=[16, 24], num_sink_tokens=8, num_window_tokens=8)
+        exact = oracle(
+            q.double(), k.double(), v.double(), chunk_ends=[16, 24], num_sink_tokens=8, num_window_tokens=8
+        )
     if dtype != torch.float64:  # there the same products overflow, which have no weight in float64 either
         torch.testing.assert_close(out[:, 16:].double(), exact[:, 16:], rtol=2e-2, atol=2e-2)
 
@@ -477,7 +528,9 @@ def test_an_interval_without_weight_changes_nothing(how, dtype):
 def test_a_query_without_any_weight_is_the_empty_sum(mode, how, dtype):
     q, k, v = unseeing(dtype, how)
     seen = (
-        dict(kv_tokens=24) if mode == "dense" else dict(chunk_ends=[8, 16, 24], num_sink_tokens=2, num_window_tokens=5)
+        dict(kv_tokens=24)
+        if mode == "dense"
+        else dict(chunk_ends=[8, 16, 24], num_sink_tokens=2, num_window_tokens=5)
     )
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     for function in (rf.sink_window_attention, oracle):
@@ -491,7 +544,8 @@ def test_a_query_without_any_weight_is_the_empty_sum(mode, how, dtype):
 
 
 def test_lse_zero_is_no_empty_sum():
-    """One key whose logit and value are 0: out = 0 and lse = 0, as PyTorch's kernel says of an empty softmax."""
+    """One key whose logit and value are 0: out = 0 and lse = 0, as PyTorch's kernel says of an empty
+    softmax."""
     q, k, v = (torch.zeros(1, 3, 2, 8) for _ in range(3))
     out, lse = rf.sink_window_attention(q, k, v, kv_tokens=1, return_lse=True)
     assert not bool(out.any()) and bool((lse == 0).all())
@@ -513,12 +567,13 @@ def test_the_lse_of_half_precision_is_as_good_as_promised(dtype):
         assert abs(float(lse) - math.log(1 + 32 * math.exp(-s))) <= HALF_LSE
 
 
-# ---- FLOPs -------------------------------------------------------------------------------------------------------------------------
+# ---- FLOPs -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in {**DENSE, **WHOLE}.items()])
 def test_the_flop_counter_counts_attention(case):
-    """What it counts for PyTorch's own attention over the pairs that are seen: two products forward, five backward."""
+    """What it counts for PyTorch's own attention over the pairs that are seen: two products forward, five
+    backward."""
     (q, k, v), options = make_case(torch.float32, case)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     with FlopCounterMode(display=False) as counter:

@@ -1,15 +1,16 @@
 """The CUDA side of sink_window_attention without a GPU: its C++ runs on tensors that say they live on CUDA.
 
-The library's code is the real one (dispatch key CUDA, op.cpp, portable.cpp, portable_cuda.cpp, the calls through the stable
-dispatcher); PyTorch's CUDA kernels are stood in for by float64 mathematics under the demands that those kernels make.
+The library's code is the real one (dispatch key CUDA, op.cpp, portable.cpp, portable_cuda.cpp, the calls
+through the stable dispatcher); PyTorch's CUDA kernels are stood in for by float64 mathematics under the
+demands that those kernels make.
 """
 
 import pytest
 import torch
-from helpers.attention_case import DENSE, INF, SINGLE_UNIT, WHOLE, make, make_case, run_with_grads, sdpa
 from torch.utils._pytree import tree_map
 
 import rf_kernels as rf
+from helpers.attention_case import DENSE, INF, SINGLE_UNIT, WHOLE, make, make_case, run_with_grads, sdpa
 from rf_kernels.reference.sink_window_attention import sink_window_attention as oracle
 from rf_kernels.testing import assert_within_eager
 
@@ -48,7 +49,9 @@ def check_flash(q, k, v):
     assert all(t.stride(3) == 1 and t.shape[2] > 0 for t in (q, k, v))
 
 
-def flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None, **unused):
+def flash(
+    q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None, **unused
+):
     """This one takes [B, S, H, D]."""
     check_flash(*(t.transpose(1, 2) for t in (q, k, v)))
     assert cum_q is None and cum_k is None and (max_q, max_k) == (q.shape[1], k.shape[1])
@@ -103,16 +106,21 @@ KERNELS = {
 
 
 class OnCuda(torch.Tensor):
-    """A CPU tensor that says it lives on CUDA: ops of this library run their CUDA implementation, others run on the CPU inside."""
+    """A CPU tensor that says it lives on CUDA: ops of this library run their CUDA implementation, others run
+    on the CPU inside."""
 
     calls = []
 
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
             device="cuda",
-        )  # fmt: skip
+        )
 
     def __init__(self, inner):
         self.inner = inner
@@ -139,9 +147,18 @@ def backward(grad_out, q, k, v, out, lse, options):
     """The backward op as autograd calls it (its engine refuses CUDA tensors where there is no CUDA)."""
     o = {"kv_tokens": None, "chunk_ends": None, "num_sink_tokens": 0, "num_window_tokens": None, **options}
     return torch.ops.rf_kernels.sink_window_attention_backward(
-        grad_out, q, k, v, out, lse, o["kv_tokens"], q.shape[-1] ** -0.5,
-        o["chunk_ends"], o["num_sink_tokens"], o["num_window_tokens"],
-    )  # fmt: skip
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        o["kv_tokens"],
+        q.shape[-1] ** -0.5,
+        o["chunk_ends"],
+        o["num_sink_tokens"],
+        o["num_window_tokens"],
+    )
 
 
 CASES = [
@@ -185,7 +202,9 @@ def test_no_key_is_the_empty_sum():
     q, k, v = on_cuda(*make(torch.bfloat16, 2, 5, 7, 2, 2, 8))
     out, lse = rf.sink_window_attention(q, k, v, kv_tokens=0, return_lse=True)
     assert bool((out.inner == 0).all()) and bool((lse.inner == -float("inf")).all())
-    grads = backward(OnCuda(torch.ones(2, 5, 2, 8, dtype=torch.bfloat16)), q, k, v, out, lse, {"kv_tokens": 0})
+    grads = backward(
+        OnCuda(torch.ones(2, 5, 2, 8, dtype=torch.bfloat16)), q, k, v, out, lse, {"kv_tokens": 0}
+    )
     assert all(bool((g.inner == 0).all()) for g in grads)
     assert not set(KERNELS) & set(OnCuda.calls)
 
@@ -193,9 +212,12 @@ def test_no_key_is_the_empty_sum():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["dense", "whole"])
 def test_a_query_without_any_weight_is_the_empty_sum(mode, dtype):
-    """Each kernel says it in its own way: flash out = 0 and lse = +inf, efficient NaN and -inf. A NaN stays one."""
+    """Each kernel says it in its own way: flash out = 0 and lse = +inf, efficient NaN and -inf. A NaN stays
+    one."""
     seen = (
-        dict(kv_tokens=24) if mode == "dense" else dict(chunk_ends=[8, 16, 24], num_sink_tokens=2, num_window_tokens=5)
+        dict(kv_tokens=24)
+        if mode == "dense"
+        else dict(chunk_ends=[8, 16, 24], num_sink_tokens=2, num_window_tokens=5)
     )
     inputs = make(dtype, 1, 24, 24, 2, 2, 8)
     inputs[0].zero_()
@@ -239,7 +261,8 @@ def test_strict_refuses_the_fallback(monkeypatch):
 
 
 def test_the_fallback_says_why_hopper_was_not_taken():
-    """Half precision without a Hopper device: PyTorch's kernels, and a reason that names the device, the build or its runtime."""
+    """Half precision without a Hopper device: PyTorch's kernels, and a reason that names the device, the
+    build or its runtime."""
     rf.sink_window_attention(*on_cuda(*make(torch.bfloat16, 1, 4, 6, 2, 2, 128)), kv_tokens=6)
     dispatch = rf.last_dispatch()
     assert dispatch.backend == "torch_flash" and dispatch.fallback

@@ -1,8 +1,10 @@
-"""Builds and installations, each tried for real: `make check-install`. It takes minutes, so pytest does not run it.
+"""Builds and installations, each tried for real: `make check-install`.
 
-python tests/packaging/check.py install                 the ways of building and installing (needs dist/*.whl of `make wheel`)
-python tests/packaging/check.py reproducible            a second build of the commit gives the wheel's bytes, without a network
-python tests/packaging/check.py python3.12:2.11.0 ...   the tests on the one extension under other Pythons and PyTorches
+    python tests/packaging/check.py install             the ways of building and installing
+    python tests/packaging/check.py reproducible        a second build of the commit gives the wheel's bytes
+    python tests/packaging/check.py python3.12:2.11.0   the tests under another Python and PyTorch
+
+The first two need the wheel of `make wheel` in dist. They take minutes, so pytest does not run them.
 """
 
 import argparse
@@ -18,20 +20,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Path(__file__).with_name("smoke.py")
-# What the binary may expect from its process: torch's C shims, Python's limited API, and the C and C++ runtimes.
+# What the binary may expect from its process: torch's C shims, Python's limited API, and the C and C++
+# runtimes.
 NEEDED = set(
-    "libtorch.so libtorch_cpu.so libstdc++.so.6 libgcc_s.so.1 libc.so.6 libm.so.6 libdl.so.2 librt.so.1 libpthread.so.0 "
-    "ld-linux-x86-64.so.2 ld-linux-aarch64.so.1".split()
+    "libtorch.so libtorch_cpu.so libstdc++.so.6 libgcc_s.so.1 libc.so.6 libm.so.6 libdl.so.2 librt.so.1"
+    " libpthread.so.0 ld-linux-x86-64.so.2 ld-linux-aarch64.so.1".split()
 )
 SYMBOLS = ("torch_", "aoti_torch_", "PyModule_Create2", "_ITM_", "__gmon_start__", "__cxa_finalize")
 VERSIONED = ("@GLIBC", "@GLIBCXX", "@CXXABI", "@GCC")
 # What the tests need beside PyTorch; the chip model builds with what it finds.
 TEST_PACKAGES = (
-    "numpy safetensors pytest tqdm matplotlib imageio pillow nvtx pybind11 cmake ninja sphinx ruff==0.17.5 tomli"
+    "numpy safetensors pytest tqdm matplotlib imageio pillow nvtx pybind11 cmake ninja sphinx ruff==0.17.5"
+    " tomli"
 )
 # The environment of the second build: what must not show in the wheel.
 OTHER = {"TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONHASHSEED": "1"}
-# What shows that a namespace has no network: its one interface is the loopback, and nothing outside can be reached.
+# What shows that a namespace has no network: its one interface is the loopback, and nothing outside can be
+# reached.
 NO_NETWORK = """
 import socket
 names = [name for _, name in socket.if_nameindex()]
@@ -53,7 +58,9 @@ def run(*command, check=True, **options):
     """What a command prints; the end of this program where it fails."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     if check and done.returncode != 0:
-        sys.exit(f"check: {' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+        sys.exit(
+            f"check: {' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout}{done.stderr}"
+        )
     return done.stdout if check else done
 
 
@@ -64,7 +71,9 @@ def environment_without(*names):
 def without_nvcc():
     """The environment with every folder that holds an nvcc taken off PATH."""
     folders = [p for p in os.environ["PATH"].split(os.pathsep) if p and not Path(p, "nvcc").exists()]
-    clean = environment_without("CUDACXX", "CUDA_HOME", "CUDA_PATH", "RF_CUDA", "RF_COMMIT", "SOURCE_DATE_EPOCH")
+    clean = environment_without(
+        "CUDACXX", "CUDA_HOME", "CUDA_PATH", "RF_CUDA", "RF_COMMIT", "SOURCE_DATE_EPOCH"
+    )
     return clean | {"PATH": os.pathsep.join(folders)}
 
 
@@ -80,7 +89,7 @@ def the_wheel():
     return wheels[0]
 
 
-# ---- the ways of building and installing ----------------------------------------------------------------------------
+# ---- the ways of building and installing -------------------------------------------------------------------
 
 
 def check_refusal(scratch):
@@ -97,7 +106,9 @@ def check_environment(python, scratch, expect_cuda):
     shutil.copy(SMOKE, scratch)
     there = {"cwd": scratch, "env": environment_without("PYTHONPATH")}
     print(run(python, "-m", "rf_kernels.doctor", **there))
-    ask = "import json, rf_kernels; print(json.dumps({'file': rf_kernels.__file__} | rf_kernels.build_info()))"
+    ask = (
+        "import json, rf_kernels; print(json.dumps({'file': rf_kernels.__file__} | rf_kernels.build_info()))"
+    )
     info = json.loads(run(python, "-c", ask, **there))
     assert str(ROOT) not in info["file"], info
     assert (info["nvcc"] != "none") == expect_cuda, info
@@ -112,12 +123,16 @@ def check_binary(path):
     undefined = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", path).splitlines()]
     strange = [s for s in undefined if not s.startswith(SYMBOLS) and not any(v in s for v in VERSIONED)]
     assert not strange, f"undefined symbols outside the allow-list: {strange}"
-    say(f"{path.name}: {len(undefined)} undefined symbols, all of the allow-list; needs {', '.join(sorted(needed))}")
+    say(
+        f"{path.name}: {len(undefined)} undefined symbols, all of the allow-list; needs"
+        f" {', '.join(sorted(needed))}"
+    )
 
 
 def install(scratch, torch):
-    """RF_CUDA=ON without nvcc is refused. The source archive builds without nvcc, in isolation, in a fresh environment. The wheel holds
-    the two packages alone, and works there too; its binary needs nothing outside of the allow-list."""
+    """RF_CUDA=ON without nvcc is refused. The source archive builds without nvcc, in isolation, in a fresh
+    environment. The wheel holds the two packages alone, and works there too; its binary needs nothing outside
+    of the allow-list."""
     check_refusal(scratch)
     run(sys.executable, "-m", "venv", scratch / "venv")
     python = scratch / "venv" / "bin" / "python"
@@ -139,13 +154,20 @@ def install(scratch, torch):
         members.extract("rf_kernels/_C.abi3.so", scratch)
     assert {n for n in inside if not n.endswith(".dist-info")} == {"rf_kernels", "reward_forcing"}, inside
     check_binary(scratch / "rf_kernels" / "_C.abi3.so")
-    audit = [Path(sys.executable).parent / "abi3audit", "--strict", "--summary", "--assume-minimum-abi3", "3.10", wheel]
+    audit = [
+        Path(sys.executable).parent / "abi3audit",
+        "--strict",
+        "--summary",
+        "--assume-minimum-abi3",
+        "3.10",
+        wheel,
+    ]
     done = run(*audit, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     say("abi3audit: " + " ".join((done.stdout + done.stderr).split()[1:]))
 
 
-# ---- one commit, one wheel ------------------------------------------------------------------------------------------
+# ---- one commit, one wheel ---------------------------------------------------------------------------------
 
 
 def sections(data: bytes, folder: Path) -> dict[str, bytes]:
@@ -153,8 +175,12 @@ def sections(data: bytes, folder: Path) -> dict[str, bytes]:
     (folder / "elf").write_bytes(data)
     row = re.compile(r"\[ *\d+\] (\.\S*) +(\S+) +[0-9a-f]+ ([0-9a-f]+) ([0-9a-f]+) ")
     listing = run("readelf", "-SW", folder / "elf", env=os.environ | {"LC_ALL": "C"})
-    places = {name: (kind, int(offset, 16), int(size, 16)) for name, kind, offset, size in row.findall(listing)}
-    return {name: data[at : at + size] if kind != "NOBITS" else b"" for name, (kind, at, size) in places.items()}
+    places = {
+        name: (kind, int(offset, 16), int(size, 16)) for name, kind, offset, size in row.findall(listing)
+    }
+    return {
+        name: data[at : at + size] if kind != "NOBITS" else b"" for name, (kind, at, size) in places.items()
+    }
 
 
 def first_difference(a: bytes, b: bytes) -> str:
@@ -170,7 +196,9 @@ def differences(first: Path, second: Path) -> list[str]:
     found = []
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(first) as a, zipfile.ZipFile(second) as b:
         if a.namelist() != b.namelist():
-            found.append(f"names or their order: {sorted(set(a.namelist()) ^ set(b.namelist())) or a.namelist()}")
+            found.append(
+                f"names or their order: {sorted(set(a.namelist()) ^ set(b.namelist())) or a.namelist()}"
+            )
         for name in sorted(set(a.namelist()) & set(b.namelist())):
             for field in ("date_time", "external_attr", "compress_type", "create_system", "extra"):
                 x, y = (getattr(archive.getinfo(name), field) for archive in (a, b))
@@ -191,7 +219,12 @@ def folders_inside(wheel: Path, folders) -> list[str]:
     """Which of these folders are named somewhere in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
-    return [f"{name}: {folder}" for name, data in content.items() for folder in folders if os.fsencode(folder) in data]
+    return [
+        f"{name}: {folder}"
+        for name, data in content.items()
+        for folder in folders
+        if os.fsencode(folder) in data
+    ]
 
 
 def offline_command() -> list[str]:
@@ -206,14 +239,19 @@ def offline_command() -> list[str]:
 
 
 def reproducible(scratch, with_network):
-    """The commit is built again in a fresh clone in another folder, with another umask, time zone, locale, home, temporary folder and
-    hash seed, in a namespace that has no network. It must be the first wheel, byte for byte, and name no folder of the builds. Without a
-    network too, it is then installed and imported, the doctor runs and a stream is computed."""
+    """The commit is built again in a fresh clone in another folder, with another umask, time zone, locale,
+    home, temporary folder and hash seed, in a namespace that has no network. It must be the first wheel, byte
+    for byte, and name no folder of the builds. Without a network too, it is then installed and imported, the
+    doctor runs and a stream is computed."""
     if run("git", "-C", ROOT, "status", "--porcelain", "-uno"):
-        sys.exit("check: files are changed; commit them first: a wheel of a changed tree cannot be built again")
+        sys.exit(
+            "check: files are changed; commit them first: a wheel of a changed tree cannot be built again"
+        )
     offline = [] if with_network else offline_command()
     environment = (
-        environment_without("PYTHONPATH") | OTHER | {"TMPDIR": str(scratch / "tmp"), "HOME": str(scratch / "home")}
+        environment_without("PYTHONPATH")
+        | OTHER
+        | {"TMPDIR": str(scratch / "tmp"), "HOME": str(scratch / "home")}
     )
     for name in ("tmp", "home"):
         (scratch / name).mkdir()
@@ -234,23 +272,38 @@ def reproducible(scratch, with_network):
     say(f"{second.name}: two builds, {second.stat().st_size} equal bytes, no folder of theirs inside")
 
     site = scratch / "site"
-    run(*offline, sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", site, second)
+    run(
+        *offline,
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        site,
+        second,
+    )
     shutil.copy(SMOKE, scratch)
     there = {"cwd": scratch, "env": environment | {"PYTHONPATH": str(site)}}
-    for command in (["-c", "import reward_forcing.cli"], ["-m", "rf_kernels.doctor"], ["smoke.py"]):
+    for command in (["-c", "import reward_forcing.run"], ["-m", "rf_kernels.doctor"], ["smoke.py"]):
         text = run(*offline, sys.executable, *command, **there)
     assert "12 chunks streamed" in text, text
     where = run(sys.executable, "-c", "import rf_kernels; print(rf_kernels.__file__)", **there)
     assert where.startswith(str(site)), where
-    say("installed, imported, the doctor and a stream run" + (": without a network, as the build" if offline else ""))
+    say(
+        "installed, imported, the doctor and a stream run"
+        + (": without a network, as the build" if offline else "")
+    )
 
 
-# ---- one extension, many Pythons and PyTorches ----------------------------------------------------------------------
+# ---- one extension, many Pythons and PyTorches -------------------------------------------------------------
 
 
 def versions(pairs, select):
-    """Each pair gets an environment of its own in build/versions, and there the tests run on the one rf_kernels/_C.abi3.so that
-    `make ext` built. Prints one line a pair: versions, and what pytest counted."""
+    """Each pair gets an environment of its own in build/versions, and there the tests run on the one
+    rf_kernels/_C.abi3.so that `make ext` built. Prints one line a pair: versions, and what pytest counted."""
     lines, failed = [], False
     for interpreter, torch in pairs:
         folder = ROOT / "build" / "versions" / f"{Path(interpreter).name}-torch-{torch}"
@@ -286,15 +339,27 @@ def versions(pairs, select):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="+", help="install, reproducible, or pairs INTERPRETER:TORCH")
-    parser.add_argument("--torch", default="torch==2.13.0", help="install: the PyTorch of the fresh environment")
-    parser.add_argument("--with-network", action="store_true", help="reproducible: where namespaces are not allowed")
-    parser.add_argument("--select", default="not heavy", help="versions: pytest's -m (default: the everyday run)")
+    parser.add_argument(
+        "--torch", default="torch==2.13.0", help="install: the PyTorch of the fresh environment"
+    )
+    parser.add_argument(
+        "--with-network", action="store_true", help="reproducible: where namespaces are not allowed"
+    )
+    parser.add_argument(
+        "--select", default="not heavy", help="versions: pytest's -m (default: the everyday run)"
+    )
     arguments = parser.parse_args()
     pairs = [tuple(what.rsplit(":", 1)) for what in arguments.what if ":" in what]
-    if wrong := [what for what in arguments.what if ":" not in what and what not in ("install", "reproducible")]:
-        parser.error(f"{wrong[0]!r}: expected install, reproducible or INTERPRETER:TORCH, e.g. python3.12:2.11.0")
+    if wrong := [
+        what for what in arguments.what if ":" not in what and what not in ("install", "reproducible")
+    ]:
+        parser.error(
+            f"{wrong[0]!r}: expected install, reproducible or INTERPRETER:TORCH, e.g. python3.12:2.11.0"
+        )
     for name, check, option in (
         ("install", install, arguments.torch),
         ("reproducible", reproducible, arguments.with_network),

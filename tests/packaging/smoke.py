@@ -1,4 +1,5 @@
-"""What an installed wheel must do: stream twelve chunks through a cache and agree with attention over keys kept outside it."""
+"""What an installed wheel must do: stream twelve chunks through a cache and agree with attention over keys
+kept outside it."""
 
 import torch
 
@@ -10,9 +11,17 @@ def main():
     heads, head_dim, grid, frames, window = 2, 32, (2, 3), 2, 4
     rope = rf.RoPE3D.wan(head_dim)
     spec = rf.CacheSpec(
-        layers=1, batch=1, heads=heads, head_dim=head_dim, grid=grid, sink_frames=0, window_frames=window,
-        rope=rope, dtype=torch.float64, device="cpu",
-    )  # fmt: skip
+        layers=1,
+        batch=1,
+        heads=heads,
+        head_dim=head_dim,
+        grid=grid,
+        sink_frames=0,
+        window_frames=window,
+        rope=rope,
+        dtype=torch.float64,
+        device="cpu",
+    )
     cache = rf.SinkWindowCache(spec, sink=rf.NoSink())
     tokens = frames * spec.frame_tokens
     keys, values, worst = [], [], 0.0
@@ -31,7 +40,9 @@ def main():
         )
         worst = max(worst, float((out - expected.transpose(1, 2)).abs().max()))
     assert worst < 1e-12, worst
-    print(f"smoke: 12 chunks streamed, largest difference {worst:.1e}, served by {rf.last_dispatch().backend}")
+    print(
+        f"smoke: 12 chunks streamed, largest difference {worst:.1e}, served by {rf.last_dispatch().backend}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What goes into a wheel, that two wheels are compared for real, and that the library asks nothing of a network. The builds themselves
-are tried by tests/packaging/check.py (`make check-install`)."""
+"""What goes into a wheel, that two wheels are compared for real, and that the library asks nothing of a
+network. The builds themselves are tried by tests/packaging/check.py (`make check-install`)."""
 
 import ast
 import re
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = (Path(rf_kernels.__file__).parent / "_C.abi3.so").read_bytes()
 
 
-def wheel(path, library=LIBRARY, order=("a.py", "_C.abi3.so"), date_time=(2026, 9, 21, 14, 13, 20), mode=0o644):
+def wheel(
+    path, library=LIBRARY, order=("a.py", "_C.abi3.so"), date_time=(2026, 9, 21, 14, 13, 20), mode=0o644
+):
     content = {"a.py": b"x = 1\n", "_C.abi3.so": library}
     with zipfile.ZipFile(path, "w") as archive:
         for name in order:
@@ -60,13 +62,15 @@ def test_a_folder_inside_a_wheel_is_named(tmp_path):
 LISTEN = """
 import sys
 events = []
-sys.addaudithook(lambda event, args: events.append(event) if event.split(".")[0] in ("socket", "urllib", "http") else None)
+network = ("socket", "urllib", "http")
+sys.addaudithook(lambda event, args: events.append(event) if event.split(".")[0] in network else None)
 {body}
 print(f"{{len(events)}} events: {{events[:5]}}")
 """
 USE = """
 import runpy
-import rf_kernels, rf_kernels.doctor, reward_forcing, reward_forcing.cli
+import rf_kernels, rf_kernels.doctor, reward_forcing
+import reward_forcing.cli, reward_forcing.run, reward_forcing.losses
 assert rf_kernels.doctor.main(["--json"]) == 0
 runpy.run_path("tests/packaging/smoke.py", run_name="__main__")
 """
@@ -88,7 +92,8 @@ def test_a_socket_would_be_seen():
 
 
 def test_the_binary_cannot_resolve_a_name(tmp_path):
-    """Sockets it has where the CUDA runtime is linked in, which talks to tools on the same machine; other machines it cannot find."""
+    """Sockets it has where the CUDA runtime is linked in, which talks to tools on the same machine; other
+    machines it cannot find."""
     (tmp_path / "library").write_bytes(LIBRARY)
     listing = subprocess.run(["nm", "-D", tmp_path / "library"], capture_output=True, text=True, check=True)
     symbols = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
@@ -103,4 +108,6 @@ def test_a_wheel_holds_the_two_packages_alone():
     packages = {name for folder in where for name in setuptools.find_packages(ROOT / folder, include=include)}
     assert {name.split(".")[0] for name in packages} == {"rf_kernels", "reward_forcing"}
     assert {"rf_kernels.ops", "rf_kernels.reference", "reward_forcing.pipeline"} <= packages
-    assert not [name for name in packages if {"bench", "gpu_suite", "published", "tests"} & set(name.split("."))]
+    assert not [
+        name for name in packages if {"bench", "gpu_suite", "published", "tests"} & set(name.split("."))
+    ]

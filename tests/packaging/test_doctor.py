@@ -1,4 +1,5 @@
-"""python -m rf_kernels.doctor: a sound installation is reported sound, and a broken one is explained, not hidden."""
+"""python -m rf_kernels.doctor: a sound installation is reported sound, and a broken one is explained, not
+hidden."""
 
 import json
 import os
@@ -19,7 +20,11 @@ PACKAGE = Path(rf_kernels.__file__).parent
 def run_doctor(folder, *arguments):
     env = os.environ | {"PYTHONPATH": str(folder)}
     return subprocess.run(
-        [sys.executable, "-m", "rf_kernels.doctor", *arguments], capture_output=True, text=True, cwd=folder, env=env
+        [sys.executable, "-m", "rf_kernels.doctor", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=env,
     )
 
 
@@ -35,7 +40,12 @@ def test_a_sound_installation():
     assert report["ok"] and report["extension"]["commit"] and report["versions"]["torch"]
     assert {row["op"] for row in report["self_test"]} == set(doctor.OPS)
     assert all(row["ok"] and row["backend"] and row["error"] > 0 for row in report["self_test"])
-    assert [row["device"] for row in report["devices"]][0] == "cpu" and all(row["why"] for row in report["devices"])
+    assert (
+        report["triton"]["asked for"] == os.environ.get("RF_BACKEND", "auto") and report["triton"]["serves"]
+    )
+    assert [row["device"] for row in report["devices"]][0] == "cpu" and all(
+        row["why"] for row in report["devices"]
+    )
     text = run_doctor(PACKAGE.parent)
     assert text.returncode == 0 and "nothing is broken" in text.stdout
 
@@ -53,9 +63,12 @@ def test_an_extension_that_does_not_load_is_explained(tmp_path):
     assert done.returncode == 1 and "did not load" in done.stdout, done.stdout + done.stderr
     # Anything but the doctor fails at import, with the reason.
     plain = subprocess.run(
-        [sys.executable, "-c", "import rf_kernels"], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", "import rf_kernels"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert plain.returncode != 0 and "did not load" in plain.stderr and "rf_kernels.doctor" in plain.stderr
 
 
@@ -68,7 +81,8 @@ def test_a_wrong_result_is_broken(monkeypatch):
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available(), reason="stands in for a device that torch sees and the build's runtime does not"
+    torch.cuda.is_available(),
+    reason="stands in for a device that torch sees and the build's runtime does not",
 )
 def test_a_device_that_the_builds_cuda_runtime_cannot_use_is_explained(monkeypatch):
     """The runtime is the build's own: beside a driver older than it, torch runs and the kernels do not."""
@@ -88,7 +102,9 @@ def test_a_device_that_the_builds_cuda_runtime_cannot_use_is_explained(monkeypat
         assert f"CUDA runtime of this build ({built['cuda_runtime']}) does not run here" in row["why"]
         assert "driver" in row["why"]
     monkeypatch.setattr(
-        _backend, "ops", type("Ops", (), {"cuda_problem": lambda self: "", "build_info": _backend.ops.build_info})()
+        _backend,
+        "ops",
+        type("Ops", (), {"cuda_problem": lambda self: "", "build_info": _backend.ops.build_info})(),
     )
     if "90a" in built["cuda_archs"].split():
         assert doctor.devices()[1]["served"]

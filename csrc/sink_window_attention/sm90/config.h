@@ -17,6 +17,9 @@ struct FwdConfig {
   int tile_n;               // keys per tile
   int stages;               // K tiles and V tiles in shared memory
   int producer_registers, consumer_registers;
+  // Of every 8 blocks of 8 keys, the exponentials of so many are computed on the FMA units instead of the
+  // special function unit (bfloat16 alone: float16 would show the difference).
+  int polynomial_blocks;
 
   constexpr int tile_m() const { return 64 * consumer_warpgroups; }
   constexpr int threads() const { return 128 * (1 + consumer_warpgroups); }
@@ -28,10 +31,11 @@ struct FwdConfig {
 
 // 128 x 176: S 88, P 44 and O 64 registers leave 36 of 232; two stages of K and V fill 208 KiB. 14,040 keys
 // are 79.8 tiles. 192 keys fit too and waste more of 14,040; 160 and 128 cost more instructions per key.
-inline constexpr FwdConfig kFwdConfigHeadDim128{128, 2, 176, 2, 40, 232};
+inline constexpr FwdConfig kFwdConfigHeadDim128{128, 2, 176, 2, 40, 232, 0};
 // Half the matrix work per key at the same number of exponentials: three consumer warpgroups cover the
-// exponentials of each other where two do not.
-inline constexpr FwdConfig kFwdConfigHeadDim64{64, 3, 128, 2, 32, 160};
+// exponentials of each other where two do not. The special function unit is as busy as the tensor cores:
+// polynomial_blocks is for that, and stays 0 until a GPU has measured it.
+inline constexpr FwdConfig kFwdConfigHeadDim64{64, 3, 128, 2, 32, 160, 0};
 
 constexpr const FwdConfig* fwd_config_sm90(int head_dim) {
   if (head_dim == 128) return &kFwdConfigHeadDim128;

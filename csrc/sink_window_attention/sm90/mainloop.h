@@ -172,7 +172,11 @@ struct MainloopFwdSm90 {
   static RF_DEVICE void weigh(float (&s)[kScores], SoftmaxRow (&row)[2], const Softmax& softmax,
                               float scale) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = softmax_weight(s[i], scale, softmax.base[(i >> 1) & 1]);
+    for (int i = 0; i < kScores; ++i) {
+      const float base = softmax.base[(i >> 1) & 1];
+      s[i] = i / 4 % 8 < Traits::kPolynomialBlocks ? softmax_weight_polynomial(s[i], scale, base)
+                                                   : softmax_weight(s[i], scale, base);
+    }
     float sum[2][2] = {{row[0].sum + s[0], s[1]}, {row[1].sum + s[2], s[3]}};
 #pragma unroll
     for (int i = 4; i < kScores; ++i) sum[(i >> 1) & 1][i & 1] += s[i];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/arch/platform.h"
 #include "csrc/math/tile_schedule.h"
@@ -20,6 +21,7 @@ struct FwdTraitsSm90 {
   static constexpr int kWarpgroups = kConfig.consumer_warpgroups, kThreads = kConfig.threads();
   static constexpr int kProducerRegisters = kConfig.producer_registers;
   static constexpr int kConsumerRegisters = kConfig.consumer_registers;
+  static constexpr int kPolynomialBlocks = std::is_same_v<Element, bf16> ? kConfig.polynomial_blocks : 0;
   static constexpr int kPartialFloats = kConfig.partial_floats();
 
   static constexpr int kStages = 2;  // stage and phase of a tile are bits of its number
@@ -42,6 +44,7 @@ struct FwdTraitsSm90 {
   };
 
   static_assert(kConfig.stages == kStages);
+  static_assert(kPolynomialBlocks >= 0 && kPolynomialBlocks <= 8);
   static_assert(kTileN % 16 == 0 && kHeadDim % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3);
   static_assert(kQBytes % arch::kSwizzleAtomBytes == 0 && kKvBytes % arch::kSwizzleAtomBytes == 0);
   static_assert(sizeof(Smem) <= arch::kMaxSharedBytes);

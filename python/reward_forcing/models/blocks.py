@@ -1,7 +1,8 @@
 """Parts that the causal and the bidirectional transformer share. Parameter names are the published ones.
 
-Tokens of a latent are ordered frame-major, then row, then column. Modulation vectors come per *group* of consecutive
-tokens ``[B, G, dim]``: a group is a frame in the causal model and the whole sequence in the bidirectional one.
+Tokens of a latent are ordered frame-major, then row, then column. Modulation vectors come per *group* of
+consecutive tokens ``[B, G, dim]``: a group is a frame in the causal model and the whole sequence in the
+bidirectional one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x (1 + scale) + shift`` with vectors ``[B, G, dim]`` over the tokens ``[B, N, dim]`` of their groups."""
+    """``x (1 + scale) + shift`` with vectors ``[B, G, dim]`` over the tokens ``[B, N, dim]`` of their
+    groups."""
     return (by_group(x, shift.shape[1]) * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
 
 
@@ -45,7 +47,8 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
 
 
 class Projections(nn.Module):
-    """q, k, v and output projections of an attention, and the RMSNorm of q and k over the whole model width."""
+    """q, k, v and output projections of an attention, and the RMSNorm of q and k over the whole model
+    width."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -67,10 +70,12 @@ class Projections(nn.Module):
 
 
 class CausalSelfAttention(Projections):
-    """Self-attention of one chunk over sink, window and itself, through one layer of a ``SinkWindowCache``."""
+    """Self-attention of one chunk over sink, window and itself, through one layer of a
+    ``SinkWindowCache``."""
 
     def forward(self, x: Tensor, layer: int, chunk: rf.Chunk) -> Tensor:
-        """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into the cache's ``layer``."""
+        """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into the cache's
+        ``layer``."""
         q, k, v = self.raw_qkv(x)
         y = chunk.attend(layer, q, k, v, q_norm=self.norm_q, k_norm=self.norm_k, norm="model", eps=self.eps)
         return self.o(y.flatten(2))
@@ -79,14 +84,18 @@ class CausalSelfAttention(Projections):
 class BidirectionalSelfAttention(Projections):
     """Self-attention over a whole sequence."""
 
-    def _rotate(self, x: Tensor, tokens: int, norm: nn.Module, angles: Tensor, axes: list[int], layout: str) -> Tensor:
+    def _rotate(
+        self, x: Tensor, tokens: int, norm: nn.Module, angles: Tensor, axes: list[int], layout: str
+    ) -> Tensor:
         weight = getattr(norm, "weight", None)
-        y = rf.rope(x[:, :tokens], angles=angles, axes=axes, layout=layout, weight=weight, norm="model", eps=self.eps)
+        y = rf.rope(
+            x[:, :tokens], angles=angles, axes=axes, layout=layout, weight=weight, norm="model", eps=self.eps
+        )
         return y if tokens == x.shape[1] else torch.cat((y, x[:, tokens:]), dim=1)
 
     def forward(self, x: Tensor, tokens: int, angles: Tensor, axes: list[int], layout: str) -> Tensor:
-        """x ``[B, N, dim]`` -> the same. Tokens from ``tokens`` on are padding: no query sees them, and they have no
-        position.
+        """x ``[B, N, dim]`` -> the same. Tokens from ``tokens`` on are padding: no query sees them, and they
+        have no position.
         """
         q, k, v = self.raw_qkv(x)
         q = self._rotate(q, tokens, self.norm_q, angles, axes, layout)
@@ -109,7 +118,8 @@ class CrossAttention(Projections):
 
 
 class WanBlock(nn.Module):
-    """One block: self-attention, cross-attention, feed-forward; the first and the last are modulated by time (adaLN)."""
+    """One block: self-attention, cross-attention, feed-forward; the first and the last are modulated by time
+    (adaLN)."""
 
     def __init__(self, config: ModelConfig, self_attention: type[Projections]):
         super().__init__()
@@ -119,19 +129,22 @@ class WanBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(config)
         self.norm2 = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: TextKeys, *attention) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: TextKeys | Tensor, *attention) -> Tensor:
         """x ``[B, N, dim]`` -> the same.
 
         Args:
             time: projected time embedding ``[B, G, 6, dim]``.
-            text: ``CrossAttention.keys`` of this block.
+            text: ``CrossAttention.keys`` of this block, or the embedded text that they are made of.
             attention: what this block's self-attention takes beside x.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.unsqueeze(1) + time).unbind(2)
         x = x + gated(self.self_attn(modulate(self.norm1(x), shift1, scale1), *attention), gate1)
+        text = self.cross_attn.keys(text) if isinstance(text, Tensor) else text
         x = x + self.cross_attn(self.norm3(x), text)
         return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
@@ -147,15 +160,16 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x ``[B, N, dim]``, time embedding (before its projection) ``[B, G, dim]`` -> ``[B, N, rows * columns *
-        out_dim]``.
+        """x ``[B, N, dim]``, time embedding (before its projection) ``[B, G, dim]`` -> ``[B, N, rows *
+        columns * out_dim]``.
         """
         shift, scale = (self.modulation.unsqueeze(1) + time.unsqueeze(2)).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
 
 
 class WanTransformer(nn.Module):
-    """What both Wan transformers are around their self-attention: patching, time and text embeddings, blocks, head."""
+    """What both Wan transformers are around their self-attention: patching, time and text embeddings, blocks,
+    head."""
 
     #: The blocks' self-attention.
     self_attention: type[Projections]
@@ -164,8 +178,12 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.patch_embedding = nn.Conv3d(
+            config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config, self.self_attention) for _ in range(config.num_layers))
@@ -182,14 +200,21 @@ class WanTransformer(nn.Module):
     def text_keys(self, context: Tensor) -> list[TextKeys]:
         """Cross-attention keys and values of every block for text features ``[B, n <= text_len, text_dim]``.
 
-        Features are zero-padded to ``text_len`` before they are embedded. Compute once per text, pass to every forward.
+        Features are zero-padded to ``text_len`` before they are embedded. Compute once per text, pass to
+        every forward.
         """
+        text = self._embed_text(context)
+        return [block.cross_attn.keys(text) for block in self.blocks]
+
+    def _embed_text(self, context: Tensor) -> Tensor:
+        """Text features ``[B, n, text_dim]`` -> ``[B, text_len, dim]``."""
         config = self.config
-        fits = context.dim() == 3 and context.shape[1] <= config.text_len and context.shape[2] == config.text_dim
+        fits = (
+            context.dim() == 3 and context.shape[1] <= config.text_len and context.shape[2] == config.text_dim
+        )
         expected = f"[B, at most {config.text_len}, {config.text_dim}]"
         self._expect(fits, "context", expected, tuple(context.shape))
-        text = self.text_embedding(F.pad(context, (0, 0, 0, config.text_len - context.shape[1])))
-        return [block.cross_attn.keys(text) for block in self.blocks]
+        return self.text_embedding(F.pad(context, (0, 0, 0, config.text_len - context.shape[1])))
 
     def _expect(self, condition: bool, argument: str, expected: str, found: object) -> None:
         expect(condition, type(self).__name__, argument, expected, found)
@@ -209,11 +234,14 @@ class WanTransformer(nn.Module):
         embedding = self.time_embedding(sinusoidal_embedding(t, self.config.freq_dim).to(self.dtype))
         return embedding, self.time_projection(embedding).unflatten(-1, (6, self.config.dim))
 
-    def _run(self, tokens: Tensor, t: Tensor, text: list[TextKeys], attention: Callable[[int], tuple]) -> Tensor:
-        """Blocks and head over embedded tokens ``[B, N, dim]``; ``attention(layer)``: what its self-attention takes
-        beside x.
+    def _run(
+        self, tokens: Tensor, t: Tensor, text: list[TextKeys] | Tensor, attention: Callable[[int], tuple]
+    ) -> Tensor:
+        """Blocks and head over embedded tokens ``[B, N, dim]``; ``attention(layer)``: what its self-attention
+        takes beside x.
         """
         embedding, projected = self._embed_time(t)
+        text = [self._embed_text(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         for layer, block in enumerate(self.blocks):
             tokens = block(tokens, projected, text[layer], *attention(layer))
         return self.head(tokens, embedding)
@@ -223,8 +251,11 @@ class WanTransformer(nn.Module):
         return self.patch_embedding(x).flatten(2).transpose(1, 2)
 
     def _unpatchify(self, y: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Head output ``[B, F * h * w, rows * columns * C]`` (channel fastest) -> latent ``[B, C, F, H, W]``."""
+        """Head output ``[B, F * h * w, rows * columns * C]`` (channel fastest) -> latent ``[B, C, F, H,
+        W]``."""
         _, rows, columns = self.config.patch_size
         frames, h, w = grid
         y = y.reshape(y.shape[0], frames, h, w, rows, columns, self.config.out_dim)
-        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(y.shape[0], self.config.out_dim, frames, h * rows, w * columns)
+        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(
+            y.shape[0], self.config.out_dim, frames, h * rows, w * columns
+        )

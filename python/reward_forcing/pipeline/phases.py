@@ -17,8 +17,8 @@ class Phase:
     """One finished phase of a chunk.
 
     Attributes:
-        name: "prefix" (a given chunk goes into the cache), "denoise" (forward, and x0 of it), "renoise" (to the next
-            noise level), or "context" (the finished chunk goes into the cache).
+        name: "prefix" (a given chunk goes into the cache), "denoise" (forward, and x0 of it), "renoise" (to
+            the next noise level), or "context" (the finished chunk goes into the cache).
         chunk: index of the chunk. step: denoising step, 0 elsewhere.
         seconds: wall clock, device work included.
     """
@@ -30,7 +30,8 @@ class Phase:
 
 
 class PhaseClock:
-    """Marks phases, and reports them to ``on_phase`` if there is one: only then is the device synchronised."""
+    """Marks phases, and reports them to ``on_phase`` if there is one: only then is the device
+    synchronised."""
 
     def __init__(self, on_phase: Callable[[Phase], None] | None, device: torch.device):
         self._on_phase, self._device = on_phase, device

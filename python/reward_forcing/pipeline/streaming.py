@@ -1,5 +1,5 @@
-"""Few-step streaming generation: noise goes in chunk by chunk, latents come out, memory stays as it was after the
-first chunk.
+"""Few-step streaming generation: noise goes in chunk by chunk, latents come out, memory stays as it was after
+the first chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ NoiseSource = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Chunk:
-    """One generated chunk: number ``index``, latents ``[B, F, C, H, W]`` of the frames from ``first_frame`` on."""
+    """One generated chunk: number ``index``, latents ``[B, F, C, H, W]`` of the frames from ``first_frame``
+    on."""
 
     index: int
     first_frame: int
@@ -52,12 +53,13 @@ def _open_chunk(cache: rf.SinkWindowCache, frames: int) -> rf.Chunk:
 class StreamingPipeline:
     """Generates a stream with a causal model in a few denoising steps a chunk.
 
-    Every chunk: for each timestep t of the list, ``flow = model(z, t)``, ``x0 = z - sigma(t) flow``, and, but for the
-    last step, ``z = (1 - sigma(t')) x0 + sigma(t') eps`` at the next timestep t'. Then one more forward, on the
-    finished x0, without noise, at timestep ``context_noise``: it leaves the clean keys and values in the cache.
+    Every chunk: for each timestep t of the list, ``flow = model(z, t)``, ``x0 = z - sigma(t) flow``, and, but
+    for the last step, ``z = (1 - sigma(t')) x0 + sigma(t') eps`` at the next timestep t'. Then one more
+    forward, on the finished x0, without noise, at timestep ``context_noise``: it leaves the clean keys and
+    values in the cache.
 
         pipeline = StreamingPipeline(model, StreamConfig(...))
-        for chunk in pipeline.stream(noise_chunks, context):     # noise_chunks: any iterable, also an endless one
+        for chunk in pipeline.stream(noise_chunks, context):  # noise_chunks: any iterable, also endless
             show(chunk.latents)
 
     Args:
@@ -66,7 +68,9 @@ class StreamingPipeline:
         scheduler: defaults to the flow-matching schedule of ``config.shift``.
     """
 
-    def __init__(self, model: CausalWanModel, config: StreamConfig, scheduler: FlowMatchScheduler | None = None):
+    def __init__(
+        self, model: CausalWanModel, config: StreamConfig, scheduler: FlowMatchScheduler | None = None
+    ):
         self.model, self.config = model, config
         self.scheduler = (scheduler or FlowMatchScheduler(config.shift)).to(model.device)
         steps = list(config.denoising_step_list)
@@ -74,14 +78,15 @@ class StreamingPipeline:
         self.timesteps = self.scheduler.warp(steps) if config.warp else [float(t) for t in steps]
 
     def new_cache(self, batch: int, height: int, width: int, **options) -> rf.SinkWindowCache:
-        """An empty cache for streams of latents ``[batch, frames, C, height, width]``, as ``config`` says; ``options`` as for
-        ``CausalWanModel.cache_spec``."""
+        """An empty cache for streams of latents ``[batch, frames, C, height, width]``, as ``config`` says;
+        ``options`` as for ``CausalWanModel.cache_spec``."""
         frames = {"sink_frames": self.config.sink_frames, "window_frames": self.config.window_frames}
         spec = self.model.cache_spec(height, width, batch=batch, **frames, **options)
         return rf.SinkWindowCache(spec, sink=self.config.policy())
 
     def split(self, clip: Tensor, *, starts_stream: bool = True) -> list[Tensor]:
-        """The chunks of a whole clip ``[B, F, C, H, W]``. ``starts_stream``: its first frame is the stream's first."""
+        """The chunks of a whole clip ``[B, F, C, H, W]``. ``starts_stream``: its first frame is the stream's
+        first."""
         independent = self.config.independent_first_frame and starts_stream
         lengths = chunk_lengths(clip.shape[1], self.config.chunk_frames, independent_first_frame=independent)
         return list(clip.split(lengths, dim=1))
@@ -100,20 +105,21 @@ class StreamingPipeline:
         """Yield the chunks of a stream as they are finished.
 
         Args:
-            noise_chunks: initial noise of each chunk ``[B, F, C, H, W]``, F of any length that fits the window; read
-                one at a time.
+            noise_chunks: initial noise of each chunk ``[B, F, C, H, W]``, F of any length that fits the
+                window; read one at a time.
             context: text features ``[B, n, text_dim]``.
-            initial_latent: clean frames ``[B, F0, C, H, W]`` that the stream continues; written into the cache at
-                timestep 0, not yielded.
-            cache: a cache of ``new_cache`` to stream into: an empty one, or one that holds a stream to be continued.
-                Mutated.
-            noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per renoising, in
-                order.
-            on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every phase.
+            initial_latent: clean frames ``[B, F0, C, H, W]`` that the stream continues; written into the
+                cache at timestep 0, not yielded.
+            cache: a cache of ``new_cache`` to stream into: an empty one, or one that holds a stream to be
+                continued. Mutated.
+            noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per
+                renoising, in order.
+            on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every
+                phase.
 
-        An exception in the middle of a chunk (also of ``noise_source``) leaves a cache with ``undo_frames`` as it was
-        before that chunk, ready to go on; so does a commit that finds frames that are not finite. Without ``undo_frames`` the cache
-        has a closed stream and must be ``reset``.
+        An exception in the middle of a chunk (also of ``noise_source``) leaves a cache with ``undo_frames``
+        as it was before that chunk, ready to go on; so does a commit that finds frames that are not finite.
+        Without ``undo_frames`` the cache has a closed stream and must be ``reset``.
         """
         clock = PhaseClock(on_phase, self.model.device)
         text = self.model.text_keys(context)
@@ -123,7 +129,7 @@ class StreamingPipeline:
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
                 with _open_chunk(cache, given.shape[1]) as open_chunk, clock("prefix", index):
-                    self._forward(given, 0.0, text, open_chunk)
+                    self.flow(given, 0.0, text, open_chunk)
                 index += 1
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
@@ -133,8 +139,11 @@ class StreamingPipeline:
             yield Chunk(index, first_frame, latents)
             index += 1
 
-    def rollout(self, noise: Tensor, context: Tensor, *, initial_latent: Tensor | None = None, **options) -> Tensor:
-        """Stream a whole clip: noise ``[B, F, C, H, W]`` -> latents ``[B, F0 + F, C, H, W]``, given frames first."""
+    def rollout(
+        self, noise: Tensor, context: Tensor, *, initial_latent: Tensor | None = None, **options
+    ) -> Tensor:
+        """Stream a whole clip: noise ``[B, F, C, H, W]`` -> latents ``[B, F0 + F, C, H, W]``, given frames
+        first."""
         chunks = self.split(noise, starts_stream=initial_latent is None)
         generated = self.stream(chunks, context, initial_latent=initial_latent, **options)
         parts = [] if initial_latent is None else [initial_latent]
@@ -145,10 +154,12 @@ class StreamingPipeline:
         if cache is None:
             return self.new_cache(latent.shape[0], *latent.shape[3:])
         same = latent.shape[0] == cache.spec.batch
-        expect(same, "StreamingPipeline", "noise", f"the cache's batch of {cache.spec.batch}", latent.shape[0])
+        expect(
+            same, "StreamingPipeline", "noise", f"the cache's batch of {cache.spec.batch}", latent.shape[0]
+        )
         return cache
 
-    def _forward(self, latent: Tensor, t: float, text, open_chunk: rf.Chunk) -> Tensor:
+    def flow(self, latent: Tensor, t: float, text, open_chunk: rf.Chunk) -> Tensor:
         """Flow of a chunk ``[B, F, C, H, W]`` at one timestep for all of its frames."""
         timesteps = torch.full((latent.shape[0], 1), t, device=latent.device)
         return self.model(latent.transpose(1, 2), timesteps, text, open_chunk).transpose(1, 2)
@@ -160,12 +171,12 @@ class StreamingPipeline:
         scheduler, batch = self.scheduler, z.shape[0]
         for step, t in enumerate(self.timesteps):
             with clock("denoise", index, step):
-                flow = self._forward(z, t, text, open_chunk)
+                flow = self.flow(z, t, text, open_chunk)
                 x0 = scheduler.x0_from_flow(flow, z, torch.full((batch,), t, device=z.device))
             if step + 1 < len(self.timesteps):
                 with clock("renoise", index, step):
                     following = torch.full((batch,), self.timesteps[step + 1], device=z.device)
                     z = scheduler.add_noise(x0, noise_source(x0), following)
         with clock("context", index):
-            self._forward(x0, float(self.config.context_noise), text, open_chunk)
+            self.flow(x0, float(self.config.context_noise), text, open_chunk)
         return x0

@@ -12,8 +12,8 @@ from .._check import expect
 
 
 class Reward(Protocol):
-    """Callable on decoded frames ``[B, F, 3, H, W]`` in [-1, 1] and B prompts; one score per sample, ``[B]``, higher is
-    better. Any class with this ``__call__`` serves."""
+    """Callable on decoded frames ``[B, F, 3, H, W]`` in [-1, 1] and B prompts; one score per sample, ``[B]``,
+    higher is better. Any class with this ``__call__`` serves."""
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
@@ -22,7 +22,8 @@ class Reward(Protocol):
 def scores(reward: Reward, frames: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's scores, float32 ``[B]`` on the device of ``frames``.
 
-    A score that is not finite is returned as it is: the trainer decides for all ranks at once what to do about it.
+    A score that is not finite is returned as it is: the trainer decides for all ranks at once what to do
+        about it.
 
     Raises:
         rf_kernels.ArgumentError: a wrong number of prompts, or of scores.

@@ -13,14 +13,15 @@ from .._check import expect
 class OpticalFlowDynamics:
     """Speed of what moves, in pixels per frame.
 
-    Flow magnitude alone is a reward that can be cheated: noise and flicker have large flow that points elsewhere in
-    every frame. What really moves goes on moving. So a pixel counts with the part of its flow that persists,
+    Flow magnitude alone is a reward that can be cheated: noise and flicker have large flow that points
+    elsewhere in every frame. What really moves goes on moving. So a pixel counts with the part of its flow
+    that persists,
 
         m(p, i)^2 = max(0, <f_i(p), f_{i+1}(p + f_i(p))>)        f_i: flow from frame i to i + 1
 
-    whose expectation is 0 for flow of independent directions, and |f|^2 for steady motion. The inner product is
-    averaged over the fastest ``share`` of the pixels before the root is taken, so that noise cancels instead of
-    adding up. The score is the mean over the frames.
+    whose expectation is 0 for flow of independent directions, and |f|^2 for steady motion. The inner product
+    is averaged over the fastest ``share`` of the pixels before the root is taken, so that noise cancels
+    instead of adding up. The score is the mean over the frames.
 
     Args:
         share: the fastest part of the pixels that is averaged (the object, not the background).
@@ -34,7 +35,9 @@ class OpticalFlowDynamics:
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         expect(frames.shape[1] >= 3, "OpticalFlowDynamics", "frames", "at least 3 frames", frames.shape[1])
-        images = ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).byte().cpu().permute(0, 1, 3, 4, 2).numpy()
+        images = (
+            ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).byte().cpu().permute(0, 1, 3, 4, 2).numpy()
+        )
         return torch.tensor([self._clip(clip) for clip in images], dtype=torch.float32)
 
     def _clip(self, clip) -> float:

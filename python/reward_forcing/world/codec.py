@@ -14,11 +14,13 @@ from .._check import expect
 from .scene import draw_prompts, render
 
 PATCH = 4
-CHANNELS = 12
+CHANNELS = 8
 
 
 class PatchCodec(torch.nn.Module):
-    """``encode``: video ``[B, F, 3, H, W]`` -> latents ``[B, F, 12, H / 4, W / 4]``; ``decode``: the way back."""
+    """``encode``: video ``[B, F, 3, H, W]`` -> latents ``[B, F, 8, H / 4, W / 4]``; ``decode``: the way
+    back.
+    """
 
     def __init__(self, channels: int = CHANNELS):
         super().__init__()
@@ -55,7 +57,9 @@ class PatchCodec(torch.nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         fits = video.dim() == 5 and video.shape[2] == 3 and not any(n % PATCH for n in video.shape[3:])
-        expect(fits, "PatchCodec.encode", "video", f"[B, F, 3, H, W], H, W % {PATCH} == 0", tuple(video.shape))
+        expect(
+            fits, "PatchCodec.encode", "video", f"[B, F, 3, H, W], H, W % {PATCH} == 0", tuple(video.shape)
+        )
         latents = ((self._patches(video) - self.mean) @ self.basis.T) / self.scale
         return latents.movedim(-1, 2)
 

@@ -57,8 +57,8 @@ def measure(video: Tensor) -> Reading:
 
 
 def _count(inside: Tensor, at_least: int = 6) -> Tensor:
-    """Connected regions (4-neighbours, torus) of each image ``[..., H, W]`` with so many pixels: every pixel takes the
-    largest label of its region until nothing changes."""
+    """Connected regions (4-neighbours, torus) of each image ``[..., H, W]`` with so many pixels: every pixel
+    takes the largest label of its region until nothing changes."""
     height, width = inside.shape[-2:]
     pixels = height * width
     label = torch.arange(1, pixels + 1, device=inside.device).reshape(height, width) * inside
@@ -76,7 +76,9 @@ def _count(inside: Tensor, at_least: int = 6) -> Tensor:
 
 
 def colour_right(reading: Reading, prompts: list[Prompt]) -> Tensor:
-    """Whether the named colour is the nearest of all colours, ``[B, F]`` in {0, 1}; 0 where there is no object."""
+    """Whether the named colour is the nearest of all colours, ``[B, F]`` in {0, 1}; 0 where there is no
+    object.
+    """
     colours = torch.tensor(list(COLOURS.values()), device=reading.colour.device)
     # Direction alone: a darker or an over-saturated red is red.
     unit = torch.nn.functional.normalize(reading.colour, dim=-1)
@@ -86,7 +88,9 @@ def colour_right(reading: Reading, prompts: list[Prompt]) -> Tensor:
 
 
 def similarity_to_first(video: Tensor) -> Tensor:
-    """Correlation of each frame's pixels with the first frame's, ``[B, F]``: 1 where a stream copies or freezes."""
+    """Correlation of each frame's pixels with the first frame's, ``[B, F]``: 1 where a stream copies or
+    freezes.
+    """
     flat = video.flatten(2)
     flat = flat - flat.mean(dim=-1, keepdim=True)
     return torch.nn.functional.cosine_similarity(flat, flat[:, :1], dim=-1)

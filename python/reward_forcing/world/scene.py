@@ -1,11 +1,12 @@
 """The embedded world: procedural video on a torus, small enough to train on two CPU cores.
 
 One textured shape stands or drifts, turning as it goes, over a soft grey pattern that drifts on its own. A
-prompt names the shape's colour and form, and may name its speed; where it does not, the speed is drawn over the
-whole range (so a reward has something to choose). Everything wraps around: a position is never special, as it
-never is for rotary embeddings.
+prompt names the shape's colour and form, and may name its speed; where it does not, the speed is drawn over
+the whole range (so a reward has something to choose). Everything wraps around: a position is never special,
+as it never is for rotary embeddings.
 
-The object is saturated and the background is grey, so that every read-out of ``measure`` needs the pixels alone.
+The object is saturated and the background is grey, so that every read-out of ``measure`` needs the pixels
+alone.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def render(
     """Clips of the prompts, and where their objects are.
 
     Returns:
-        video ``[B, F, 3, size, size]`` in [-1, 1], float32; centres ``[B, F, 2]`` (x, y) in pixels, not wrapped, so
-        that differences are the true motion.
+        video ``[B, F, 3, size, size]`` in [-1, 1], float32; centres ``[B, F, 2]`` (x, y) in pixels, not
+        wrapped, so that differences are the true motion.
     """
     batch = len(prompts)
 
@@ -122,7 +123,9 @@ def render(
     pick = torch.tensor([FORMS.index(p.form) for p in prompts])
     distance = torch.stack([distance[form] for form in FORMS])[pick, torch.arange(batch)]
     mask = (0.5 - distance / _EDGE).clamp(0, 1)
-    texture = 1 - 0.25 * (0.5 + 0.5 * torch.sin(u * (2 * math.pi / RADIUS)))  # stripes that turn with the object
+    texture = 1 - 0.25 * (
+        0.5 + 0.5 * torch.sin(u * (2 * math.pi / RADIUS))
+    )  # stripes that turn with the object
 
     colour = torch.tensor([COLOURS[p.colour] for p in prompts])[:, None, :, None, None]
     body = colour * texture[:, :, None]

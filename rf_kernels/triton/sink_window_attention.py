@@ -1,0 +1,524 @@
+"""``sink_window_attention``: softmax attention over one or two intervals of keys, with online softmax; and
+its gradients.
+
+A launch serves the queries of one chunk, which all see the same keys: [0, sink_end) and [window_begin,
+window_end). The dense prefix is one chunk with one interval; a whole sequence is a launch a chunk. Every sum
+has one order: a query tile walks its keys, a key tile (in the backward) the queries that see it, and chunks
+that see a key add to its gradient launch after launch. No atomics.
+
+    p = exp(scale q k - lse),   dv = p^T do,   ds = p (do v - delta),   dq = scale ds k,   dk = scale ds^T q,
+    delta = sum(out do)
+
+Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import INTERPRET, lanes, launch, next_power, round_to, target
+
+
+class Config(NamedTuple):
+    """Tile sizes of a kernel."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def config(head_dim: int, dtype: torch.dtype, backward: bool) -> Config:
+    """Fixed by what a tile takes of registers and shared memory, not by trial: the same bits on every
+    machine.
+
+    Half precision, D <= 128: 128 x 64 tiles are 64 accumulators for each thread of 8 warps, and two stages of
+    keys and values take 64 KiB, which the 99 KiB of sm_120 and the 64 KiB of gfx942 hold. The backward has
+    two accumulators and four operands: half of it. Wider heads take a quarter; float32 needs three operands
+    where half precision has one, and takes less again. No kernel spills in half precision up to D = 128
+    (tests/ops/test_triton_compiled.py)."""
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        if backward:
+            return Config(16, 16, 8, 1) if wide else Config(32, 16, 8, 1)
+        return Config(16, 16, 4, 1) if wide else Config(32, 32, 8, 1)
+    if backward:
+        return Config(32, 32, 8, 1) if wide else Config(64, 64, 8, 1)
+    return Config(64, 32, 8, 1) if wide else Config(128, 64, 8, 2)
+
+
+class Chunk(NamedTuple):
+    """Queries [begin, end) that see the keys [0, sink_end) and [window_begin, window_end)."""
+
+    begin: int
+    end: int
+    sink_end: int
+    window_begin: int
+    window_end: int
+
+
+def chunks_of(queries, kv_tokens, tokens, chunk_ends, num_sink_tokens, num_window_tokens) -> list[Chunk]:
+    if chunk_ends is None:
+        return [Chunk(0, queries, tokens if kv_tokens is None else kv_tokens, 0, 0)]
+    chunks, begin = [], 0
+    for end in chunk_ends:
+        sink_end = min(num_sink_tokens, end)
+        window = end if num_window_tokens is None else num_window_tokens
+        chunks.append(Chunk(begin, end, sink_end, max(sink_end, end - window), end))
+        begin = end
+    return chunks
+
+
+def _precision() -> str:
+    """How float32 is multiplied. The matrix units of NVIDIA's GPUs round it to 11 bits; three such products
+    have 22. Where they have no such mode, and on AMD, the product is float32's own."""
+    return "tf32x3" if target() and target().backend == "cuda" and target().arch >= 80 else "ieee"
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRET:  # the interpreter multiplies the bit patterns of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _rows(base, at, stride, end, DIM: tl.constexpr, DIMS: tl.constexpr):
+    """Rows ``at`` of a [rows, DIM] matrix; zero from row ``end`` on, which is not read."""
+    dim = tl.arange(0, DIMS)
+    mask = (at < end)[:, None] & (dim < DIM)[None, :]
+    return tl.load(base + at.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, at, stride, end, value, DIM: tl.constexpr, DIMS: tl.constexpr):
+    dim = tl.arange(0, DIMS)
+    mask = (at < end)[:, None] & (dim < DIM)[None, :]
+    tl.store(
+        base + at.to(tl.int64)[:, None] * stride + dim[None, :],
+        round_to(value, base.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def _attend(
+    q,
+    acc,
+    total,
+    largest,
+    k,
+    k_t,
+    v,
+    v_t,
+    begin,
+    end,
+    scale,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the keys [begin, end) to the softmax of a query tile."""
+    for first in range(begin, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        logits = (
+            _dot(
+                q,
+                tl.trans(_rows(k, at, k_t, end, DIM, DIMS)),
+                tl.zeros((q.shape[0], KEYS), tl.float32),
+                PRECISION,
+            )
+            * scale
+        )
+        logits = tl.where((at < end)[None, :], logits, float("-inf"))
+        new = tl.maximum(largest, tl.max(logits, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp(logits - safe[:, None])
+        decay = tl.exp(largest - safe)
+        total = total * decay + tl.sum(p, 1)
+        acc = _dot(
+            round_to(p, v.dtype.element_ty),
+            _rows(v, at, v_t, end, DIM, DIMS),
+            acc * decay[:, None],
+            PRECISION,
+        )
+        largest = new
+    return acc, total, largest
+
+
+@triton.jit
+def _forward(
+    q,
+    q_b,
+    q_t,
+    q_h,
+    k,
+    k_b,
+    k_t,
+    k_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    lse,
+    queries,
+    begin,
+    end,
+    sink_end,
+    window_begin,
+    window_end,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
+    tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
+    acc = tl.zeros((QUERIES, DIMS), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    largest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    acc, total, largest = _attend(
+        tile, acc, total, largest, k_at, k_t, v_at, v_t, 0, sink_end, scale, DIM, DIMS, KEYS, PRECISION
+    )
+    acc, total, largest = _attend(
+        tile,
+        acc,
+        total,
+        largest,
+        k_at,
+        k_t,
+        v_at,
+        v_t,
+        window_begin,
+        window_end,
+        scale,
+        DIM,
+        DIMS,
+        KEYS,
+        PRECISION,
+    )
+    none = total == 0.0  # no key at all: out is 0, lse is -inf
+    total = tl.where(none, 1.0, total)
+    acc = acc / total[:, None]
+    _store_rows(out + b * out_b + h * out_h, row, out_t, end, acc, DIM, DIMS)
+    value = tl.where(none, float("-inf"), largest + tl.log(total))
+    tl.store(lse + (b * HEADS + h) * queries + row, value, mask=row < end)
+
+
+@triton.jit
+def _grad_q_of(
+    q,
+    do,
+    row_lse,
+    delta,
+    grad,
+    k,
+    k_t,
+    v,
+    v_t,
+    begin,
+    end,
+    scale,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for first in range(begin, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        keys = _rows(k, at, k_t, end, DIM, DIMS)
+        values = _rows(v, at, v_t, end, DIM, DIMS)
+        zero = tl.zeros((q.shape[0], KEYS), tl.float32)
+        p = tl.exp(_dot(q, tl.trans(keys), zero, PRECISION) * scale - row_lse[:, None])
+        ds = tl.where(
+            (at < end)[None, :], p * (_dot(do, tl.trans(values), zero, PRECISION) - delta[:, None]), 0.0
+        )
+        grad = _dot(round_to(ds, k.dtype.element_ty), keys, grad, PRECISION)
+    return grad
+
+
+@triton.jit
+def _backward_q(
+    q,
+    q_b,
+    q_t,
+    q_h,
+    k,
+    k_b,
+    k_t,
+    k_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    do,
+    do_b,
+    do_t,
+    do_h,
+    grad,
+    grad_b,
+    grad_t,
+    grad_h,
+    lse,
+    deltas,
+    queries,
+    begin,
+    end,
+    sink_end,
+    window_begin,
+    window_end,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
+    tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
+    do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
+    out_tile = _rows(out + b * out_b + h * out_h, row, out_t, end, DIM, DIMS)
+    delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    at = (b * HEADS + h) * queries + row
+    tl.store(deltas + at, delta, mask=row < end)
+    row_lse = tl.load(lse + at, mask=row < end, other=0.0)
+    sums = tl.zeros((QUERIES, DIMS), tl.float32)
+    sums = _grad_q_of(
+        tile,
+        do_tile,
+        row_lse,
+        delta,
+        sums,
+        k_at,
+        k_t,
+        v_at,
+        v_t,
+        0,
+        sink_end,
+        scale,
+        DIM,
+        DIMS,
+        KEYS,
+        PRECISION,
+    )
+    sums = _grad_q_of(
+        tile,
+        do_tile,
+        row_lse,
+        delta,
+        sums,
+        k_at,
+        k_t,
+        v_at,
+        v_t,
+        window_begin,
+        window_end,
+        scale,
+        DIM,
+        DIMS,
+        KEYS,
+        PRECISION,
+    )
+    _store_rows(grad + b * grad_b + h * grad_h, row, grad_t, end, sums * scale, DIM, DIMS)
+
+
+@triton.jit
+def _backward_kv(
+    q,
+    q_b,
+    q_t,
+    q_h,
+    k,
+    k_b,
+    k_t,
+    k_h,
+    v,
+    v_b,
+    v_t,
+    v_h,
+    do,
+    do_b,
+    do_t,
+    do_h,
+    grad_k,
+    grad_v,
+    grad_b,
+    grad_t,
+    grad_h,
+    lse,
+    deltas,
+    queries,
+    begin,
+    end,
+    sink_end,
+    window_begin,
+    window_end,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """A tile of keys: of the sink, or, behind its tiles, of the window. ADD: chunks before this one have left
+    their part."""
+    sink_tiles = tl.cdiv(sink_end, KEYS)
+    tile, kv_heads = tl.program_id(0), HEADS // GROUP
+    in_window = tile >= sink_tiles
+    at = tl.where(in_window, window_begin + (tile - sink_tiles) * KEYS, tile * KEYS) + tl.arange(0, KEYS)
+    last = tl.where(in_window, window_end, sink_end)
+    b, kv = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    keys = _rows(k + b * k_b + kv * k_h, at, k_t, last, DIM, DIMS)
+    values = _rows(v + b * v_b + kv * v_h, at, v_t, last, DIM, DIMS)
+    gk, gv = grad_k + b * grad_b + kv * grad_h, grad_v + b * grad_b + kv * grad_h
+    sum_k, sum_v = tl.zeros((KEYS, DIMS), tl.float32), tl.zeros((KEYS, DIMS), tl.float32)
+    for h in range(kv * GROUP, kv * GROUP + GROUP):
+        for first in range(begin, end, QUERIES):
+            row = first + tl.arange(0, QUERIES)
+            mask = row < end
+            queries_tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
+            do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
+            row_lse = tl.load(lse + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
+            delta = tl.load(deltas + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
+            zero = tl.zeros((KEYS, QUERIES), tl.float32)
+            # Transposed, [keys, queries]. Rows beyond the chunk are zero in q and do: p = 1 there, and adds
+            # nothing.
+            p = tl.exp(_dot(keys, tl.trans(queries_tile), zero, PRECISION) * scale - row_lse[None, :])
+            sum_v = _dot(round_to(p, do.dtype.element_ty), do_tile, sum_v, PRECISION)
+            ds = p * (_dot(values, tl.trans(do_tile), zero, PRECISION) - delta[None, :])
+            sum_k = _dot(round_to(ds, q.dtype.element_ty), queries_tile, sum_k, PRECISION)
+    sum_k = sum_k * scale
+    if ADD:
+        sum_k += _rows(gk, at, grad_t, last, DIM, DIMS).to(tl.float32)
+        sum_v += _rows(gv, at, grad_t, last, DIM, DIMS).to(tl.float32)
+    _store_rows(gk, at, grad_t, last, sum_k, DIM, DIMS)
+    _store_rows(gv, at, grad_t, last, sum_v, DIM, DIMS)
+
+
+def _view(t):
+    return t, *t.stride()[:3]
+
+
+def _constants(q, k, backward):
+    tile = config(q.shape[3], q.dtype, backward)
+    constants = {
+        "HEADS": q.shape[2],
+        "GROUP": q.shape[2] // k.shape[2],
+        "DIM": q.shape[3],
+        "DIMS": max(16, next_power(q.shape[3])),
+        "QUERIES": tile.queries,
+        "KEYS": tile.keys,
+        "PRECISION": _precision(),
+        "num_warps": tile.warps * 32 // lanes(),
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # no rounding in here is promised
+    }
+    return tile, constants
+
+
+def sink_window_attention(
+    q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, out, lse
+):
+    batch, queries, heads, _ = q.shape
+    if out.numel() == 0:
+        return
+    tile, constants = _constants(q, k, False)
+    for chunk in chunks_of(queries, kv_tokens, k.shape[1], chunk_ends, num_sink_tokens, num_window_tokens):
+        grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
+        launch(
+            _forward,
+            grid,
+            q,
+            *_view(q),
+            *_view(k),
+            *_view(v),
+            *_view(out),
+            lse,
+            queries,
+            *chunk,
+            softmax_scale,
+            **constants,
+        )
+
+
+def sink_window_attention_backward(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    kv_tokens,
+    softmax_scale,
+    chunk_ends,
+    num_sink_tokens,
+    num_window_tokens,
+    grad_q,
+    grad_k,
+    grad_v,
+):
+    """The gradients come zeroed: a key that nobody sees, and a query that sees none, have none."""
+    batch, queries, heads, _ = q.shape
+    if q.numel() == 0 or k.numel() == 0:
+        return
+    chunks = chunks_of(queries, kv_tokens, k.shape[1], chunk_ends, num_sink_tokens, num_window_tokens)
+    # A single chunk writes what it has. Parts of several are summed in float32.
+    several = len(chunks) > 1
+    sum_k, sum_v = grad_k, grad_v
+    if several and k.dtype != torch.float32:
+        sum_k, sum_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    tile, constants = _constants(q, k, True)
+    inputs = (*_view(q), *_view(k), *_view(v))
+    for chunk in chunks:
+        key_tiles = triton.cdiv(chunk.sink_end, tile.keys) + triton.cdiv(
+            chunk.window_end - chunk.window_begin, tile.keys
+        )
+        if key_tiles == 0:
+            continue
+        span = (lse, delta, queries, *chunk, softmax_scale)
+        grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
+        launch(
+            _backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants
+        )
+        grid = (key_tiles, batch * k.shape[2])
+        launch(
+            _backward_kv,
+            grid,
+            q,
+            *inputs,
+            *_view(grad_out),
+            sum_k,
+            *_view(sum_v),
+            *span,
+            **constants,
+            ADD=several,
+        )
+    if sum_k is not grad_k:
+        grad_k.copy_(sum_k)
+        grad_v.copy_(sum_v)
