@@ -87,7 +87,8 @@ struct EpilogueFwdSm90 {
     for (int r = 0; r < 2; ++r) {
       const int row = work.row + warp * 16 + lane / 4 + 8 * r;
       const bool exists = row < work.row_end;
-      const float inverse = 1.f / f.row[r].sum;  // no weight at all (every score -inf): NaN, as softmax gives
+      const float inverse =
+          f.row[r].sum == 0.f ? 0.f : 1.f / f.row[r].sum;  // every score -inf: the empty sum
       if (x == 0 && exists)
         global_store(p.lse + (static_cast<int64_t>(work.batch) * p.q_heads + work.head) * p.q_tokens + row,
                      softmax_lse(f.row[r]));
