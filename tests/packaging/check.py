@@ -72,7 +72,7 @@ def without_nvcc():
     """The environment with every folder that holds an nvcc taken off PATH."""
     folders = [p for p in os.environ["PATH"].split(os.pathsep) if p and not Path(p, "nvcc").exists()]
     clean = environment_without(
-        "CUDACXX", "CUDA_HOME", "CUDA_PATH", "RF_CUDA", "RF_COMMIT", "SOURCE_DATE_EPOCH"
+        *("CUDACXX", "CUDA_HOME", "CUDA_PATH", "RF_CUDA", "RF_BUILD_DIR", "RF_COMMIT", "SOURCE_DATE_EPOCH")
     )
     return clean | {"PATH": os.pathsep.join(folders)}
 
