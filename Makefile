@@ -1,4 +1,5 @@
-# Two commands for a new user: `make demo` and `make test`. Each does all its set-up in .venv and rebuilds only what changed.
+# Two commands for a new user: `make demo` and `make test`. Each does all its set-up in .venv and rebuilds only
+# what changed.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
@@ -7,13 +8,13 @@ PY := $(VENV)/bin/python
 BIN := $(abspath $(VENV))/bin
 SETUP := $(VENV)/.setup-$(shell printf '%s' '$(TORCH) $(CUTLASS)' | cat - pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: help ext test bench demo lint docs wheel audit gpu-suite tuning sanitize check-install clean
+.PHONY: help ext test train-smoke bench demo lint docs wheel audit gpu-suite tuning sanitize check-install clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
-# torch first and by itself: the project's own requirement (torch>=2.10) is then satisfied and pulls no other build of it.
-# CUTLASS is headers alone (--no-deps: its Python dependencies are not needed).
+# torch first and by itself: the project's own requirement (torch>=2.10) is then satisfied and pulls no other
+# build of it. CUTLASS is headers alone (--no-deps: its Python dependencies are not needed).
 $(SETUP):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
@@ -34,6 +35,10 @@ TESTS ?= tests
 test: ext
 	$(PY) -m pytest -q -m "not heavy" $(TESTS)
 	$(PY) -m pytest -q -m heavy $(TESTS)
+
+## make train-smoke   every stage of training on the embedded world, a few steps each (docs/training.md)
+train-smoke: ext
+	$(PY) -m pytest -q tests/model/test_train_smoke.py
 
 ## make bench         times every op beside its peers (BENCH="--quick --op ema_evict" for a part; docs of the ops)
 BENCH ?= --json out/bench.json
@@ -59,7 +64,7 @@ wheel: $(SETUP)
 	rm -rf dist build/lib* build/bdist*
 	PATH="$(BIN):$$PATH" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
-## make audit         what the compiler made of the CUDA kernels, held against what was intended (2: no CUDA kernels to look at)
+## make audit         what the compiler made of the CUDA kernels, held against what was intended
 audit: ext
 	$(PY) -m benchmarks.audit || test $$? -eq 2
 
@@ -67,15 +72,15 @@ audit: ext
 gpu-suite: ext
 	$(PY) -m benchmarks.gpu_suite --out out/gpu
 
-## make tuning        variants of the Hopper attention kernel, one change each, for the suite's stage of that name (docs/tuning.md)
+## make tuning        variants of the Hopper attention kernel, for the GPU suite's stage of that name
 tuning: ext
 	$(PY) -m benchmarks.tuning.build_variants
 
-## make sanitize      the CPU backend under the sanitizers of address, undefined behaviour and threads (SAMPLE=1: few configurations)
+## make sanitize      the CPU backend under three sanitizers (SAMPLE=1: few configurations)
 sanitize: $(SETUP)
 	PATH="$(BIN):$$PATH" $(PY) tests/helpers/sanitize.py $(if $(SAMPLE),--sample --seeds 0:40,--report tests/contracts/reports/sanitize.json)
 
-## make check-install builds and installations, tried for real (CHECK="python3.10:2.10.0 python3.12:2.11.0": under other versions)
+## make check-install builds and installations, tried for real (CHECK="python3.12:2.11.0": under other versions)
 CHECK ?= install reproducible
 check-install: ext wheel
 	PATH="$(BIN):$$PATH" $(PY) tests/packaging/check.py --torch '$(TORCH)' $(CHECK)

@@ -22,6 +22,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import issue_model
+
 LIBRARY = Path(__file__).resolve().parents[1] / "rf_kernels" / "_C.abi3.so"
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
@@ -36,6 +38,7 @@ class Kernel:
     name: str
     arch: str
     instructions: list = field(default_factory=list)
+    predicated: set = field(default_factory=set)  # addresses of instructions under a predicate
     registers: int = 0
     stack: int = 0
     local: int = 0
@@ -97,7 +100,10 @@ def kernels(library: Path = LIBRARY, arch: str | None = None) -> list[Kernel]:
         elif match := re.search(r"Function : (\S+)", line):
             kernel = found.setdefault((arch, match[1]), Kernel(match[1], arch))
         elif kernel is not None and (match := _INSTRUCTION.match(line)):
-            kernel.instructions.append((int(match[1], 16), _PREDICATE.sub("", match[2].strip())))
+            address, text = int(match[1], 16), match[2].strip()
+            kernel.instructions.append((address, _PREDICATE.sub("", text)))
+            if _PREDICATE.match(text):
+                kernel.predicated.add(address)
     arch = ""
     name = None
     for line in _dump(*only, "-res-usage", library).splitlines():
@@ -363,8 +369,9 @@ def main(arguments=None) -> int:
         )
         return 2
     print(table(found))
+    print(issue_model.table(found))
     wrong = [f"{short_title(k)} ({k.arch}): {text}" for k in found for text in check(k)]
-    wrong += check_memory_bound(found)
+    wrong += check_memory_bound(found) + issue_model.check(found)
     attention = [k for k in found if "sink_window_attention_fwd_sm90" in k.name]
     if attention and len(attention) != _ATTENTION_VARIANTS:
         wrong.append(f"{len(attention)} Hopper attention kernels, intended {_ATTENTION_VARIANTS}")

@@ -138,7 +138,10 @@ def evaluate(queries, heads, keys):
 
 def lines(shapes):
     """A markdown table, microseconds."""
-    yield "| Nq x heads | Nkv | tiles, waves | one tile a CTA | 2 / 3 / 4 splits | balanced | gain | over the best split | merges, most per tile | deterministic |"  # noqa: E501
+    yield (
+        "| Nq x heads | Nkv | tiles, waves | one tile a CTA | 2 / 3 / 4 splits | balanced | gain "
+        "| over the best split | merges, most per tile | deterministic |"
+    )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for queries, heads, keys in shapes:
         x = evaluate(queries, heads, keys)

@@ -5,20 +5,70 @@
 #include <cstdint>
 
 #include "csrc/ema_evict/params.h"
+#include "csrc/math/fast_divide.h"
 
 namespace rf::ema_evict {
+
+// How the keys and values of a row are cut into units, the work of one lane: a vector, or the two vectors of
+// pairs that lie apart. A rotated pair never leaves its unit, so the lanes exchange nothing. In this order,
+// so that a warp does one kind of work:
+//   keys with temporal pairs, of all heads, up to a multiple of 32 units. Where pairs lie inside of a vector,
+//     the places up to there are taken by vectors without pairs, else they stay empty;
+//   the other keys; the values.
+struct Units {
+  int vector;                         // elements
+  bool inside;                        // pairs (2i, 2i + 1) inside of a vector; else (x + i, y + i) across two
+  int span, span0, span1;             // vectors that a head's pairs take, from where on (across: twice)
+  int paired, padded, filled, plain;  // units: with pairs, with their padding, of it taken; other keys
+  int total;
+  FastDivide paired_a_head, plain_a_head, vectors_a_head;
+
+  Units() = default;
+  Units(const Params& p, int vector) : vector(vector) {
+    inside = vector > 1 && p.step == 2;
+    const int vectors = p.head_dim / vector;
+    // One element a vector: a pair is a unit, its places x0 and y0 wherever they are.
+    const int pairs_span = ((p.step == 2 ? 2 : 1) * p.temporal_pairs + vector - 1) / vector;
+    const int a_head = vector == 1 ? p.temporal_pairs : pairs_span;
+    const int others = vectors - (vector == 1 ? 2 * p.temporal_pairs : (inside ? 1 : 2) * pairs_span);
+    span = pairs_span;
+    span0 = p.x0 / vector;
+    span1 = p.y0 / vector;
+    paired = p.heads * a_head;
+    padded = (paired + 31) / 32 * 32;
+    plain = p.heads * others;
+    filled = inside ? std::min(padded - paired, plain) : 0;
+    total = padded + plain - filled + p.heads * vectors;
+    paired_a_head = FastDivide(a_head);
+    plain_a_head = FastDivide(others);
+    vectors_a_head = FastDivide(vectors);
+  }
+  // First dim of the i-th vector of a head's keys without pairs: they fill the gaps around the spans.
+  RF_HD int plain_dim(const Params& p, int i) const {
+    if (i >= span0) i += span;
+    if (p.step == 1 && i >= span1) i += span;
+    return i * vector;
+  }
+};
 
 struct Config {
   int32_t vector;      // elements of one access: 16 bytes' worth, or 1
   int32_t threads;     // of a CTA; a CTA serves one row
+  bool held;           // a row stays in registers
   const char* reason;  // why this `vector`
+  Units units;
 };
 
 // Sources of a row that one launch serves.
 constexpr int kGroup = 32;
 
-// 192 threads are one 16-byte vector each of a 12 x 128 row in half precision.
-constexpr int kMaxThreads = 192;
+// Two units a lane keep a row in registers: 192 threads for 12 heads of 128 in half precision, 640 for 40.
+constexpr int kUnitsHeld = 2;
+
+// Of a CTA: what the registers that a thread needs without a spill leave (96, 128, 168).
+RF_HD constexpr int max_threads(EmaState state, bool held) {
+  return held ? (state == EmaState::kFloat32 ? 512 : 640) : 384;
+}
 
 // Whether vectors of N elements can serve this layout: every unit starts at a multiple of N, and the vectors
 // that hold the x and the y of the temporal pairs (the last ones perhaps in part) are disjoint. N = 1 always
@@ -50,9 +100,14 @@ inline Config choose_config(const Params& p) {
   config.vector = vectors ? 16 / dtype_bytes(p.dtype) : 1;
   config.reason = vectors ? "16-byte vectors"
                           : "scalar: an address, a stride or the head's layout is no multiple of 16 bytes";
-  const int64_t units = int64_t{p.heads} * (p.head_dim / config.vector);
-  const int64_t steps = (units + kMaxThreads - 1) / kMaxThreads;
-  config.threads = static_cast<int32_t>(((units + steps - 1) / steps + 31) / 32 * 32);
+  config.units = Units(p, config.vector);
+  const int64_t wanted = (int64_t{config.units.total} + kUnitsHeld - 1) / kUnitsHeld;
+  const int64_t lanes = (wanted + 31) / 32 * 32;
+  const bool one_vector = config.units.inside || config.units.paired == 0;
+  config.held = vectors && p.sources <= 1 && one_vector && config.units.padded <= lanes &&
+                lanes <= max_threads(p.state, true);
+  config.threads =
+      static_cast<int32_t>(config.held ? lanes : std::min<int64_t>(lanes, max_threads(p.state, false)));
   return config;
 }
 

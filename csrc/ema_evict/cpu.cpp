@@ -34,9 +34,12 @@ struct OneLane {
 
 template <typename T, EmaState kState, int N>
 void rows(const Params& p) {
+  const Units units(p, N);
   for_each_row(p, [&](int64_t row) {
+    const int64_t t = row % p.frame_tokens, j = row / p.frame_tokens % p.sink_frames;
+    const int64_t b = row / p.frame_tokens / p.sink_frames;
     for (int first = 0; first == 0 || first < p.sources; first += kGroup)
-      evict_row<T, kState, N>(p, row, first, OneLane{});
+      evict_row<T, kState, N, false>(p, units, b, j, t, first, OneLane{});
   });
 }
 
@@ -102,7 +105,7 @@ inline void turn(const Turn& t, F8 (&x)[2]) {
   }
 }
 
-// ema_join of what ema_split made.
+// ema_join (math/ema.h).
 inline F8 join(F8 hi, F8 lo) {
   return _mm256_blendv_ps(_mm256_add_ps(hi, lo), hi, _mm256_cmp_ps(lo, _mm256_setzero_ps(), _CMP_EQ_OQ));
 }
@@ -117,7 +120,7 @@ inline F8 fuse(const EmaWeights<float>& w, F8 state, F8 x) {
   } else {
     const F8 sum = _mm256_fmadd_ps(keep, state, _mm256_fmadd_ps(tail, state, _mm256_mul_ps(take, x)));
     if constexpr (kState == EmaState::kFloat32) return sum;
-    // ema_split and ema_join; a difference of zero is +0, and to subtract that leaves every number as it is.
+    // As in math/ema.h: a difference of zero is +0, and to subtract that leaves every number as it is.
     const F8 hi = simd::round_number<T>(sum);
     return _mm256_sub_ps(hi, simd::round_number<T>(_mm256_sub_ps(hi, sum)));
   }

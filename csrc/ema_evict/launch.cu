@@ -9,12 +9,6 @@
 namespace rf::ema_evict {
 namespace {
 
-// Three blocks an SM leave up to 112 registers a thread; of the limits tried (64, 80, 112), the first under
-// which the half-precision kernels spill on no architecture. float32 and float64 need two blocks for that
-// (sm_120).
-template <typename T>
-constexpr int kMinBlocks = sizeof(T) == 2 ? 3 : 2;
-
 struct BlockLanes {
   int lane, lanes;
   // Reached by every thread of the block: the number of sources is the row's.
@@ -33,25 +27,27 @@ struct BlockLanes {
   }
 };
 
-template <typename T, EmaState kState, int N>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
-    evict_kernel(const __grid_constant__ Params p, int first) {
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  if (row >= p.batch * p.sink_frames * p.frame_tokens) return;
-  evict_row<T, kState, N>(p, row, first,
-                          BlockLanes{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)});
+// A row to a block, and more where a grid is not that large.
+template <typename T, EmaState kState, int N, bool kHeld>
+__global__ void __launch_bounds__(max_threads(kState, kHeld), 1)
+    evict_kernel(const __grid_constant__ Params p, const __grid_constant__ Units units, int first) {
+  const BlockLanes lanes{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
+    for (int64_t j = blockIdx.y; j < p.sink_frames; j += gridDim.y)
+      for (int64_t t = blockIdx.x; t < p.frame_tokens; t += gridDim.x)
+        evict_row<T, kState, N, kHeld>(p, units, b, j, t, first, lanes);
 }
 
-template <typename T, EmaState kState, int N>
+template <typename T, EmaState kState, int N, bool kHeld>
 CudaStatus launch(const Params& p, const Config& config, void* stream) {
-  const int64_t rows = p.batch * p.sink_frames * p.frame_tokens;
-  // x is as wide as a grid may be; only a cache of more than 2^31 sink tokens needs a second row of blocks.
-  const int64_t x = std::min<int64_t>(rows, INT32_MAX);
-  const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>((rows + x - 1) / x));
+  constexpr int64_t kMaxX = INT32_MAX, kMaxYZ = 65535;
+  const dim3 grid(static_cast<unsigned>(std::min(p.frame_tokens, kMaxX)),
+                  static_cast<unsigned>(std::min(p.sink_frames, kMaxYZ)),
+                  static_cast<unsigned>(std::min(p.batch, kMaxYZ)));
   // One launch: a second only where more than kGroup frames may go into one sink frame.
   for (int first = 0; first == 0 || first < p.sources; first += kGroup) {
-    const CudaStatus status = launch_kernel("launch of evict_kernel", evict_kernel<T, kState, N>, grid,
-                                            config.threads, 0, stream, p, first);
+    const CudaStatus status = launch_kernel("launch of evict_kernel", evict_kernel<T, kState, N, kHeld>, grid,
+                                            config.threads, 0, stream, p, config.units, first);
     if (!status.ok()) return status;
   }
   return {};
@@ -62,8 +58,9 @@ CudaStatus launch(const Params& p, const Config& config, void* stream) {
 CudaStatus run_cuda(const Params& p, const Config& config, void* stream) {
   return with_state(p, [&]<typename T, EmaState kState>() {
     constexpr int kVector = 16 / sizeof(T);
-    return config.vector == kVector ? launch<T, kState, kVector>(p, config, stream)
-                                    : launch<T, kState, 1>(p, config, stream);
+    if (config.vector != kVector) return launch<T, kState, 1, false>(p, config, stream);
+    return config.held ? launch<T, kState, kVector, true>(p, config, stream)
+                       : launch<T, kState, kVector, false>(p, config, stream);
   });
 }
 

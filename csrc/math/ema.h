@@ -9,6 +9,7 @@
 
 #include "csrc/math/dtype.h"
 #include "csrc/math/rounding.h"
+#include "csrc/math/vec.h"
 
 namespace rf {
 
@@ -27,38 +28,53 @@ RF_HD EmaWeights<A> ema_weights(double alpha) {
   return {keep, static_cast<A>(alpha - static_cast<double>(keep)), static_cast<A>(1.0 - alpha)};
 }
 
-// A value as hi + lo, each of dtype T: `ema_join(hi, lo)` of a pair that `ema_split` made is that value
-// again, and `hi` is the value rounded to T, bit for bit.
-template <typename T>
-RF_HD acc_t<T> ema_join(T hi, T lo) {
-  const acc_t<T> tail = to_acc(lo);
-  return tail == 0 ? to_acc(hi) : add_rn(to_acc(hi), tail);  // -0 + 0 would lose the sign of a zero
+// A state as hi + lo, each of dtype T: hi is the state rounded to T, lo its tail (ema_tail) rounded to T.
+template <typename A>
+RF_HD A ema_join(A hi, A lo) {
+  // -0 + 0 would lose the sign of a zero, and -0 added to a number is that number.
+  return add_rn(hi, lo == 0 ? A(-0.0) : lo);
 }
 
-// Two results by reference, not a struct: g++ packs a pair of 16-bit members into one register, and the loop
-// around it stays scalar.
-template <typename T>
-RF_HD void ema_split(acc_t<T> value, T& hi, T& lo) {
-  hi = from_acc<T>(value);
-  lo = from_acc<T>(add_rn(value, -to_acc(hi)));  // the difference is exact
+// What `hi`, the value rounded, leaves of it; the difference is exact.
+template <typename A>
+RF_HD A ema_tail(A value, A hi) {
+  return add_rn(value, -hi);
 }
 
-// One eviction of one element. `state` and the result are what the state's storage holds, so that keeping it
+// One eviction of N elements. `state` and the result are what the state's storage holds, so that keeping it
 // in a register over several evictions and storing it after each of them give the same bits.
-template <typename T, EmaState kState>
-RF_HD acc_t<T> ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> state, acc_t<T> x) {
+template <typename T, EmaState kState, int N>
+RF_HD void ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> (&state)[N], const acc_t<T> (&x)[N]) {
+  using A = acc_t<T>;
+  A a[N], b[N];
   if constexpr (kState == EmaState::kPublished) {
     // alpha * state + (1 - alpha) * x in eager PyTorch: both products and the sum are rounded to T.
-    const T kept = from_acc<T>(mul_rn(w.keep, state));
-    const T taken = from_acc<T>(mul_rn(w.take, x));
-    return to_acc(from_acc<T>(add_rn(to_acc(kept), to_acc(taken))));
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) a[e] = mul_rn(w.keep, state[e]), b[e] = mul_rn(w.take, x[e]);
+    vec_to_acc(vec_from_acc<T>(a), a);
+    vec_to_acc(vec_from_acc<T>(b), b);
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) a[e] = add_rn(a[e], b[e]);
+    vec_to_acc(vec_from_acc<T>(a), state);
   } else {
     // keep_tail * state is added to the small term first: there it is not rounded away.
-    const acc_t<T> sum = fma_rn(w.keep, state, fma_rn(w.keep_tail, state, mul_rn(w.take, x)));
-    if constexpr (kState == EmaState::kFloat32) return sum;
-    T hi, lo;
-    ema_split<T>(sum, hi, lo);
-    return ema_join(hi, lo);
+    RF_UNROLL
+    for (int e = 0; e < N; ++e)
+      a[e] = fma_rn(w.keep, state[e], fma_rn(w.keep_tail, state[e], mul_rn(w.take, x[e])));
+    if constexpr (kState == EmaState::kFloat32) {
+      RF_UNROLL
+      for (int e = 0; e < N; ++e) state[e] = a[e];
+      return;
+    }
+    // hi + lo of the sum, with the tail's sign turned: a difference of zero is +0, and to subtract
+    // that leaves every number as it is, a zero's sign included.
+    A hi[N];
+    vec_to_acc(vec_from_acc<T>(a), hi);
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) b[e] = add_rn(hi[e], -a[e]);
+    vec_to_acc(vec_from_acc<T>(b), b);
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) state[e] = add_rn(hi[e], -b[e]);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "csrc/math/dtype.h"
+#include "csrc/math/fast_divide.h"
 #include "csrc/math/rounding.h"
 
 namespace rf {
@@ -23,9 +24,9 @@ enum class NormScope : int32_t { kNone = 0, kModel = 1, kHead = 2 };
 constexpr int32_t kMaxRopeAxes = 8;
 
 struct RopeAxis {
-  int32_t length;  // coordinates of this axis
-  int32_t pairs;   // rotated pairs, 0 or more
-  int64_t offset;  // first row of this axis in the angle table
+  FastDivide length;  // coordinates of this axis
+  int32_t pairs;      // rotated pairs, 0 or more
+  int64_t offset;     // first row of this axis in the angle table
 };
 
 struct RopeAxes {
@@ -45,12 +46,13 @@ RF_HD int64_t angle_row(const RopeAxes& axes, int32_t token, int32_t pair) {
   // From the fastest axis to the slowest: dividing the lengths off needs no array of coordinates, which on
   // the GPU would be indexed at run time and so live in local memory.
   for (int32_t a = axes.count - 1; a > 0; --a) {
-    const int32_t length = axes.axis[a].length;
+    const int32_t above = axes.axis[a].length.quotient(token);
     const int32_t pairs = axes.axis[a].pairs;
     begin -= pairs;
     if (pair >= begin)
-      return axes.axis[a].offset + static_cast<int64_t>(token % length) * pairs + (pair - begin);
-    token /= length;
+      return axes.axis[a].offset + static_cast<int64_t>(axes.axis[a].length.remainder(token, above)) * pairs +
+             (pair - begin);
+    token = above;
   }
   return axes.axis[0].offset + static_cast<int64_t>(token) * axes.axis[0].pairs + pair;
 }

@@ -5,8 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#include "csrc/math/host_device.h"
+#include "csrc/math/dtype.h"
 
 // RF_UNROLL: before a loop over the elements of a Vec; on the GPU its arrays must become registers.
 // RF_NO_UNROLL: before a loop whose length is data and usually 1; nvcc would unroll it by four and spill.
@@ -71,6 +72,92 @@ RF_HD void store_vec(T* p, const Vec<T, N>& value) {
 #endif
   check_access(p, sizeof(value));
   for (int e = 0; e < N; ++e) p[e] = value.v[e];
+}
+
+// The same to global memory alone, by an instruction: in reach of a branch with another store, nvcc would
+// split a plain 16-byte one into words.
+template <int N, typename T>
+RF_HD void store_global(T* p, const Vec<T, N>& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(value) % 16 == 0) {
+    RF_UNROLL
+    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
+      uint4 raw;
+      memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
+      __stwb(reinterpret_cast<uint4*>(p) + i, raw);
+    }
+    return;
+  }
+#endif
+  store_vec(p, value);
+}
+
+// Whether all are finite. Half precision two at a time: of an exponent of ones, one more is a carry into the
+// sign's place.
+template <typename T, int N>
+RF_HD bool all_finite(const Vec<T, N>& x) {
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x7F807F80u : 0x7C007C00u;
+    constexpr uint32_t kOne = std::is_same_v<T, bf16> ? 0x00800080u : 0x04000400u;
+    uint32_t carries = 0;
+    RF_UNROLL
+    for (int e = 0; e < N; e += 2) {
+      uint32_t pair;
+      memcpy(&pair, &x.v[e], sizeof(pair));
+      carries |= (pair & kOnes) + kOne;
+    }
+    return (carries & 0x80008000u) == 0;
+  } else {
+    bool finite = true;
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) finite = finite && is_finite(to_acc(x.v[e]));
+    return finite;
+  }
+}
+
+// Widened: on the GPU an instruction for each bf16 (of its struct nvcc makes two for every upper half).
+template <typename T, int N, typename A>
+RF_HD void vec_to_acc(const Vec<T, N>& x, A (&out)[N]) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+    RF_UNROLL
+    for (int e = 0; e < N; e += 2) {
+      uint32_t pair;
+      memcpy(&pair, &x.v[e], sizeof(pair));
+      out[e] = bits_to_float(pair << 16);
+      out[e + 1] = bits_to_float(pair & 0xFFFF0000u);
+    }
+  } else
+#endif
+  {
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) out[e] = to_acc(x.v[e]);
+  }
+}
+
+// Accumulators rounded to T: on the GPU two to an instruction (cvt.rn.bf16x2, cvt.rn.f16x2) for half
+// precision.
+template <typename T, int N, typename A>
+RF_HD Vec<T, N> vec_from_acc(const A (&x)[N]) {
+  Vec<T, N> out;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    RF_UNROLL
+    for (int e = 0; e < N; e += 2) {
+      uint32_t pair;
+      if constexpr (std::is_same_v<T, bf16>)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x[e + 1]), "f"(x[e]));
+      else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x[e + 1]), "f"(x[e]));
+      memcpy(&out.v[e], &pair, sizeof(pair));
+    }
+  } else
+#endif
+  {
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) out.v[e] = from_acc<T>(x[e]);
+  }
+  return out;
 }
 
 }  // namespace rf

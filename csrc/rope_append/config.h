@@ -9,8 +9,11 @@ namespace rf::rope_append {
 struct Config {
   int32_t vector;        // elements of one access: 16 bytes' worth, or 1
   int32_t threads;       // of a CTA; a CTA serves one token
-  int64_t shared_bytes;  // angles of the token, sums of squares
+  int64_t shared_bytes;  // angles of the token, sums of squares, scales
+  bool held;             // a lane for every unit of a token: rows stay in registers
   const char* reason;    // why this `vector`
+  FastDivide units;      // of a head
+  FastDivide frame_tokens;
 };
 
 // A unit is 2 * vector dims of a head: `vector` pairs, or as many unrotated dims (the last unit may hold
@@ -65,12 +68,15 @@ inline Config choose_config(const Params& p) {
   // half precision); 512 is where four CTAs still share an SM. Wider rows take several passes.
   const int64_t lanes = units < 512 ? units : 512;
   config.threads = static_cast<int32_t>((lanes + 31) / 32 * 32);
+  config.held = config.vector > 1 && units <= lanes;
 
   const int64_t accumulator = p.dtype == Dtype::kFloat64 ? 8 : 4;
   const int64_t row_heads = static_cast<int64_t>(p.q.heads) + p.k.heads;
   const int64_t sums =
-      p.q.weight != nullptr || p.k.weight != nullptr ? row_heads * (units_per_head(p, config.vector) + 1) : 0;
+      p.q.weight != nullptr || p.k.weight != nullptr ? row_heads * (units_per_head(p, config.vector) + 2) : 0;
   config.shared_bytes = accumulator * (2 * static_cast<int64_t>(p.axes.pairs) + sums);
+  config.units = units_per_head(p, config.vector);
+  config.frame_tokens = p.frame_tokens;
   return config;
 }
 

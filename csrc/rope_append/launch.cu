@@ -6,38 +6,41 @@
 namespace rf::rope_append {
 namespace {
 
-constexpr int kMaxThreads = 512;
+// Of a CTA at most (config.h); 640 in the bounds keeps a thread at 96 registers, which is seven CTAs of 96 an
+// SM.
+constexpr int kBoundThreads = 640;
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;  // beyond this a kernel must opt in
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) rope_append_kernel(const __grid_constant__ Params p) {
+template <typename T, int V, bool kHeld>
+__global__ void __launch_bounds__(kBoundThreads, 1)
+    rope_append_kernel(const __grid_constant__ Params p, const __grid_constant__ Config config) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const int64_t rows = p.batch * p.tokens;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    if (row != blockIdx.x) __syncthreads();  // the token before still reads its angles and sums
-    Token<T, V> token(p, shared, row, threadIdx.x, blockDim.x);
-    typename Token<T, V>::Registers registers;
+  for (int64_t batch = blockIdx.y; batch < p.batch; batch += gridDim.y) {
+    if (batch != blockIdx.y) __syncthreads();  // the token before still reads its angles and sums
+    Token<T, V, kHeld> token(p, config, shared, batch, blockIdx.x, threadIdx.x, blockDim.x);
+    typename Token<T, V, kHeld>::Registers registers;
     token.read(registers);
     __syncthreads();
     if (p.q.weight != nullptr || p.k.weight != nullptr) {
       token.sum_heads();
+      __syncthreads();
+      token.scale_heads();
       __syncthreads();
     }
     token.write(registers);
   }
 }
 
-template <typename T, int V>
+template <typename T, int V, bool kHeld>
 CudaStatus launch(const Params& p, const Config& config, void* stream) {
   if (config.shared_bytes > kDefaultSharedBytes) {
     int most = 0;  // a row that needs more than this fails in its launch
-    const CudaStatus status = opt_in_shared_memory<rope_append_kernel<T, V>>(most);
+    const CudaStatus status = opt_in_shared_memory<rope_append_kernel<T, V, kHeld>>(most);
     if (!status.ok()) return status;
   }
-  const int64_t rows = p.batch * p.tokens;
-  const unsigned grid = static_cast<unsigned>(rows < INT32_MAX ? rows : INT32_MAX);
-  return launch_kernel("launch of rope_append_kernel", rope_append_kernel<T, V>, grid, config.threads,
-                       config.shared_bytes, stream, p);
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch < 65535 ? p.batch : 65535));
+  return launch_kernel("launch of rope_append_kernel", rope_append_kernel<T, V, kHeld>, grid, config.threads,
+                       config.shared_bytes, stream, p, config);
 }
 
 }  // namespace
@@ -45,7 +48,9 @@ CudaStatus launch(const Params& p, const Config& config, void* stream) {
 CudaStatus run_cuda(const Params& p, const Config& config, void* stream) {
   return with_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
-    return config.vector == kVector ? launch<T, kVector>(p, config, stream) : launch<T, 1>(p, config, stream);
+    if (config.vector != kVector) return launch<T, 1, false>(p, config, stream);
+    return config.held ? launch<T, kVector, true>(p, config, stream)
+                       : launch<T, kVector, false>(p, config, stream);
   });
 }
 

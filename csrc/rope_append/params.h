@@ -45,13 +45,14 @@ struct Params {
   int64_t angles_batch_stride;
 };
 
-// First cache token of the row's frame plus its place in the frame; -1 where the slot is outside of the
-// cache.
-RF_HD int64_t cache_token(const Params& p, int64_t batch, int32_t token) {
-  const int32_t frame = token / p.frame_tokens;
+// First cache token of the frame plus the token's place in it; -1 where the slot is outside of the cache.
+RF_HD int64_t cache_token(const Params& p, int64_t batch, int32_t token, int32_t frame) {
   const int64_t slot = p.slots[batch * p.slots_batch_stride + frame * p.slots_stride];
   if (slot < 0 || (slot + 1) * p.frame_tokens > p.cache_tokens) return -1;
   return slot * p.frame_tokens + (token - frame * p.frame_tokens);
+}
+RF_HD int64_t cache_token(const Params& p, int64_t batch, int32_t token) {
+  return cache_token(p, batch, token, token / p.frame_tokens);
 }
 
 }  // namespace rf::rope_append

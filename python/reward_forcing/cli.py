@@ -196,7 +196,30 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     either = stream.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the unfinished stream in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the stream that is in --out")
+    train = commands.add_parser("train", help="train one stage (docs/training.md)", allow_abbrev=False)
+    train.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    train.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
+    )
     return parser.parse_args(argv)
+
+
+def _train(options: argparse.Namespace) -> int:
+    import rf_kernels as rf
+
+    from .checkpoint import CheckpointError
+    from .trainer import load, run
+
+    try:
+        print(run(load(options.config), options.out))
+    except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the newest checkpoint")
+        return 128 + signal.SIGINT
+    except (ArithmeticError, OSError) as error:
+        fail(str(error), code=1)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
+    if options.command == "train":
+        return _train(options)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
     again = f"go on with: reward-forcing {shlex.join(repeated)} --resume"
     try:

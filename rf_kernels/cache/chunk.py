@@ -45,14 +45,15 @@ def _weight_and_eps(name: str, norm, dtype: torch.dtype) -> tuple[Tensor | None,
     """Weight and eps of a ``q_norm`` or ``k_norm``: a weight, a module that has one, or None."""
     if norm is None or isinstance(norm, Tensor):
         return norm, None
+    if isinstance(norm, nn.RMSNorm) and norm.weight is not None:
+        if norm.eps is not None:
+            return norm.weight, norm.eps
+        # PyTorch takes that of the type that it computes in.
+        return norm.weight, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     if isinstance(norm, nn.Identity):
         return None, None
     weight = getattr(norm, "weight", None)
     if isinstance(norm, nn.Module) and isinstance(weight, Tensor) and getattr(norm, "bias", None) is None:
-        if (
-            isinstance(norm, nn.RMSNorm) and norm.eps is None
-        ):  # what PyTorch takes then: that of the type it computes in
-            return weight, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         return weight, getattr(norm, "eps", None)
     found = f"{type(norm).__name__} without a weight" if isinstance(norm, nn.Module) else type(norm).__name__
     raise argument_error(

@@ -110,6 +110,8 @@ def fault(words):
         return next((f"no target {word}" for word in rest if "=" not in word and word not in targets), None)
     if program == "reward-forcing":
         program, rest = "python", ["-m", "reward_forcing.cli", *rest]
+    if program == "torchrun":
+        program, rest = "python", rest[rest.index("-m") :]
     if program == "python" and rest[:2] == ["-m", "pytest"]:
         program, rest = "pytest", rest[2:]
     if program == "pytest":

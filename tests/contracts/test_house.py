@@ -154,6 +154,18 @@ def test_files_read_in_one_sitting():
     assert not long
 
 
+def test_lines_of_110_columns():
+    """Tables and lines with an address are exempt."""
+    texts = tracked("*.py", "*.h", "*.cu", "*.cpp", "*.md")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in texts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 110 and "://" not in line and not (path.suffix == ".md" and line.startswith("|"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_documents_name_files_that_exist():
     """Every `path` in a document that looks like one of ours exists."""
     tops = {p.relative_to(ROOT).parts[0] for p in tracked()} - {"README.md"}

@@ -37,7 +37,7 @@ from reward_forcing.models.blocks import CausalSelfAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Kinds whose library path is tested here; the training rollout is compared by the published oracle alone.
+#: Kinds whose library path is tested here; the training rollout's is in test_training_rollout.py.
 KINDS = {
     "ema_self_attention_stream",
     "causal_wan_model_stream",

@@ -33,7 +33,8 @@ RECORDED = {
     ),
     "scheduler": r".*\..*",  # the test compares the names itself
     "re_dmd": (
-        r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|MQ|mask|grad(_unnormalised|_norm_log)?|(loss|dx)(_mq64)?"
+        r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|MQ|mask"
+        r"|grad(_unnormalised|_norm_log)?|(loss|dx)(_mq64)?"
     ),
     "vanilla_dmd": (
         r"x|noise|t_int|t|xt|(pred|a)_(fake|real)_(un)?cond|mask|grad(_unnormalised|_norm_log)?|loss|dx"

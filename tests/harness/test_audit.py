@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import audit
+from benchmarks import audit, issue_model
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def attention(hopper):
 def test_the_library_is_as_intended(hopper):
     assert {k.title: audit.check(k) for k in hopper if audit.check(k)} == {}
     assert audit.check_memory_bound(hopper) == []
+    assert issue_model.check(hopper) == []
 
 
 def test_every_variant_of_attention_is_there(attention):
@@ -145,3 +146,47 @@ def test_a_library_without_kernels_is_no_success(tmp_path, capsys):
     empty.write_bytes(b"")
     assert audit.main([str(empty)]) == 2
     assert "benchmarks.audit" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def usual(hopper):
+    """The kernels of the usual calls of memory-bound ops, by what is intended of them."""
+    return [(u, k) for u in issue_model.USUAL for k in hopper if u.kernel in k.name]
+
+
+def test_every_usual_call_has_its_kernel(usual):
+    assert len(usual) == len(issue_model.USUAL)
+
+
+def test_longer_code_is_found(usual):
+    for intended, kernel in usual:
+        code = kernel.instructions
+        padding = [(-1 - n, "NOP") for n in range(400)]
+        longer = dataclasses.replace(kernel, instructions=[code[0], *padding, *code[1:]])
+        assert any("instructions, intended" in x for x in issue_model.check([longer])), intended.label
+
+
+def test_the_longest_path_goes_around_a_loop_once():
+    """Two ways around a block, a loop of three instructions, an exit under a predicate."""
+    code = [
+        "MOV R1, RZ",
+        "BRA 0x40",
+        "LDG.E.128 R4, [R2.64]",
+        "NOP",
+        "IADD3 R1, R1, 0x1, RZ",
+        "NOP",
+        "BRA 0x40",
+    ]
+    code += ["EXIT", "STG.E.128 [R2.64], R4", "EXIT"]
+    kernel = audit.Kernel("k", "sm_90a", [(0x10 * i, t) for i, t in enumerate(code)])
+    kernel.predicated = {0x10, 0x60, 0x70}
+    assert issue_model.longest_path(kernel, 1, 1) == code[:7] + code[7:]
+    assert issue_model.longest_path(kernel, 0, 1) == code[:2] + code[4:]
+    assert len(issue_model.longest_path(kernel, 0, 0)) == 6
+    assert issue_model.longest_path(kernel, 2, 1) is None
+
+
+def test_loads_that_are_waited_for_one_by_one_are_counted_so():
+    loads = ["LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64]"]
+    assert issue_model.loads_in_flight([*loads, "FADD R0, R4, R8"]) == 2
+    assert issue_model.loads_in_flight([loads[0], "FADD R0, R5, R0", loads[1]]) == 1

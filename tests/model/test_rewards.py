@@ -42,8 +42,9 @@ def test_flicker_raises_raw_flow_but_not_the_score():
     video, _, prompts = clip("still")
     flicker = video + 0.25 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
     slow, _, _ = clip("slow")
-    # what the correction is for: noise on a still clip beats real motion
-    assert raw_flow(flicker) > raw_flow(slow)
+    assert raw_flow(flicker) > raw_flow(
+        slow
+    )  # what the correction is for: noise on a still clip beats real motion
     reward = OpticalFlowDynamics()
     assert scores(reward, flicker, prompts).mean() < 0.6 * scores(reward, slow, prompts).mean()
 

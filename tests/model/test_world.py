@@ -48,8 +48,7 @@ def test_speed_words_are_kept_and_an_open_speed_spans_all_of_them():
 
 
 def test_the_world_is_a_torus():
-    """A clip moved around the torus is what the same scene elsewhere would give: every read-out but the place
-    stays."""
+    """Moving a clip around the torus changes no read-out but the place."""
     video, _ = render(
         draw_prompts(8, torch.Generator().manual_seed(3)), 6, generator=torch.Generator().manual_seed(4)
     )
@@ -93,10 +92,10 @@ def measure_mask(video):
 def test_the_codec_keeps_the_video(codec, clips):
     video, _ = clips
     latents = codec.encode(video)
-    assert latents.shape == (len(PROMPTS), 24, 12, 8, 8)
+    assert latents.shape == (len(PROMPTS), 24, 8, 8, 8)
     assert 0.8 < latents.std() < 1.2  # unit variance on fresh clips
     error = (codec.decode(latents) - video).square().mean().sqrt()
-    assert error < 0.25 * video.std()  # 12 of 48 components
+    assert error < 0.3 * video.std()  # 8 of 48 components
     assert torch.allclose(codec.encode(codec.decode(latents)), latents, atol=1e-5)  # a projection
     full = PatchCodec.fit(channels=48, clips=64)
     assert torch.allclose(full.decode(full.encode(video)), video, atol=1e-3)

@@ -37,41 +37,55 @@ struct HostLanes {
 };
 
 // False if some lanes came to a vote and others did not: on the GPU, a deadlock.
-template <typename T, EmaState kState, int N>
-bool run_row(const Params& p, int64_t row, int first, const std::vector<int>& order) {
+template <typename T, EmaState kState, int N, bool kHeld>
+bool run_row(const Params& p, const Units& units, int64_t row, int first, const std::vector<int>& order) {
+  const int64_t t = row % p.frame_tokens, j = row / p.frame_tokens % p.sink_frames;
+  const int64_t b = row / p.frame_tokens / p.sink_frames;
   const int lanes = static_cast<int>(order.size());
   Ballot ballot;
   for (;;) {
+    const int64_t moved_before = moved_bytes;
     ballot.all = true;
     ballot.voters = 0;
     for (const int lane : order) {
       size_t votes = 0;
       try {
-        evict_row<T, kState, N>(p, row, first, HostLanes{lane, lanes, ballot, votes});
+        evict_row<T, kState, N, kHeld>(p, units, b, j, t, first, HostLanes{lane, lanes, ballot, votes});
       } catch (const Stopped&) {
       }
     }
     if (ballot.voters == 0) return true;
     if (ballot.voters != lanes) return false;
     ballot.counted.push_back(ballot.all);
+    moved_bytes = moved_before;  // all of it is replayed
   }
 }
 
-template <typename T, EmaState kState, int N>
-bool run(const Params& p, const std::vector<int>& order) {
+template <typename T, EmaState kState, int N, bool kHeld>
+bool run(const Params& p, const Units& units, const std::vector<int>& order) {
   bool together = true;
   for (int first = 0; first == 0 || first < p.sources; first += kGroup)
     for (int64_t row = 0; row < p.batch * p.sink_frames * p.frame_tokens; ++row)
-      together &= run_row<T, kState, N>(p, row, first, order);
+      together &= run_row<T, kState, N, kHeld>(p, units, row, first, order);
   return together;
 }
 
-int run(const Params& p, const std::vector<int>& order) {
+// `lanes`: 0 for the chosen number; with fewer than that a row is not held.
+int run(const Params& p, int lanes, bool reversed) {
+  const Config config = choose_config(p);
+  std::vector<int> order(static_cast<size_t>(lanes > 0 ? lanes : config.threads));
+  std::iota(order.begin(), order.end(), 0);
+  if (reversed) std::reverse(order.begin(), order.end());
+  const bool held = config.held && static_cast<int>(order.size()) >= config.threads;
   return with_state(p, [&]<typename T, EmaState kState>() {
     constexpr int kVector = 16 / sizeof(T);
-    const int vector = choose_config(p).vector;
-    const bool together = vector == kVector ? run<T, kState, kVector>(p, order) : run<T, kState, 1>(p, order);
-    return together ? vector : -1;
+    bool together = false;
+    if (config.vector != kVector)
+      together = run<T, kState, 1, false>(p, config.units, order);
+    else
+      together = held ? run<T, kState, kVector, true>(p, config.units, order)
+                      : run<T, kState, kVector, false>(p, config.units, order);
+    return !together ? -1 : held ? 2 * config.vector : config.vector;
   });
 }
 
@@ -80,7 +94,8 @@ int run(const Params& p, const std::vector<int>& order) {
 
 // data: k_cache, v_cache, k_state, k_state_lo, v_state, schedule, turns, alpha, skipped.
 // sizes: dtype, state, then the integers of Params in their order.
-// Returns the elements of one access, or -1 if the lanes of a row did not vote together.
+// Returns the elements of one access (twice that where a row is held in registers), or -1 if the lanes of a
+// row did not vote together.
 extern "C" int ema_evict_lanes(const int64_t* sizes, void* const* data, int lanes, int reversed) {
   using namespace rf;
   ema_evict::Params p{};
@@ -103,10 +118,7 @@ extern "C" int ema_evict_lanes(const int64_t* sizes, void* const* data, int lane
     *n = *sizes++;
   p.skip_nonfinite = *sizes != 0;
 
-  std::vector<int> order(static_cast<size_t>(lanes));
-  std::iota(order.begin(), order.end(), 0);
-  if (reversed) std::reverse(order.begin(), order.end());
-  return ema_evict::run(p, order);
+  return ema_evict::run(p, lanes, reversed != 0);
 }
 
 // Bytes that vector accesses have moved since the last question.

@@ -14,10 +14,10 @@ namespace {
 
 constexpr unsigned char kGuard = 0xA5;
 
-template <typename T, int V>
+template <typename T, int V, bool kHeld>
 bool run(const Params& p, const Config& config, bool reversed) {
   constexpr size_t kGuardBytes = 64;
-  std::vector<typename Token<T, V>::Registers> registers(config.threads);
+  std::vector<typename Token<T, V, kHeld>::Registers> registers(config.threads);
   std::vector<int32_t> order(config.threads);
   std::iota(order.begin(), order.end(), 0);
   if (reversed) std::reverse(order.begin(), order.end());
@@ -25,12 +25,18 @@ bool run(const Params& p, const Config& config, bool reversed) {
       static_cast<unsigned char*>(std::aligned_alloc(64, (config.shared_bytes / 64 + 2) * 64));
   bool guarded = true;
   for (int64_t row = 0; row < p.batch * p.tokens; ++row) {
+    const auto token = [&](int32_t lane) {
+      return Token<T, V, kHeld>(p, config, shared, row / p.tokens, static_cast<int32_t>(row % p.tokens), lane,
+                                config.threads);
+    };
     std::fill_n(shared, config.shared_bytes, 0xFF);  // NaN, float or double
     std::fill_n(shared + config.shared_bytes, kGuardBytes, kGuard);
-    for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).read(registers[lane]);
-    if (p.q.weight != nullptr || p.k.weight != nullptr)
-      for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).sum_heads();
-    for (const int32_t lane : order) Token<T, V>(p, shared, row, lane, config.threads).write(registers[lane]);
+    for (const int32_t lane : order) token(lane).read(registers[lane]);
+    if (p.q.weight != nullptr || p.k.weight != nullptr) {
+      for (const int32_t lane : order) token(lane).sum_heads();
+      for (const int32_t lane : order) token(lane).scale_heads();
+    }
+    for (const int32_t lane : order) token(lane).write(registers[lane]);
     for (size_t i = 0; i < kGuardBytes; ++i) guarded &= shared[config.shared_bytes + i] == kGuard;
   }
   std::free(shared);
@@ -94,11 +100,13 @@ extern "C" int rope_append_lanes(const int64_t* sizes, const int64_t* strides, v
     p.axes.pairs += p.axes.axis[a].pairs;
   }
   Config config = choose_config(p);
+  const bool held = config.held && (threads == 0 || threads >= config.threads);
   if (threads > 0) config.threads = threads;
   const bool guarded = with_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
-    return config.vector == kVector ? run<T, kVector>(p, config, reversed != 0)
-                                    : run<T, 1>(p, config, reversed != 0);
+    if (config.vector != kVector) return run<T, 1, false>(p, config, reversed != 0);
+    return held ? run<T, kVector, true>(p, config, reversed != 0)
+                : run<T, kVector, false>(p, config, reversed != 0);
   });
   return guarded ? config.vector : -1;
 }

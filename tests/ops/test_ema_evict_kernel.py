@@ -203,3 +203,42 @@ def test_bytes_moved_are_those_predicted(lanes, counts, dtype, state):
         found, _ = run_lanes(lanes, case, threads=threads, on_nonfinite="propagate", **memory)
         assert lanes.moved_bytes() == traffic.ema_evict(**shape, counts=counts)["rows"]
         equal(found, case.run())
+
+
+ONE_SOURCE = {
+    "one each": [[0, 1, 3], [1, 1, 5]],
+    "one and none": [[1, 0, 0], [0, 1, 4]],
+    "none": [[0, 0, 0], [1, 0, 0]],
+}
+
+
+@all_precisions
+@pytest.mark.parametrize("name", ONE_SOURCE)
+@pytest.mark.parametrize("layout", ["adjacent", "adjacent_tail", "none", "all_adjacent"])
+def test_a_row_in_registers(lanes, layout, name, dtype, state):
+    """One source a sink frame, pairs inside of a vector: two units a lane."""
+    rope = LAYOUTS.get(layout) or rf.RoPE((8,), (1e4,), "adjacent")
+    case = Case(dtype, state, rope=rope, schedule=ONE_SOURCE[name], heads=6, n=3)
+    case.k[0, 3 * 3 + 1, 2, 7] = NAN  # source 3: skipped where it is one
+    for on_nonfinite in ("skip", "propagate"):
+        expected = case.run(on_nonfinite=on_nonfinite)
+        lanes.moved_bytes()
+        found, width = run_lanes(lanes, case, threads=0, on_nonfinite=on_nonfinite)
+        assert width == 2 * 16 // dtype.itemsize
+        if on_nonfinite == "skip":
+            equal(found, expected)
+        else:  # which NaN comes of two operands is the processor's choice
+            for a, b in zip(found, expected, strict=True):
+                if a is not None:
+                    assert_equal_bits(*(x.nan_to_num() if x.is_floating_point() else x for x in (a, b)))
+
+
+@pytest.mark.parametrize("threads", [0, 7], ids=["held", "not held"])
+def test_a_held_row_reads_nothing_twice(lanes, threads):
+    """With the check for non-finite tokens: bytes as predicted, which a row that is not held exceeds."""
+    case = Case(torch.bfloat16, "compensated", schedule=[[0, 1, 3], [0, 1, 4]], n=2, heads=6)
+    lanes.moved_bytes()
+    run_lanes(lanes, case, threads=threads)
+    shape = dict(batch=2, frame_tokens=2, heads=6, head_dim=16, dtype=torch.bfloat16, state="compensated")
+    predicted = traffic.ema_evict(**shape, counts=[1, 1])["rows"]
+    assert (lanes.moved_bytes() == predicted) == (threads == 0)

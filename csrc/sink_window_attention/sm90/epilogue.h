@@ -32,11 +32,11 @@ struct EpilogueFwdSm90 {
   static RF_DEVICE void contribute(const FwdKernelParams& p, int range, int warp, int lane,
                                    const Fragment& f) {
     using namespace arch;
-    float* partial = partial_of(p, range, warp);
+    float* partial = partial_of(p, range, warp) + lane * 4;  // one address; the rest are constant offsets
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) partial_store(partial + (i * 32 + lane) * 4, f.o + 4 * i);
+    for (int i = 0; i < kQuads; ++i) partial_store(partial + i * 128, f.o + 4 * i);
     const float rows[4] = {f.row[0].reference, f.row[1].reference, f.row[0].sum, f.row[1].sum};
-    partial_store(partial + (kQuads * 32 + lane) * 4, rows);
+    partial_store(partial + kQuads * 128, rows);
     sync_warp();  // puts the other lanes' stores before lane 0's release, which is cumulative
     if (elect_one()) flag_signal(flag_of(p, range, warp));
   }
@@ -44,12 +44,12 @@ struct EpilogueFwdSm90 {
   // Takes in the fragment of `range`. Every lane acquires, so no further fence is needed.
   static RF_DEVICE void merge(const FwdKernelParams& p, int range, int warp, int lane, Fragment& f) {
     using namespace arch;
-    const float* partial = partial_of(p, range, warp);
+    const float* partial = partial_of(p, range, warp) + lane * 4;
     flag_wait(flag_of(p, range, warp));
     float rows[4], x[kQuads][4];  // all loads in flight at once: S and P are gone, registers are free
-    partial_load(partial + (kQuads * 32 + lane) * 4, rows);
+    partial_load(partial + kQuads * 128, rows);
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) partial_load(partial + (i * 32 + lane) * 4, x[i]);
+    for (int i = 0; i < kQuads; ++i) partial_load(partial + i * 128, x[i]);
     MergeFactors factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = softmax_merge(f.row[r], {rows[r], rows[2 + r]});
@@ -87,7 +87,8 @@ struct EpilogueFwdSm90 {
     for (int r = 0; r < 2; ++r) {
       const int row = work.row + warp * 16 + lane / 4 + 8 * r;
       const bool exists = row < work.row_end;
-      const float inverse = 1.f / f.row[r].sum;  // no weight at all (every score -inf): NaN, as softmax gives
+      const float inverse =
+          f.row[r].sum == 0.f ? 0.f : 1.f / f.row[r].sum;  // every score -inf: the empty sum
       if (x == 0 && exists)
         global_store(p.lse + (static_cast<int64_t>(work.batch) * p.q_heads + work.head) * p.q_tokens + row,
                      softmax_lse(f.row[r]));

@@ -14,13 +14,16 @@ class BidirectionalWanModel(WanTransformer):
 
     self_attention = BidirectionalSelfAttention
 
-    def forward(self, x: Tensor, t: Tensor, text: list[TextKeys], *, seq_len: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: list[TextKeys] | Tensor, *, seq_len: int | None = None
+    ) -> Tensor:
         """Flow ``noise - x0`` of a clip.
 
         Args:
             x: noisy latent ``[B, in_dim, F, H, W]``.
             t: one timestep per sample ``[B]``.
-            text: from ``text_keys``.
+            text: from ``text_keys``; or text features ``[B, n, text_dim]``, whose keys it then makes:
+                in training their parameters get gradient, and shards are gathered block by block.
             seq_len: pad the token sequence with zeros to this length (one shape for clips of several sizes).
                 Padding is masked as keys and dropped at the end: the result does not depend on it.
         Returns:

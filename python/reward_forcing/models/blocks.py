@@ -134,16 +134,17 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: TextKeys, *attention) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: TextKeys | Tensor, *attention) -> Tensor:
         """x ``[B, N, dim]`` -> the same.
 
         Args:
             time: projected time embedding ``[B, G, 6, dim]``.
-            text: ``CrossAttention.keys`` of this block.
+            text: ``CrossAttention.keys`` of this block, or the embedded text that they are made of.
             attention: what this block's self-attention takes beside x.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.unsqueeze(1) + time).unbind(2)
         x = x + gated(self.self_attn(modulate(self.norm1(x), shift1, scale1), *attention), gate1)
+        text = self.cross_attn.keys(text) if isinstance(text, Tensor) else text
         x = x + self.cross_attn(self.norm3(x), text)
         return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
@@ -202,14 +203,18 @@ class WanTransformer(nn.Module):
         Features are zero-padded to ``text_len`` before they are embedded. Compute once per text, pass to
         every forward.
         """
+        text = self._embed_text(context)
+        return [block.cross_attn.keys(text) for block in self.blocks]
+
+    def _embed_text(self, context: Tensor) -> Tensor:
+        """Text features ``[B, n, text_dim]`` -> ``[B, text_len, dim]``."""
         config = self.config
         fits = (
             context.dim() == 3 and context.shape[1] <= config.text_len and context.shape[2] == config.text_dim
         )
         expected = f"[B, at most {config.text_len}, {config.text_dim}]"
         self._expect(fits, "context", expected, tuple(context.shape))
-        text = self.text_embedding(F.pad(context, (0, 0, 0, config.text_len - context.shape[1])))
-        return [block.cross_attn.keys(text) for block in self.blocks]
+        return self.text_embedding(F.pad(context, (0, 0, 0, config.text_len - context.shape[1])))
 
     def _expect(self, condition: bool, argument: str, expected: str, found: object) -> None:
         expect(condition, type(self).__name__, argument, expected, found)
@@ -230,12 +235,13 @@ class WanTransformer(nn.Module):
         return embedding, self.time_projection(embedding).unflatten(-1, (6, self.config.dim))
 
     def _run(
-        self, tokens: Tensor, t: Tensor, text: list[TextKeys], attention: Callable[[int], tuple]
+        self, tokens: Tensor, t: Tensor, text: list[TextKeys] | Tensor, attention: Callable[[int], tuple]
     ) -> Tensor:
         """Blocks and head over embedded tokens ``[B, N, dim]``; ``attention(layer)``: what its self-attention
         takes beside x.
         """
         embedding, projected = self._embed_time(t)
+        text = [self._embed_text(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         for layer, block in enumerate(self.blocks):
             tokens = block(tokens, projected, text[layer], *attention(layer))
         return self.head(tokens, embedding)

@@ -63,13 +63,14 @@ class CausalWanModel(WanTransformer):
             undo_frames=undo_frames,
         )
 
-    def forward(self, x: Tensor, t: Tensor, text: list[TextKeys], chunk: rf.Chunk) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: list[TextKeys] | Tensor, chunk: rf.Chunk) -> Tensor:
         """Flow ``noise - x0`` of a chunk.
 
         Args:
             x: noisy latent of the chunk ``[B, in_dim, F, H, W]``.
             t: timesteps per frame ``[B, F]``, or ``[B, 1]`` for all frames of the chunk.
-            text: from ``text_keys``.
+            text: from ``text_keys``; or text features ``[B, n, text_dim]``, whose keys it then makes:
+                in training their parameters get gradient, and shards are gathered block by block.
             chunk: the open chunk of F frames of a cache. The cache is mutated: the chunk's slots and, in the
                 chunk's first forward, the sink.
         Returns:

@@ -129,7 +129,7 @@ class StreamingPipeline:
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
                 with _open_chunk(cache, given.shape[1]) as open_chunk, clock("prefix", index):
-                    self._forward(given, 0.0, text, open_chunk)
+                    self.flow(given, 0.0, text, open_chunk)
                 index += 1
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
@@ -159,7 +159,7 @@ class StreamingPipeline:
         )
         return cache
 
-    def _forward(self, latent: Tensor, t: float, text, open_chunk: rf.Chunk) -> Tensor:
+    def flow(self, latent: Tensor, t: float, text, open_chunk: rf.Chunk) -> Tensor:
         """Flow of a chunk ``[B, F, C, H, W]`` at one timestep for all of its frames."""
         timesteps = torch.full((latent.shape[0], 1), t, device=latent.device)
         return self.model(latent.transpose(1, 2), timesteps, text, open_chunk).transpose(1, 2)
@@ -171,12 +171,12 @@ class StreamingPipeline:
         scheduler, batch = self.scheduler, z.shape[0]
         for step, t in enumerate(self.timesteps):
             with clock("denoise", index, step):
-                flow = self._forward(z, t, text, open_chunk)
+                flow = self.flow(z, t, text, open_chunk)
                 x0 = scheduler.x0_from_flow(flow, z, torch.full((batch,), t, device=z.device))
             if step + 1 < len(self.timesteps):
                 with clock("renoise", index, step):
                     following = torch.full((batch,), self.timesteps[step + 1], device=z.device)
                     z = scheduler.add_noise(x0, noise_source(x0), following)
         with clock("context", index):
-            self._forward(x0, float(self.config.context_noise), text, open_chunk)
+            self.flow(x0, float(self.config.context_noise), text, open_chunk)
         return x0

@@ -23,7 +23,7 @@ def scores(reward: Reward, frames: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's scores, float32 ``[B]`` on the device of ``frames``.
 
     A score that is not finite is returned as it is: the trainer decides for all ranks at once what to do
-    about it.
+        about it.
 
     Raises:
         rf_kernels.ArgumentError: a wrong number of prompts, or of scores.

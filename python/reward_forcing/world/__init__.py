@@ -1,5 +1,6 @@
 """The embedded world: video, text, codec and read-outs on which every stage trains and is judged without a
-download."""
+download.
+"""
 
 from .codec import PatchCodec
 from .measure import Reading, colour_right, measure, similarity_to_first

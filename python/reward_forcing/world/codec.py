@@ -14,12 +14,13 @@ from .._check import expect
 from .scene import draw_prompts, render
 
 PATCH = 4
-CHANNELS = 12
+CHANNELS = 8
 
 
 class PatchCodec(torch.nn.Module):
-    """``encode``: video ``[B, F, 3, H, W]`` -> latents ``[B, F, 12, H / 4, W / 4]``; ``decode``: the way
-    back."""
+    """``encode``: video ``[B, F, 3, H, W]`` -> latents ``[B, F, 8, H / 4, W / 4]``; ``decode``: the way
+    back.
+    """
 
     def __init__(self, channels: int = CHANNELS):
         super().__init__()

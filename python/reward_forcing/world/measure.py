@@ -77,7 +77,8 @@ def _count(inside: Tensor, at_least: int = 6) -> Tensor:
 
 def colour_right(reading: Reading, prompts: list[Prompt]) -> Tensor:
     """Whether the named colour is the nearest of all colours, ``[B, F]`` in {0, 1}; 0 where there is no
-    object."""
+    object.
+    """
     colours = torch.tensor(list(COLOURS.values()), device=reading.colour.device)
     # Direction alone: a darker or an over-saturated red is red.
     unit = torch.nn.functional.normalize(reading.colour, dim=-1)
@@ -88,7 +89,8 @@ def colour_right(reading: Reading, prompts: list[Prompt]) -> Tensor:
 
 def similarity_to_first(video: Tensor) -> Tensor:
     """Correlation of each frame's pixels with the first frame's, ``[B, F]``: 1 where a stream copies or
-    freezes."""
+    freezes.
+    """
     flat = video.flatten(2)
     flat = flat - flat.mean(dim=-1, keepdim=True)
     return torch.nn.functional.cosine_similarity(flat, flat[:, :1], dim=-1)

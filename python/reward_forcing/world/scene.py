@@ -123,8 +123,9 @@ def render(
     pick = torch.tensor([FORMS.index(p.form) for p in prompts])
     distance = torch.stack([distance[form] for form in FORMS])[pick, torch.arange(batch)]
     mask = (0.5 - distance / _EDGE).clamp(0, 1)
-    # stripes that turn with the object
-    texture = 1 - 0.25 * (0.5 + 0.5 * torch.sin(u * (2 * math.pi / RADIUS)))
+    texture = 1 - 0.25 * (
+        0.5 + 0.5 * torch.sin(u * (2 * math.pi / RADIUS))
+    )  # stripes that turn with the object
 
     colour = torch.tensor([COLOURS[p.colour] for p in prompts])[:, None, :, None, None]
     body = colour * texture[:, :, None]

@@ -1,0 +1,204 @@
+"""How many instructions a memory-bound kernel issues for the bytes that it moves: a model, from machine code.
+
+A path is a way through the blocks of a kernel from its entry to an exit that goes around no loop twice. Of
+the paths that make the 16-byte accesses of the usual call, the longest is taken: the figure is an upper bound
+of what a warp issues there. The time that the schedulers need to issue that for all warps is then set beside
+the time that the memory needs for their bytes.
+"""
+
+import re
+from dataclasses import dataclass
+
+# An H200: what its schedulers issue a second (132 SMs, 4 a cycle, 1.755 GHz), and its memory's bandwidth as
+# the vendor states it.
+ISSUE_PER_SECOND = 132 * 4 * 1.755e9
+BYTES_PER_SECOND = 4.8e12
+
+_TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
+
+
+def _edges(kernel):
+    """Index -> indices that may come next."""
+    code = kernel.instructions
+    place = {address: i for i, (address, _) in enumerate(code)}
+    edges, joins = [], {}
+    for i, (address, text) in enumerate(code):
+        op, target = text.split()[0].split(".")[0], _TARGET.search(text)
+        following = [i + 1] if i + 1 < len(code) else []
+        there = [place[int(target[1], 16)]] if target and int(target[1], 16) in place else []
+        if op == "BSSY":
+            joins[text.split()[1].rstrip(",")] = there
+        if op in ("BRA", "BRX"):
+            conditional = address in kernel.predicated or re.match(r"BRA\S*\s+!?U?P\d", text)
+            edges.append([*there, *following] if conditional else there)
+        elif op in ("EXIT", "RET"):
+            edges.append(following if address in kernel.predicated else [])
+        elif op == "BSYNC":
+            edges.append(joins.get(text.split()[1]) or following)
+        else:
+            edges.append(following)
+    return edges
+
+
+def _order(edges):
+    """Indices that the entry reaches, each after its followers; edges back into a loop leave ``edges``."""
+    state, order, stack = {}, [], [(0, iter(edges[0]))]
+    state[0] = "open"
+    while stack:
+        node, rest = stack[-1]
+        for following in rest:
+            if state.get(following) == "open":
+                edges[node] = [e for e in edges[node] if e != following]
+            elif following not in state:
+                state[following] = "open"
+                stack.append((following, iter(edges[following])))
+                break
+        else:
+            state[node] = "done"
+            order.append(node)
+            stack.pop()
+    return order
+
+
+def _wide(text):
+    return ".128" in text.split()[0], text.split(".")[0]
+
+
+def longest_path(kernel, loads: int, stores: int):
+    """The instructions of the longest path with so many 16-byte global loads and stores, or None."""
+    edges = _edges(kernel)
+    best = {}  # index -> {(loads, stores) from here to an exit: (length, next index)}
+    for node in _order(edges):
+        text = kernel.instructions[node][1]
+        is_wide, op = _wide(text)
+        own = (int(is_wide and op == "LDG"), int(is_wide and op == "STG"))
+        found = {}
+        ends = not edges[node] and text.split()[0].split(".")[0] in ("EXIT", "RET")
+        tails = [(key, length, e) for e in edges[node] for key, (length, _) in best.get(e, {}).items()]
+        if ends or (text.startswith("EXIT") and edges[node]):
+            tails.append(((0, 0), 0, None))
+        for key, length, following in tails:
+            total = (key[0] + own[0], key[1] + own[1])
+            if total[0] <= loads and total[1] <= stores and length + 1 > found.get(total, (0, None))[0]:
+                found[total] = (length + 1, following)
+        best[node] = found
+    node, key, path = 0, (loads, stores), []
+    while node is not None:
+        if key not in best.get(node, {}):
+            return None
+        text = kernel.instructions[node][1]
+        path.append(text)
+        is_wide, op = _wide(text)
+        following = best[node][key][1]
+        key = (key[0] - int(is_wide and op == "LDG"), key[1] - int(is_wide and op == "STG"))
+        node = following
+    return path
+
+
+def loads_in_flight(path) -> int:
+    """The most 16-byte loads of a thread that are under way before one of them is waited for."""
+    waiting, most = [], 0  # registers of each load
+    for text in path:
+        operands = text.split(None, 1)[1] if " " in text else ""
+        registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
+        is_wide, op = _wide(text)
+        stores = text.startswith(("STG", "STS", "ST."))
+        first, read = ([], registers) if stores else (registers[:1], registers[1:])
+        for i, held in reversed(list(enumerate(waiting))):
+            if held & set(read) or (not (is_wide and op == "LDG") and held & set(first)):
+                waiting = waiting[i + 1 :]
+                break
+        if is_wide and op == "LDG" and first:
+            waiting.append(set(range(first[0], first[0] + 4)))
+            most = max(most, len(waiting))
+    return most
+
+
+@dataclass
+class Issue:
+    """Of one kernel: instructions of a warp, bytes that it moves between memory and SM, loads in flight."""
+
+    instructions: int
+    nbytes: int  # of a warp
+    in_flight: int
+
+    @property
+    def per_16_bytes(self) -> float:
+        """Instructions of a thread for 16 bytes that it moves."""
+        return self.instructions / (self.nbytes / 32 / 16)
+
+    @property
+    def issue_over_bytes(self) -> float:
+        """Time to issue over time to move, on the device above."""
+        return (self.instructions / ISSUE_PER_SECOND) / (self.nbytes / BYTES_PER_SECOND)
+
+
+def issue(kernel, loads: int, stores: int, cached: int = 0) -> Issue | None:
+    """Of a kernel whose usual call makes these accesses a thread; ``cached`` loads come from the L2."""
+    path = longest_path(kernel, loads, stores)
+    if path is None:
+        return None
+    return Issue(len(path), (loads - cached + stores) * 16 * 32, loads_in_flight(path))
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A call of the benchmark's shapes: 12 heads of 128, one source a sink frame, weights like the data."""
+
+    label: str
+    kernel: str  # part of the kernel's name
+    loads: int  # 16-byte accesses of a thread
+    stores: int
+    cached: int  # loads of weights, which stay in the L2
+    most: int  # instructions of the longest path, at most
+    in_flight: int  # loads under way, at least
+
+
+_EVICT = "evict_kernel<rf::bf16, (rf::EmaState)"
+USUAL = (
+    Usual("rope_append, bfloat16", "rope_append_kernel<rf::bf16, 8, true>", 10, 6, 4, 1150, 3),
+    Usual("rope_append, float16", "rope_append_kernel<rf::f16, 8, true>", 10, 6, 4, 1150, 3),
+    Usual("rope_append, float32", "rope_append_kernel<float, 4, true>", 10, 6, 4, 900, 3),
+    Usual("ema_evict, bfloat16, compensated", _EVICT + "0, 8, true>", 6, 5, 0, 1300, 6),
+    Usual("ema_evict, bfloat16, state float32", _EVICT + "1, 8, true>", 6, 6, 0, 950, 6),
+    Usual("ema_evict, bfloat16, published", _EVICT + "2, 8, true>", 4, 3, 0, 1100, 4),
+    Usual("ema_evict, float32", "evict_kernel<float, (rf::EmaState)2, 4, true>", 4, 3, 0, 850, 4),
+)
+
+
+def figures(found) -> dict:
+    """label -> Issue (None: no such path) of the usual calls with kernels among ``found``, for sm_90a."""
+    kernels = [k for k in found if k.arch == "sm_90a"]
+    return {
+        usual.label: issue(k, usual.loads, usual.stores, usual.cached)
+        for usual in USUAL
+        for k in kernels
+        if usual.kernel in k.name
+    }
+
+
+def table(found) -> str:
+    """One line per usual call."""
+    title = "longest path of a usual call"
+    lines = [f"{title:36s} instructions  per 16 bytes  loads in flight  issue / bytes"]
+    for label, x in figures(found).items():
+        if x is not None:
+            row = f"{x.instructions:12d}  {x.per_16_bytes:12.1f}  {x.in_flight:15d}"
+            lines.append(f"{label:36s} {row}  {x.issue_over_bytes:13.2f}")
+    return "\n".join(lines)
+
+
+def check(found) -> list[str]:
+    """What has become longer, or has fewer loads under way, than it was."""
+    wrong, seen = [], figures(found)
+    for usual in USUAL:
+        if usual.label not in seen:
+            continue
+        x = seen[usual.label]
+        if x is None:
+            wrong.append(f"{usual.label}: no path of {usual.loads} loads and {usual.stores} stores")
+        elif x.instructions > usual.most:
+            wrong.append(f"{usual.label}: up to {x.instructions} instructions, intended {usual.most}")
+        elif x.in_flight < usual.in_flight:
+            wrong.append(f"{usual.label}: {x.in_flight} loads in flight, intended {usual.in_flight}")
+    return wrong

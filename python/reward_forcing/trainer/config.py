@@ -1,0 +1,214 @@
+"""What a training run is: frozen dataclasses, read from YAML. Unknown keys are refused with the nearest known
+one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._check import expect
+from ..config import ModelConfig, StreamConfig
+
+STAGES = ("teacher", "causal", "ode", "distill")
+OBJECTIVES = ("dmd", "re_dmd", "sid")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Args:
+        lr: peak learning rate.
+        betas, weight_decay: of AdamW.
+        warmup: steps of linear warm-up.
+        schedule: "constant", or "cosine" down to 3% of ``lr`` at the last step.
+        clip: largest norm of all gradients together; 0 does not clip.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    schedule: str = "constant"
+    clip: float = 1.0
+
+    def __post_init__(self):
+        expect(self.lr > 0, "OptimizerConfig", "lr", "above 0", self.lr)
+        inside = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        expect(inside, "OptimizerConfig", "betas", "two numbers in [0, 1)", self.betas)
+        known = self.schedule in ("constant", "cosine")
+        expect(known, "OptimizerConfig", "schedule", "'constant' or 'cosine'", self.schedule)
+        for name in ("weight_decay", "warmup", "clip"):
+            expect(getattr(self, name) >= 0, "OptimizerConfig", name, "at least 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distribution matching.
+
+    Args:
+        objective: "dmd", "re_dmd" (weights exp(beta reward), arXiv 2512.04678 eq. 11) or "sid".
+        beta: of re_dmd.
+        real_guidance, fake_guidance: scale s of ``c + s (c - u)``; 0 is none.
+        critic: the critic's optimizer.
+        critic_steps: critic steps per generator step.
+        shift: of the timesteps that scores are taken at.
+        min_step, max_step: ends that those timesteps are clamped to.
+        same_exit: every chunk of a clip leaves at the same step, as published; False draws one per chunk.
+        grad_chunks: how many chunks, counted from the last, get gradient; 0 is all of them.
+        sid_alpha: of sid.
+    """
+
+    objective: str = "re_dmd"
+    beta: float = 2.0
+    real_guidance: float = 3.0
+    fake_guidance: float = 0.0
+    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_steps: int = 5
+    shift: float = 5.0
+    min_step: float = 20.0
+    max_step: float = 980.0
+    same_exit: bool = True
+    grad_chunks: int = 0
+    sid_alpha: float = 1.0
+
+    def __post_init__(self):
+        expect(
+            self.objective in OBJECTIVES, "DistillConfig", "objective", f"one of {OBJECTIVES}", self.objective
+        )
+        expect(self.critic_steps >= 1, "DistillConfig", "critic_steps", "at least 1", self.critic_steps)
+        expect(self.grad_chunks >= 0, "DistillConfig", "grad_chunks", "at least 0", self.grad_chunks)
+        ordered = 0 <= self.min_step < self.max_step
+        expect(ordered, "DistillConfig", "min_step", f"in [0, max_step = {self.max_step})", self.min_step)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training.
+
+    Args:
+        stage: "teacher" (flow matching of the bidirectional model), "causal" (teacher forcing of the
+            student), "ode" (regression of the student on the teacher's trajectories) or "distill"
+            (distribution matching).
+        model: sizes of the network that trains.
+        frames: latent frames of a training clip.
+        batch: clips per micro-step, over all ranks.
+        accumulate: micro-steps per optimizer step; their gradients are averaged and clipped once.
+        steps: optimizer steps (of the generator, when distilling).
+        seed: of every draw.
+        optimizer: of the network that trains.
+        ema: decay of the average of the weights, kept in float32 from the first step.
+        text_dropout: share of samples trained without text, for guidance.
+        context_jitter: standard deviation of the noise on the clean frames of teacher forcing.
+        teacher_steps: Euler steps of a teacher's trajectory ("ode").
+        stream: how the student streams, in training as in inference.
+        distill: distribution matching.
+        teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from
+            the teacher).
+        save_every: steps between checkpoints; 0 saves at the end alone.
+    """
+
+    stage: str
+    model: ModelConfig
+    frames: int = 15
+    batch: int = 16
+    accumulate: int = 1
+    steps: int = 1000
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: float = 0.995
+    text_dropout: float = 0.12
+    context_jitter: float = 0.05
+    teacher_steps: int = 20
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    teacher: str = ""
+    generator: str = ""
+    critic: str = ""
+    save_every: int = 0
+
+    def __post_init__(self):
+        expect(self.stage in STAGES, "TrainConfig", "stage", f"one of {STAGES}", repr(self.stage))
+        for name in ("frames", "batch", "accumulate", "steps", "teacher_steps"):
+            expect(getattr(self, name) >= 1, "TrainConfig", name, "at least 1", getattr(self, name))
+        for name in ("ema", "text_dropout"):
+            expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))
+        for name in ("save_every", "context_jitter"):
+            expect(getattr(self, name) >= 0, "TrainConfig", name, "at least 0", getattr(self, name))
+        chunked = self.stage == "teacher" or self.frames % self.stream.chunk_frames == 0
+        expect(chunked, "TrainConfig", "frames", f"a multiple of {self.stream.chunk_frames}", self.frames)
+
+
+def load(path: str | Path) -> TrainConfig:
+    """Read a YAML file: of ours, or the published one (``published.py`` says what its keys do).
+
+    Raises:
+        rf_kernels.ArgumentError: not YAML, an unknown key (the nearest known one is named), or a wrong value.
+    """
+    import yaml
+
+    from . import published
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        expect(False, "TrainConfig", "path", "a YAML file", f"{path}: {str(error).splitlines()[0]}")
+    if published.is_published(values):
+        return published.from_published(values)
+    return build(TrainConfig, values, "")
+
+
+def refuse_unknown(who: str, values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raise for a key that is not among ``names``, with the nearest that is."""
+    names = list(names)
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            expect(False, who, f"{where}{key}", f"a known key (nearest: {near[0]})", repr(key))
+
+
+def build(cls: type, values: Any, where: str) -> Any:
+    """A dataclass from a mapping, its fields coerced to their types (YAML reads 1e-4 as text)."""
+    at = where or "the file"
+    expect(isinstance(values, Mapping), cls.__name__, at, "a mapping", type(values).__name__)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    refuse_unknown(cls.__name__, values, names, where)
+    required = [
+        f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    expect(not missing, cls.__name__, f"{where}{missing[0] if missing else ''}", "a value", "none")
+    return cls(
+        **{key: _coerce(hints[key], value, cls.__name__, f"{where}{key}") for key, value in values.items()}
+    )
+
+
+def _coerce(kind: Any, value: Any, who: str, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, f"{name}.")
+    if typing.get_origin(kind) is tuple:
+        expect(isinstance(value, list | tuple), who, name, "a list", repr(value))
+        kinds = typing.get_args(kind)
+        kinds = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
+        expect(len(kinds) == len(value), who, name, f"{len(kinds)} values", repr(value))
+        return tuple(_coerce(k, v, who, name) for k, v in zip(kinds, value, strict=True))
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    right = type(value) is kind or (kind is float and type(value) is int)
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    expect(right, who, name, f"a value of type {kind.__name__}", repr(value))
+    return kind(value)

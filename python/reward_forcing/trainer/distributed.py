@@ -1,0 +1,92 @@
+"""Ranks and shards: FSDP2 over all ranks of the run, one block a unit."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..models.blocks import WanTransformer
+
+
+@contextmanager
+def process_group():
+    """The process group of a ``torchrun`` launch, for the length of a run; nothing where there was no such
+    launch.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agreed(verdict: bool, device: torch.device | str) -> bool:
+    """Whether every rank says so: all of them act on it, or none does."""
+    if not dist.is_initialized():
+        return verdict
+    together = torch.tensor(float(verdict), device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MIN)
+    return bool(together.item())
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a scalar over the ranks."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def shard(model: WanTransformer, compute_dtype: torch.dtype | None = None) -> WanTransformer:
+    """Shard parameters, gradients and optimizer state over all ranks; as it is in a run of one process.
+
+    Args:
+        compute_dtype: what the blocks compute in; parameters and reductions stay float32. Inputs are not cast
+            by FSDP: a chunk is not a tensor, and timesteps must not become bfloat16.
+    """
+    if not dist.is_initialized():
+        return model
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def settle(model: nn.Module) -> None:
+    """After a forward without gradient FSDP2 leaves the root unsharded (pytorch#155319): whatever then reads
+    parameters or gradients of the root would miss them."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (all ranks must call); a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,272 @@
+"""A training run: build the stage, resume, step, log, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from .. import rewards
+from .._check import expect
+from ..checkpoint import check_state, read_checkpoint
+from ..models import BidirectionalWanModel, CausalWanModel
+from ..models.blocks import WanTransformer
+from ..pipeline import StreamingPipeline
+from . import checkpoint
+from .average import WeightAverage
+from .config import OptimizerConfig, TrainConfig
+from .data import Source, WorldSource
+from .distributed import full, process_group, rank, shard, world_size
+from .draws import Draws
+from .rollout import Rollout
+from .stages import Distillation, FlowMatching, TeacherForcing, TrajectoryRegression
+from .step import Stepper, StepReport
+from .teacher_forcing import TeacherForcedWan
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class Trained:
+    """One network that trains: its optimizer and, if it is kept, the average of its weights."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int, average: float | None = None):
+        self.model, self.stepper = model, Stepper(model, config, steps)
+        self.average = None if average is None else WeightAverage(model, average)
+
+    def step(self, micro_steps) -> StepReport:
+        report = self.stepper(micro_steps)
+        if self.average is not None and report.applied:
+            self.average.update(self.model)
+        return report
+
+    def state(self) -> dict:
+        model, optimizer = get_state_dict(self.model, self.stepper.optimizer, options=_FLAT)
+        average = {} if self.average is None else self.average.state_dict()
+        return {"model": model, "optimizer": optimizer, "average": average, "counts": self.stepper.counts()}
+
+    def restore(self, state: dict) -> None:
+        set_state_dict(
+            self.model,
+            self.stepper.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_FLAT,
+        )
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.stepper.restore(state["counts"])
+
+
+class Stage(Protocol):
+    """A stage as the loop sees it."""
+
+    networks: dict[str, Trained]
+
+    def step(self, step: int) -> dict[str, float]: ...
+
+
+class RegressionStage:
+    """A stage of one network and one loss: flow matching of the teacher, teacher forcing or ODE regression of
+    the student.
+    """
+
+    def __init__(self, config: TrainConfig, source: Source, draws: Draws):
+        self.config = config
+        self.name = "teacher" if config.stage == "teacher" else "generator"
+        if config.stage == "teacher":
+            model = _network(BidirectionalWanModel, config.teacher, config)
+            self.work = FlowMatching(config, model, source, draws)
+        else:
+            model = _network(TeacherForcedWan, config.generator or config.teacher, config)
+            self.work = TeacherForcing(config, model, source, draws)
+        if config.stage == "ode":
+            teacher = _network(BidirectionalWanModel, config.teacher, config)
+            self.work = TrajectoryRegression(config, model, teacher, source, draws)
+        self.networks = {self.name: Trained(model, config.optimizer, config.steps, config.ema)}
+
+    def step(self, step: int) -> dict[str, float]:
+        micro = _micro_steps(self.config, lambda samples: self.work.loss(step, samples), True)
+        return _figures(self.name, self.networks[self.name].step(micro))
+
+
+class DistillStage:
+    """Distillation: ``critic_steps`` of the critic, then one of the generator."""
+
+    def __init__(
+        self, config: TrainConfig, source: Source, draws: Draws, reward: rewards.Reward | None = None
+    ):
+        self.config = config
+        teacher = _network(BidirectionalWanModel, config.teacher, config)
+        critic = _network(BidirectionalWanModel, config.critic or config.teacher, config)
+        generator = _network(CausalWanModel, config.generator, config)
+        if config.distill.objective == "re_dmd" and reward is None:
+            reward = rewards.OpticalFlowDynamics()
+        rollout = Rollout(StreamingPipeline(generator, config.stream))
+        self.distillation = Distillation(config, rollout, teacher, critic, source, draws, reward)
+        distill = config.distill
+        self.networks = {
+            "generator": Trained(generator, config.optimizer, config.steps, config.ema),
+            "critic": Trained(critic, distill.critic, config.steps * distill.critic_steps),
+        }
+
+    def step(self, step: int) -> dict[str, float]:
+        work, figures = self.distillation, {}
+        for turn in range(self.config.distill.critic_steps):
+            micro = _micro_steps(self.config, lambda s, turn=turn: work.critic_loss(step, s, turn), True)
+            figures |= _figures("critic", self.networks["critic"].step(micro))
+        micro = _micro_steps(self.config, lambda s: work.generator_loss(step, s), False)
+        return figures | _figures("generator", self.networks["generator"].step(micro))
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    source: Source | None = None,
+    on_step: Callable[[int, dict], None] | None = None,
+) -> Path:
+    """Run a stage to its end, resuming from the newest checkpoint under ``out``.
+
+    Writes ``config.json``, one JSON line a step to ``log.jsonl``, checkpoints, and at the end the averaged
+    weights as ``<network>.safetensors`` in bfloat16, under published names.
+
+    Returns:
+        the path of those weights.
+    Raises:
+        StoppedOnNonFinite: three steps in a row were not finite; the state before them is saved.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    draws = Draws(config.seed)
+    build = DistillStage if config.stage == "distill" else RegressionStage
+    stage = build(config, source or WorldSource(draws), draws)
+    first = _resume(stage, out)
+    if rank() == 0:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    with _log(out / "log.jsonl", first) as log:
+        for step in range(first, config.steps):
+            begun = time.perf_counter()
+            try:
+                figures = stage.step(step)
+            except ArithmeticError:
+                _save(stage, out, step)
+                raise
+            line = {"step": step + 1, "seconds": time.perf_counter() - begun} | figures
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            if on_step is not None:
+                on_step(step, line)
+            if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                _save(stage, out, step + 1)
+    _save(stage, out, config.steps)
+    return _export(stage, out)
+
+
+def run(config: TrainConfig, out: str | Path) -> Path:
+    """``train`` as the command line does: in the process group of a ``torchrun`` launch, with a progress bar
+    on rank 0.
+    """
+    from tqdm import tqdm
+
+    with process_group():
+        with tqdm(total=config.steps, unit="step", disable=rank() != 0) as bar:
+
+            def show(step: int, line: dict) -> None:
+                bar.n = step + 1
+                bar.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k.endswith("loss")})
+
+            return train(config, out, on_step=show)
+
+
+# ---- parts -------------------------------------------------------------------------------------------------
+def _micro_steps(config: TrainConfig, loss: Callable[[list[int]], Tensor], backward: bool):
+    """The micro-steps of one optimizer step: each takes its own part of the step's global sample indices."""
+    expect(
+        config.batch % world_size() == 0,
+        "TrainConfig",
+        "batch",
+        f"a multiple of {world_size()} ranks",
+        config.batch,
+    )
+    mine = config.batch // world_size()
+    for micro in range(config.accumulate):
+        first = micro * config.batch + rank() * mine
+        samples = list(range(first, first + mine))
+
+        def run(samples=samples):
+            value = loss(samples)
+            if backward:
+                value.backward()
+            return value
+
+        yield run
+
+
+def _figures(name: str, report: StepReport) -> dict:
+    values = {f"{name}_loss": report.loss, f"{name}_grad_norm": report.grad_norm}
+    return values if report.applied else values | {f"{name}_skipped": True}
+
+
+def _network(kind: type[WanTransformer], path: str, config: TrainConfig) -> WanTransformer:
+    """A float32 network, from a checkpoint or from the run's seed. All kinds have the same parameters."""
+    torch.manual_seed(config.seed)
+    model = kind(config.model)
+    if path:
+        state = read_checkpoint(path)
+        check_state(state, model, path)
+        model.load_state_dict(state)
+    else:  # the output starts at zero: a random flow would have to be unlearnt first
+        nn.init.zeros_(model.head.head.weight)
+        nn.init.zeros_(model.head.head.bias)
+    return shard(model)
+
+
+def _state(stage: Stage) -> dict:
+    return {name: network.state() for name, network in stage.networks.items()}
+
+
+def _save(stage: Stage, out: Path, step: int) -> None:
+    checkpoint.save({"step": step, "networks": _state(stage)}, out, step)
+
+
+def _resume(stage: Stage, out: Path) -> int:
+    path = checkpoint.newest(out)
+    if path is None:
+        return 0
+    state = {"step": 0, "networks": _state(stage)}
+    checkpoint.load(state, path)
+    for name, network in stage.networks.items():
+        network.restore(state["networks"][name])
+    return state["step"]
+
+
+def _log(path: Path, first: int):
+    """The log, cut back to the step that is resumed from: a line stands once for every step."""
+    if rank() != 0:
+        return open(os.devnull, "w")
+    kept = []
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= first]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def _export(stage: Stage, out: Path) -> Path:
+    from safetensors.torch import save_file
+
+    name, network = next(iter(stage.networks.items()))
+    weights = {key: full(t).to(torch.bfloat16).contiguous() for key, t in network.average.weights.items()}
+    target = out / f"{name}.safetensors"
+    if rank() != 0:
+        return target
+    save_file(weights, target.with_suffix(".unfinished"))
+    target.with_suffix(".unfinished").rename(target)
+    return target

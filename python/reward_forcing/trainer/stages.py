@@ -1,0 +1,287 @@
+"""What one micro-step of each stage computes. A stage owns no optimizer: it returns losses and leaves
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import rf_kernels as rf
+
+from .. import losses, rewards
+from ..models import BidirectionalWanModel
+from ..scheduler import FlowMatchScheduler
+from .config import TrainConfig
+from .data import Source
+from .draws import Draws
+from .rollout import Rollout, Tape
+from .teacher_forcing import TeacherForcedWan
+
+
+@torch.no_grad()
+def sample_teacher(
+    model: BidirectionalWanModel,
+    noise: Tensor,
+    context: Tensor,
+    uncond: Tensor,
+    *,
+    shift: float,
+    steps: int,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """Whole clips by Euler steps on the teacher's flow, with guidance ``c + s (c - u)``.
+
+    Returns:
+        states ``[steps + 1, B, F, C, H, W]`` from the noise to the clip, and their sigmas ``[steps + 1]``,
+        from 1 to 0.
+    """
+    s = torch.linspace(1, 0, steps + 1)
+    sigmas = shift * s / (1 + (shift - 1) * s)
+    states = [noise]
+    for here, there in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        x, t = states[-1], torch.full((noise.shape[0],), 1000 * here, device=noise.device)
+        flow = predict_flow(model, x, t, context)
+        if guidance:
+            flow = flow + guidance * (flow - predict_flow(model, x, t, uncond))
+        states.append(x + (there - here) * flow)
+    return torch.stack(states), sigmas
+
+
+def predict_flow(model: BidirectionalWanModel, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """Flow of whole clips ``[B, F, C, H, W]`` for text features ``[B, n, text_dim]``."""
+    return model(x_t.transpose(1, 2), t, context).transpose(1, 2)
+
+
+class Scores:
+    """A bidirectional model as the scorers of ``reward_forcing.losses``, for one batch of prompts."""
+
+    def __init__(
+        self, model: BidirectionalWanModel, scheduler: FlowMatchScheduler, context: Tensor, uncond: Tensor
+    ):
+        self.model, self.scheduler, self._features = model, scheduler, {"cond": context, "uncond": uncond}
+
+    def _x0(self, kind: str, x_t: Tensor, t: Tensor) -> Tensor:
+        flow = predict_flow(self.model, x_t, t, self._features[kind])
+        return self.scheduler.x0_from_flow(flow, x_t, t)
+
+    def cond(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._x0("cond", x_t, t)
+
+    def uncond(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._x0("uncond", x_t, t)
+
+
+def timesteps(draws: Draws, purpose: str, step: int, samples: Sequence[int], **options) -> Tensor:
+    """One training timestep a sample, by counter: see ``losses.warp_timesteps``."""
+    n = draws.integers(purpose, step, 1000, samples)
+    return losses.warp_timesteps(torch.tensor(n), **options)
+
+
+class FlowMatching:
+    """Flow matching of the bidirectional teacher: ``mean |v(x_t, t, text) - (noise - x0)|^2``, t uniform and
+    then warped by the stream's shift, text left out for a share of the samples."""
+
+    def __init__(self, config: TrainConfig, model: BidirectionalWanModel, source: Source, draws: Draws):
+        self.config, self.model, self.source, self.draws = config, model, source, draws
+        self.scheduler = FlowMatchScheduler(config.stream.shift)
+
+    def loss(self, step: int, samples: Sequence[int]) -> Tensor:
+        config, draws = self.config, self.draws
+        x0, prompts = self.source.clips(step, samples, config.frames)
+        keep = draws.uniform("text dropout", step, samples) >= config.text_dropout
+        context = self.source.embed(prompts) * keep[:, None, None]
+        t = timesteps(draws, "timestep", step, samples, shift=config.stream.shift, min_step=0, max_step=1000)
+        noise = draws.normal("noise", step, samples, x0.shape[1:])
+        x_t = self.scheduler.add_noise(x0, noise, t)
+        flow = predict_flow(self.model, x_t, t, context)
+        return (flow - self.scheduler.training_target(x0, noise)).square().mean()
+
+
+class TeacherForcing:
+    """Flow matching of the causal student on whole clips, each chunk at a noise level of its own, given the
+    clean frames before it (with a little noise on them, so that it learns to bear its own mistakes)."""
+
+    def __init__(self, config: TrainConfig, model: TeacherForcedWan, source: Source, draws: Draws):
+        self.config, self.model, self.source, self.draws = config, model, source, draws
+        self.scheduler = FlowMatchScheduler(config.stream.shift)
+
+    def loss(self, step: int, samples: Sequence[int]) -> Tensor:
+        config, draws = self.config, self.draws
+        x0, prompts = self.source.clips(step, samples, config.frames)
+        keep = draws.uniform("text dropout", step, samples) >= config.text_dropout
+        context = self.source.embed(prompts) * keep[:, None, None]
+        chunks = config.frames // config.stream.chunk_frames
+        per_chunk = [
+            timesteps(
+                draws, f"timestep {c}", step, samples, shift=config.stream.shift, min_step=0, max_step=1000
+            )
+            for c in range(chunks)
+        ]
+        t = torch.stack(per_chunk, dim=1).repeat_interleave(config.stream.chunk_frames, dim=1)
+        noise = draws.normal("noise", step, samples, x0.shape[1:])
+        x_t = self.scheduler.add_noise(x0, noise, t)
+        clean = x0 + config.context_jitter * draws.normal("context", step, samples, x0.shape[1:])
+        flow = _forced_flow(self.model, clean, x_t, t, context, config)
+        return (flow - self.scheduler.training_target(x0, noise)).square().mean()
+
+
+class TrajectoryRegression:
+    """ODE regression (CausVid, arXiv 2412.07772): the student maps a state of the teacher's sampling
+    trajectory, at one of its own denoising steps, to the trajectory's end: ``mean |x0 - teacher's
+    clip|^2``."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: TeacherForcedWan,
+        teacher: BidirectionalWanModel,
+        source: Source,
+        draws: Draws,
+    ):
+        self.config, self.model, self.teacher = config, model, teacher.requires_grad_(False)
+        self.source, self.draws = source, draws
+        self.scheduler = FlowMatchScheduler(config.stream.shift)
+        stream = config.stream
+        steps = list(stream.denoising_step_list)
+        self.timesteps = self.scheduler.warp(steps) if stream.warp else [float(t) for t in steps]
+
+    def loss(self, step: int, samples: Sequence[int]) -> Tensor:
+        config, draws, stream = self.config, self.draws, self.config.stream
+        prompts = self.source.prompts(step, samples)
+        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
+        noise = draws.normal("noise", step, samples, (config.frames, *self.source.latent_shape))
+        states, sigmas = sample_teacher(
+            self.teacher,
+            noise,
+            context,
+            uncond,
+            shift=stream.shift,
+            steps=config.teacher_steps,
+            guidance=config.distill.real_guidance,
+        )
+        # The trajectory's state nearest to each denoising step, at the state's own noise level.
+        nearest = (sigmas[None] - torch.tensor(self.timesteps)[:, None] / 1000).abs().argmin(dim=1)
+        chunks = config.frames // stream.chunk_frames
+        drawn = [draws.integers(f"step {c}", step, len(self.timesteps), samples) for c in range(chunks)]
+        picks = nearest[torch.tensor(drawn).T].repeat_interleave(stream.chunk_frames, dim=1)  # [B, F]
+        x_t = states[picks, torch.arange(len(samples))[:, None], torch.arange(config.frames)]
+        sigma, clip = sigmas[picks], states[-1]
+        flow = _forced_flow(self.model, clip, x_t, 1000 * sigma, context, config)
+        x0 = x_t - sigma[..., None, None, None] * flow
+        return (x0 - clip).square().mean()
+
+
+def _forced_flow(
+    model: TeacherForcedWan, clean: Tensor, x_t: Tensor, t: Tensor, context: Tensor, config: TrainConfig
+) -> Tensor:
+    at = float(config.stream.context_noise)
+    return model(clean.transpose(1, 2), x_t.transpose(1, 2), t, context, config.stream, at).transpose(1, 2)
+
+
+class Distillation:
+    """Distribution matching of a streaming student (DMD, Re-DMD or SiD) against a frozen teacher, with a
+    critic that follows the student's distribution.
+
+    Args:
+        rollout: of the student.
+        teacher, critic: bidirectional models; the teacher is never trained.
+        reward: of Re-DMD; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rollout: Rollout,
+        teacher: BidirectionalWanModel,
+        critic: BidirectionalWanModel,
+        source: Source,
+        draws: Draws,
+        reward: rewards.Reward | None = None,
+    ):
+        self.config, self.rollout, self.source, self.draws = config, rollout, source, draws
+        self.teacher, self.critic, self.reward = teacher.requires_grad_(False), critic, reward
+        self.scheduler = rollout.pipeline.scheduler
+
+    def roll(self, step: int, samples: Sequence[int], purpose: str) -> tuple[Tape, list[str]]:
+        """A rollout without gradient on the prompts and noise of a step."""
+        config, draws = self.config, self.draws
+        prompts = self.source.prompts(step, samples)
+        shape = (config.frames, *self.source.latent_shape)
+        noise = draws.normal(f"{purpose} noise", step, samples, shape)
+
+        def renoise(name: str, chunk: int, like: Tensor) -> Tensor:
+            return draws.normal(f"{purpose} {name}, chunk {chunk}", step, samples, like.shape[1:])
+
+        exits = self._exits(step, purpose)
+        return self.rollout.generate(noise, self.source.embed(prompts), exits, renoise), prompts
+
+    def _exits(self, step: int, purpose: str) -> list[int]:
+        """Denoising steps at which the chunks leave: the same for all samples of the batch, on every rank."""
+        config = self.config
+        chunks, steps = config.frames // config.stream.chunk_frames, len(self.rollout.pipeline.timesteps)
+        if config.distill.same_exit:
+            return self.draws.integers(f"{purpose} exit", step, steps, [0]) * chunks
+        return self.draws.integers(f"{purpose} exit", step, steps, range(chunks))
+
+    def _options(self) -> dict:
+        distill = self.config.distill
+        return {"shift": distill.shift, "min_step": distill.min_step, "max_step": distill.max_step}
+
+    def generator_loss(self, step: int, samples: Sequence[int]) -> Tensor:
+        """One generator micro-step: rollout, gradient on x, replay. Gradients are added to the student's
+        parameters.
+        """
+        config, draws = self.config, self.draws
+        tape, prompts = self.roll(step, samples, "generator")
+        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
+        x = tape.x.requires_grad_(True)
+        t = timesteps(draws, "generator timestep", step, samples, **self._options())
+        noise = draws.normal("generator score noise", step, samples, x.shape[1:])
+        loss = self._objective(
+            x,
+            Scores(self.teacher, self.scheduler, context, uncond),
+            Scores(self.critic, self.scheduler, context, uncond),
+            noise,
+            t,
+            prompts,
+        )
+        (gradient,) = torch.autograd.grad(loss, x)
+        last, count = config.distill.grad_chunks, len(tape.entries)
+        chunks = None if last == 0 else range(max(0, count - last), count)
+        self.rollout.replay(tape, context, gradient, chunks=chunks)
+        return loss.detach()
+
+    def _objective(
+        self, x: Tensor, teacher: Scores, critic: Scores, noise: Tensor, t: Tensor, prompts
+    ) -> Tensor:
+        distill = self.config.distill
+        shared = {"noise": noise, "t": t, "scheduler": self.scheduler, "real_guidance": distill.real_guidance}
+        scorers = {"fake": critic.cond, "real": teacher.cond, "real_uncond": teacher.uncond}
+        if distill.objective == "sid":
+            return losses.sid_loss(x, **scorers, **shared, alpha=distill.sid_alpha)
+        weight = None
+        if distill.objective == "re_dmd":
+            reward = rewards.scores(self.reward, self.source.decode(x.detach()), prompts)
+            weight = rf.reward_weight(reward, distill.beta)
+        return losses.dmd_loss(
+            x,
+            **scorers,
+            fake_uncond=critic.uncond,
+            fake_guidance=distill.fake_guidance,
+            weight=weight,
+            **shared,
+        )
+
+    def critic_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:
+        """One critic micro-step: flow matching on the student's own clips. ``turn`` counts the critic's steps
+        within the generator's step."""
+        purpose = f"critic {turn}"
+        tape, prompts = self.roll(step, samples, purpose)
+        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
+        t = timesteps(self.draws, f"{purpose} timestep", step, samples, **self._options())
+        noise = self.draws.normal(f"{purpose} score noise", step, samples, tape.x.shape[1:])
+        critic = Scores(self.critic, self.scheduler, context, uncond)
+        return losses.critic_flow_loss(critic.cond, tape.x, noise=noise, t=t, scheduler=self.scheduler)

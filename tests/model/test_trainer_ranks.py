@@ -1,0 +1,86 @@
+"""Two ranks train what one process trains: the gradient of every parameter, by name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from reward_forcing.models import BidirectionalWanModel
+from reward_forcing.trainer import TrainConfig
+from reward_forcing.trainer.config import build
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = (
+    "{dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8, text_dim: 32, text_len: 3}"
+)
+TEACHER = f"""
+stage: teacher
+model: {MODEL}
+frames: 4
+batch: 4
+steps: 1
+optimizer: {{lr: 1e-3}}
+"""
+DISTILL = f"""
+stage: distill
+model: {MODEL}
+frames: 12
+batch: 2
+accumulate: 2
+steps: 1
+optimizer: {{lr: 1e-3}}
+stream: {{local_attn_size: 6, alpha: 0.9, shift: 2.0, denoising_step_list: [1000, 500]}}
+distill: {{objective: dmd, critic_steps: 1, critic: {{lr: 1e-8}}, real_guidance: 1.0, shift: 2.0}}
+"""
+
+
+def launch(config: Path, out: Path, ranks: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable] if ranks == 1 else command
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
+    command += ["-m", "reward_forcing.trainer", str(config), str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def start(path: Path, networks: tuple[str, ...]) -> str:
+    """Weights to start from, and the lines that name them: a fresh model's zero head would hide the rest."""
+    torch.manual_seed(0)
+    model = BidirectionalWanModel(build(TrainConfig, yaml.safe_load(TEACHER), "").model)
+    save_file(model.state_dict(), path)
+    return "".join(f"{network}: {path}\n" for network in networks)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("text", [TEACHER, DISTILL], ids=["teacher", "distill"])
+def test_two_ranks_are_one_process(text, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(text + start(tmp_path / "start.safetensors", ("teacher", "generator")))
+    moments = {}
+    for ranks in (1, 2):
+        done = launch(config, tmp_path / str(ranks), ranks)
+        assert done.returncode == 0, done.stderr[-4000:]
+        moments[ranks] = first_moments(tmp_path / str(ranks) / "step-00000001", tmp_path / f"{ranks}.pt")
+    # After one step AdamW's first moment is the clipped gradient times (1 - beta1).
+    assert moments[1].keys() == moments[2].keys() and len(moments[1]) > 50
+    for name, one in moments[1].items():
+        assert (moments[2][name] - one).norm() <= 1e-5 * one.norm(), name
+    norms = [moment.norm() for moment in moments[1].values()]
+    assert sum(norm > 0 for norm in norms) > 0.9 * len(norms)
+
+
+def first_moments(checkpoint: Path, file: Path) -> dict[str, torch.Tensor]:
+    """The optimizers' first moments of a sharded checkpoint, by network and parameter."""
+    dcp_to_torch_save(checkpoint, file)
+    networks = torch.load(file, weights_only=True)["networks"]
+    return {
+        f"{network} {name}": value
+        for network, state in networks.items()
+        for name, value in state["optimizer"].items()
+        if name.endswith(".exp_avg")
+    }
