@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+import rf_kernels as rf
+from rf_kernels._backend import BACKENDS, ops, triton_problem
 from rf_kernels.testing import relative_l2
 
 
@@ -42,7 +44,25 @@ class Case:
         torch.manual_seed(0)
         calls = self.build(device)
         assert tuple(calls) == self.names, (tuple(calls), self.names)
+        if torch.device(device).type == "cuda" and self.dtype != torch.float64 and triton_problem() is None:
+            calls["triton"] = on_triton(calls[self.names[0]])
         return calls
+
+
+def on_triton(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call, served by Triton (tests/ops/test_triton.py says that it agrees)."""
+    with rf.backend("triton"):
+        pass  # loads it: timed calls only ask
+
+    def run():
+        before = ops.backend()
+        ops.set_backend(BACKENDS.index("triton"))
+        try:
+            return call()
+        finally:
+            ops.set_backend(before)
+
+    return run
 
 
 def tensors(result) -> list[torch.Tensor]:

@@ -1,6 +1,8 @@
 """The benchmark cases: well formed, their candidates agree, and a run prints, writes and judges what it
 measured."""
 
+import contextlib
+import importlib
 import json
 
 import pytest
@@ -10,6 +12,7 @@ import benchmarks as bench
 from benchmarks import __main__ as command
 from benchmarks import aims, layer
 from benchmarks.timing import Timing, geometric_means
+from rf_kernels import _backend
 
 CASES = [case for cases in bench.groups().values() for case in cases]
 
@@ -42,6 +45,22 @@ def test_layer_candidates_agree_over_evictions(job):
     if job == "repeat forward":
         for name in ("published", "eager"):
             torch.testing.assert_close(results[name], results["rf_kernels"], rtol=1e-4, atol=1e-5)
+
+
+def test_triton_is_a_candidate_on_a_gpu(monkeypatch):
+    """Where its call asks for Triton, and what comes after it does not."""
+    asked = []
+    module = importlib.import_module("benchmarks.case")
+    monkeypatch.setattr(module, "triton_problem", lambda: None)
+    monkeypatch.setattr(module.rf, "backend", lambda name: contextlib.nullcontext())
+    calls = {"ours": lambda: asked.append(_backend.requested()), "peer": lambda: None}
+    case = module.Case("rope_append", "tiny", torch.float32, ("ours", "peer"), lambda device: dict(calls))
+    assert list(case.candidates("cpu")) == ["ours", "peer"]
+    found = case.candidates("cuda")
+    assert list(found) == ["ours", "peer", "triton"]
+    found["triton"]()
+    found["ours"]()
+    assert asked == ["triton", _backend.requested()]
 
 
 def test_disagreement_stops_a_benchmark():

@@ -2,6 +2,7 @@
 promises."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_within_eager(dtype, state, layout):
             )
     assert_equal_bits(out[0][:, n_sink:], case.k[:, n_sink:])  # nothing but the sink slots is written
     assert_equal_bits(out[1][:, n_sink:], case.v[:, n_sink:])
-    assert rf.last_dispatch().op == "ema_evict" and rf.last_dispatch().backend == "cpu"
+    assert rf.last_dispatch()[:2] == ("ema_evict", os.environ.get("RF_BACKEND", "cpu"))
 
 
 def test_temporal_pairs_anywhere_in_the_head():

@@ -116,7 +116,10 @@ SUITES = {
     "ema_evict": "published or nonfinite or propagate or alpha or minus_zero or rounded_once or schedules "
     "or held or strided or identity or anywhere or exactly or (within_eager and not Tensor)",
     "sink_window_attention": "exact_answers or extreme or no_key or poison or expanded or empty "
-    "or neighbours or second_derivatives or whole_sequence_is_streaming or values_and_gradients",
+    # Not: a gradient that cancels to zero (one key) and float32 at head dim 256, which eager PyTorch sums in
+    # another order, with less error than twice its own (the fuzzer has a bound for both).
+    "or neighbours or second_derivatives or whole_sequence_is_streaming "
+    "or (values_and_gradients and not one_key and not wide_head)",
     "dmd_gradient": "golden or oracle or policy or masks or odd_sizes or no_elements or dropped "
     "or neighbours or backward or zero or overflow or not_contiguous or unguided",
 }
