@@ -37,8 +37,8 @@ def config(head_dim: int, dtype: torch.dtype, backward: bool) -> Config:
     Half precision, D <= 128: 128 x 64 tiles are 64 accumulators for each thread of 8 warps, and two stages of
     keys and values take 64 KiB, which the 99 KiB of sm_120 and the 64 KiB of gfx942 hold. The backward has
     two accumulators and four operands: half of it. Wider heads take a quarter; float32 needs three operands
-    where half precision has one, and takes less again. No kernel spills in half precision up to D = 128
-    (tests/ops/test_triton_compiled.py)."""
+    where half precision has one, and takes less again. Spills have
+    bounds in tests/ops/test_triton_compiled.py."""
     wide = head_dim > 128
     if dtype == torch.float32:
         if backward:

@@ -52,7 +52,7 @@ class Draw:
         self.guarded = []  # (buffer, a copy, what of it may change)
 
     def integer(self, low: int, high: int) -> int:
-        small = TRITON and high <= 5
+        small = TRITON and high <= 7
         return self.random.randint(low, min(high, low + high // 3) if small else high)
 
     def choice(self, options):

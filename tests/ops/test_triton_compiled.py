@@ -93,22 +93,22 @@ def test_memory_bound_ops(target, dtype):
     assert not any(kernel.spills for kernel in found.values())
 
 
+# Bytes (registers on AMD) that a thread of the attention kernels may spill: a handful for sm_120 and gfx942 and
+# in wide heads. Float32 has three products where half precision has one, and their operands beside them.
+def spills_allowed(target, dtype, head_dim):
+    if dtype == torch.float32:
+        return 64
+    return 0 if target in ("sm_80", "sm_90", "sm_100") and head_dim <= 128 else 32
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "spills"),
-    # Float32 has three products where half precision has one, and their operands beside them.
-    [
-        (HALF, 64, 0),
-        (HALF, 128, 0),
-        (torch.float16, 128, 0),
-        (HALF, 256, 32),
-        (torch.float32, 64, 64),
-        (torch.float32, 128, 64),
-    ],
+    ("dtype", "head_dim"),
+    [(HALF, 64), (HALF, 128), (torch.float16, 128), (HALF, 256), (torch.float32, 64), (torch.float32, 128)],
     ids=str,
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_attention(target, dtype, head_dim, spills):
+def test_attention(target, dtype, head_dim):
     q, out, grad_q = (torch.empty(1, N, 12, head_dim, dtype=dtype) for _ in range(3))
     k, v, grad_k, grad_v = (torch.empty(1, 3 * N, 12, head_dim, dtype=dtype) for _ in range(4))
     lse, options = torch.empty(1, 12, N), (3 * N, head_dim**-0.5, None, 0, None)
@@ -117,5 +117,5 @@ def test_attention(target, dtype, head_dim, spills):
     found |= compiled(target, "sink_window_attention", *backward, name="sink_window_attention_backward")
     assert list(found) == ["_forward", "_backward_q", "_backward_kv"]
     for kernel in found.values():
-        assert kernel.spills <= spills, kernel
+        assert kernel.spills <= spills_allowed(target, dtype, head_dim), kernel
         assert kernel.shared <= SHARED[target], kernel
