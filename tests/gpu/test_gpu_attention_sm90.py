@@ -60,10 +60,10 @@ def test_graphs_of_one_capture_stream_replayed_on_two_streams():
             torch.randn(1, n, 12, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
             for n in (queries, 9360, 9360)
         ]
-        expected = rf.sink_window_attention(*tensors)
+        expected = rf.sink_window_attention(*tensors, kv_tokens=9360)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = rf.sink_window_attention(*tensors)
+            out = rf.sink_window_attention(*tensors, kv_tokens=9360)
         calls.append((graph, out, expected, torch.cuda.Stream()))
     torch.cuda.synchronize()
     for _ in range(50):

@@ -109,7 +109,7 @@ def test_attention_of_extreme_inputs(device, dtype):
     }
     for name, data in variants.items():
         data = [t.to(dtype) for t in data]
-        out, lse = on(device, rf.sink_window_attention)(*data, return_lse=True)
+        out, lse = on(device, rf.sink_window_attention)(*data, kv_tokens=400, return_lse=True)
         exact, exact_lse = attention_oracle(*(t.double() for t in data), return_lse=True)
         assert bool(out.isfinite().all()) and bool(lse.isfinite().all()), name
         assert_within_eager(out, exact, on(device, plain_attention)(*data))

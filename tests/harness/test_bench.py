@@ -4,6 +4,9 @@ measured."""
 import contextlib
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from benchmarks import aims, layer
 from benchmarks.timing import Timing, geometric_means
 from rf_kernels import _backend
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = [case for cases in bench.groups().values() for case in cases]
 
 
@@ -127,3 +131,19 @@ def test_a_disturbed_case_is_repeated_and_the_calmest_run_kept(monkeypatch):
 def test_unknown_cases_are_refused():
     with pytest.raises(SystemExit, match="no such case on cpu: nothing/like/it"):
         command.main(["--case", "nothing/like/it", "--device", "cpu"])
+
+
+def test_cases_run_under_pytest_benchmark(tmp_path):
+    case = next(case for case in bench.groups()["ema_evict"] if case.quick and case.device in (None, "cpu"))
+    options = [
+        "-k",
+        case.id.split("/")[1] + " and float32",
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=1",
+    ]
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/pytest_cases.py", *options]
+    subprocess.run([*command, f"--benchmark-json={report}"], cwd=ROOT, check=True, capture_output=True)
+    found = json.loads(report.read_text())["benchmarks"]
+    assert found and all(one["group"].startswith("ema_evict/") for one in found)
+    assert any(one["name"].endswith("-ema_evict]") for one in found)
