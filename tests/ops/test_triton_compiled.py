@@ -93,8 +93,8 @@ def test_memory_bound_ops(target, dtype):
     assert not any(kernel.spills for kernel in found.values())
 
 
-# Bytes (registers on AMD) that a thread of the attention kernels may spill: a handful for sm_120 and gfx942 and
-# in wide heads. Float32 has three products where half precision has one, and their operands beside them.
+# Bytes (registers on AMD) that a thread of the attention kernels may spill: a handful for sm_120 and gfx942,
+# and in wide heads. Float32 has three products where half precision has one, and their operands beside them.
 def spills_allowed(target, dtype, head_dim):
     if dtype == torch.float32:
         return 64
