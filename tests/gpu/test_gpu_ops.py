@@ -54,7 +54,9 @@ def test_attention(matrix_device, case, dtype):
     exact, exact_lse = attention_oracle(*(t.double() for t in data), **options, return_lse=True)
     assert_within_eager(out, exact, on(matrix_device, plain_attention)(*data, **options))
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    # PyTorch's exponential of half precision on the CPU is approximate (docs/promises.md, "Not promised").
+    approximate = matrix_device == "cpu" and dtype != torch.float32
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2**-13 if approximate else 1e-5)
 
 
 @served
