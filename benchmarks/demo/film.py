@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from reward_forcing import evaluate, world
+from reward_forcing.film import tile, write_mp4
 from reward_forcing.pipeline import StreamingPipeline
 
 from .run import flatness, memory_bytes
@@ -95,7 +95,7 @@ def write_film(videos: dict[str, torch.Tensor], folder: Path, *, frames_per_seco
     prompt."""
     paths = [folder / "film.mp4", folder / "film.gif"]
     large, small = _pages(videos, zoom=4), _pages(videos, zoom=2)[::2]
-    iio.imwrite(paths[0], large, plugin="pyav", codec="libx264", fps=frames_per_second)
+    write_mp4(torch.from_numpy(large), paths[0], frames_per_second=frames_per_second)
     # one palette for all frames: a palette each would flicker, and weigh more
     palette = Image.fromarray(np.concatenate(list(small[:: max(1, len(small) // 8)]))).quantize(96)
     images = [Image.fromarray(page).quantize(palette=palette, dither=Image.Dither.NONE) for page in small]
@@ -105,22 +105,18 @@ def write_film(videos: dict[str, torch.Tensor], folder: Path, *, frames_per_seco
 
 
 def _pages(videos: dict[str, torch.Tensor], zoom: int) -> np.ndarray:
-    """uint8 ``[F, height, width, 3]``, even sizes (H.264 asks for them)."""
-    stacked = torch.stack([video[:SHOWN] for video in videos.values()])  # [sinks, rows, F, 3, H, W]
-    pixels = ((stacked.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (0, 1, 0, 1), value=255)  # a white line between cells
-    sinks, rows, frames, _, height, width = pixels.shape
-    grid = pixels.permute(2, 1, 4, 0, 5, 3).reshape(frames, rows * height, sinks * width, 3).numpy()
-    grid = grid.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    """uint8 ``[F, height, width, 3]``: a line of names over the cells."""
+    stacked = torch.stack([video[:SHOWN] for video in videos.values()], dim=1)  # [rows, sinks, F, 3, H, W]
+    grid = tile(stacked, zoom=zoom).numpy()
+    frames, width = len(grid), grid.shape[2] // len(videos)
     head = 16
-    size = [(n + 1) // 2 * 2 for n in (grid.shape[1] + head, grid.shape[2])]
-    pages = np.full((frames, *size, 3), 255, np.uint8)
-    pages[:, head : head + grid.shape[1], : grid.shape[2]] = grid
+    pages = np.full((frames, grid.shape[1] + head, grid.shape[2], 3), 255, np.uint8)
+    pages[:, head:] = grid
     for index, page in enumerate(pages):
         label = Image.fromarray(page[:head])
         draw = ImageDraw.Draw(label)
         for column, name in enumerate(videos):
-            draw.text((column * width * zoom + 2, 2), name, fill="black")
+            draw.text((column * width + 2, 2), name, fill="black")
         draw.text((label.width - 26, 2), f"{index:3d}", fill="gray")
         page[:head] = np.asarray(label)
     return pages
