@@ -110,12 +110,11 @@ def go(cache, begin, end, version, start=None):
         return [chunk.attend(i, *(torch.cat(x, 1) for x in zip(*data[i], strict=True))) for i in layers]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_policy
 @pytest.mark.parametrize(
     "written, start, end", [(6, 4, 6), (6, 2, 4), (5, 1, 3), (6, 0, 3), (4, 3, 6), (6, 5, 8)]
 )
-@pytest.mark.parametrize("origin", [0, 21])
+@pytest.mark.parametrize("origin, dtype", [(0, torch.bfloat16), (21, torch.float32)])
 def test_a_seek_gives_the_bits_of_the_stream_that_had_those_frames(origin, written, start, end, name, dtype):
     """Where nothing had left: rewriting the end, the middle with frames behind it, the sink, from the start,
     and overlapping a frame; then on, far enough for the sink to absorb what was written."""
