@@ -55,18 +55,18 @@ class Stream:
     phase: int | None = None
 
     @classmethod
-    def plain(cls, frames: int, ring: Ring, sink: SinkState) -> Stream:
+    def plain(cls, frames: int, ring: Ring, state: SinkState) -> Stream:
         """A stream of so many frames that began with frame 0 and never went back."""
         S, gone = ring.sink_frames, frames - ring.window_frames
         held = {ring.slot(frame): frame for frame in ring.held(frames)}
         left = frames > ring.length
-        sources = sink.sources(range(max(S, gone - S), gone)) if left else None
+        sources = state.sources(range(max(S, gone - S), gone)) if left else None
         return cls(
             frames=frames,
             held=tuple(held[slot] for slot in range(len(held))),
             left=left,
             absorbed=any(sources or ()),
-            phase=ring.shift(frames) if sources is not None and sink.policy.rephase else None,
+            phase=ring.shift(frames) if sources is not None and state.policy.rephase else None,
         )
 
     def listed(self) -> dict:
@@ -86,9 +86,9 @@ class Stream:
         if not all(type(listed[name]) is bool for name in ("left", "absorbed")) or len(held) > ring.length:
             return None
         stream = cls(**listed | {"held": tuple(held)})
-        sink = min(frames, ring.sink_frames)
-        whole = held[:sink] == list(range(sink)) and len(set(held)) == len(held)
-        fits = all(sink <= f < frames for f in held[sink:]) and (not frames or frames - 1 in held)
+        first = min(frames, ring.sink_frames)
+        whole = held[:first] == list(range(first)) and len(set(held)) == len(held)
+        fits = all(first <= f < frames for f in held[first:]) and (not frames or frames - 1 in held)
         return stream if whole and fits and stream.next_frame == next_frame else None
 
     @property
