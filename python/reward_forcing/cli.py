@@ -216,10 +216,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     judge.add_argument("--teacher", type=Path, help="checkpoint (default: that of the repository)")
     judge.add_argument("--guidance", type=number, default=1.0, help="of the teacher's clips (default: 1)")
-    sinks = ["none", "static", "ema:0.99", "ema:0.9"]
-    judge.add_argument(
-        "--sinks", nargs="+", default=sinks, help=f"none, static, ema:ALPHA (default: {' '.join(sinks)})"
-    )
+    policies = ["none", "static", "ema:0.99", "ema:0.9"]
+    text = f"none, static, ema:ALPHA (default: {' '.join(policies)})"
+    judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
     return parser.parse_args(argv)
@@ -236,7 +235,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             students = {stage: evaluate.shipped(stage)[0] for stage in ("causal", "ode", "distill")}
         else:
             students = dict(text.split("=", 1) for text in options.student)
-        names = ("sinks", "prompts", "seeds", "frames", "teacher", "guidance")
+        names = ("policies", "prompts", "seeds", "frames", "teacher", "guidance")
         chosen = {name: getattr(options, name) for name in names}
         report = evaluate.evaluate(students, **chosen, progress=say)
         evaluate.write(report, options.out)

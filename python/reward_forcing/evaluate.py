@@ -59,18 +59,18 @@ def load_teacher(path: Path | str | None = None) -> tuple[BidirectionalWanModel,
     return model.requires_grad_(False).eval(), config
 
 
-def with_sink(stream: StreamConfig, sink: str) -> StreamConfig:
+def with_sink(stream: StreamConfig, policy: str) -> StreamConfig:
     """A stream with another sink of as many attended frames: "none", "static" or "ema:ALPHA"."""
-    policy, _, alpha = sink.partition(":")
-    if policy == "none":
+    name, _, alpha = policy.partition(":")
+    if name == "none":
         return dataclasses.replace(stream, sink_policy="none", sink_frames=0)
-    known = policy in ("static", "ema") and (not alpha or policy == "ema")
-    expect(known, "with_sink", "sink", "none, static, ema or ema:ALPHA", repr(sink))
+    known = name in ("static", "ema") and (not alpha or name == "ema")
+    expect(known, "with_sink", "policy", "none, static, ema or ema:ALPHA", repr(policy))
     try:
         value = float(alpha) if alpha else stream.alpha
     except ValueError:
-        expect(False, "with_sink", "sink", "ema:ALPHA with a number", repr(sink))
-    return dataclasses.replace(stream, sink_policy=policy, alpha=value)
+        expect(False, "with_sink", "policy", "ema:ALPHA with a number", repr(policy))
+    return dataclasses.replace(stream, sink_policy=name, alpha=value)
 
 
 def some_prompts(count: int) -> list[world.Prompt]:
@@ -230,7 +230,7 @@ class Table:
 def evaluate(
     students: Mapping[str, Path | str],
     *,
-    sinks: Sequence[str] = SINKS,
+    policies: Sequence[str] = SINKS,
     prompts: int = 64,
     seeds: int = 3,
     frames: int = 60,
@@ -238,19 +238,21 @@ def evaluate(
     guidance: float = 1.0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict:
-    """Tables for ``students`` x ``sinks``, beside rendered clips and the teacher's; all numbers, for JSON.
+    """Tables for students x sink policies, beside rendered clips and the teacher's; all numbers, for JSON.
 
     The first student and the sink "static" (else the first) are what the others are subtracted from.
     """
     for name, value in (("prompts", prompts), ("seeds", seeds)):
         expect(value >= 1, "evaluate", name, "at least 1", value)
-    expect(len(students) >= 1 and len(sinks) >= 1, "evaluate", "students, sinks", "at least one each", 0)
+    expect(
+        len(students) >= 1 and len(policies) >= 1, "evaluate", "students, policies", "at least one each", 0
+    )
     chosen, codec = some_prompts(prompts), world.PatchCodec.fit()
     streams = {name: load_student(path) for name, path in students.items()}  # all are read before any runs
     streams = {
-        (name, sink): StreamingPipeline(model, with_sink(stream, sink))
+        (name, policy): StreamingPipeline(model, with_sink(stream, policy))
         for name, (model, stream) in streams.items()
-        for sink in sinks
+        for policy in policies
     }
     teacher_model, config = load_teacher(teacher)
     table, begun = Table(chosen), time.perf_counter()
@@ -275,7 +277,7 @@ def evaluate(
             return codec.decode(torch.cat([chunk.latents for chunk in chunks], dim=1))
 
         add(name, clip)
-    base_sink = "static" if "static" in sinks else sinks[0]
+    base_sink = "static" if "static" in policies else policies[0]
     base_student = next(iter(students))
     pairs = [(row, (row[0], base_sink)) for row in streams if row[1] != base_sink]
     pairs += [(row, (base_student, row[1])) for row in streams if row[0] != base_student]
