@@ -93,7 +93,7 @@ def test_activations_are_what_the_allocator_gives(config, checkpointing, tmp_pat
         work = module._Work(config, model, 1, 32, 32, device="cpu")
         forward = work.prepare(network)
         measured = allocated(lambda n=network, f=forward: module._Work.run(n, f), tmp_path / "trace.json")
-        assert 0.98 * planned <= measured <= 1.3 * planned, network.name
+        assert 0.98 * planned <= measured <= 1.4 * planned, network.name
 
 
 def test_the_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
