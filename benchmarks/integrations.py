@@ -4,10 +4,10 @@
     python -m benchmarks.integrations DIR --system NAME   one system, as JSON
 
 DIR holds checkouts named as in `SYSTEMS`. Their own pipelines run on a CPU, small, with random weights: five
-chunks and more, evictions, several denoising forwards and the clean one. What is stubbed is stubbed here: their
-imports of packages and of encoders that are not needed, and flash-attn's attention, for which PyTorch's own
-stands in, in the dtype of its inputs. Each system runs in a process of its own, because they share the names of
-their modules.
+chunks and more, evictions, several denoising forwards and the clean one. What is stubbed is stubbed here:
+their imports of packages and of encoders that are not needed, and flash-attn's attention, for which PyTorch's
+own stands in, in the dtype of its inputs. Each system runs in a process of its own, because they share the
+names of their modules.
 """
 
 import argparse
@@ -466,7 +466,9 @@ def _timed(rig, pipeline, frames, dtype):
     for block in pipeline.generator.model.blocks:
         module, began = block.self_attn, []
         for part, sign in ((module, 1), (module.q, -1), (module.k, -1), (module.v, -1), (module.o, -1)):
-            handles.append(part.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())))
+            handles.append(
+                part.register_forward_pre_hook(lambda *_, began=began: began.append(time.perf_counter()))
+            )
 
             def after(*_, sign=sign, began=began):
                 inside[0] += sign * (time.perf_counter() - began.pop())

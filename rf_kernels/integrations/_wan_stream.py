@@ -1,13 +1,13 @@
 """The stream in one dictionary of a pipeline's ``kv_cache``, for ``integrations.wan``.
 
-The dictionary's own tensors ``k`` and ``v`` are the slots. Its layer is a cache of one layer: the pipelines of
-the family hold one dictionary a layer, run layers apart (over ranks, under checkpoints), and never look at two
-at once.
+The dictionary's own tensors ``k`` and ``v`` are the slots. Its layer is a cache of one layer: the pipelines
+of the family hold one dictionary a layer, run layers apart (over ranks, under checkpoints), and never look
+at two at once.
 
 Gradients follow the family. There the cache is written in place under grad, so the gradient of a cached key
 or value goes to the last forward with grad that wrote it, although a later one without grad has put other
-values there. ``Turn`` and ``_Linked`` say the same without in-place history: values are copied once per chunk,
-and the gradient of a frame goes to the tensors that its chunk's forward had.
+values there. ``Turn`` and ``_Linked`` do the same without in-place history: values are copied once per
+chunk, and the gradient of a frame goes to the tensors that its chunk's forward had.
 """
 
 from __future__ import annotations
@@ -119,24 +119,12 @@ class Turn:
         return torch.cat([(own if mine else past)[:, a * n : b * n] for mine, a, b in pieces], 1)
 
 
-def _adopted(spec, policy, k, v):
+def _adopted(spec: CacheSpec, policy: SinkPolicy, k: Tensor, v: Tensor) -> SinkWindowCache:
+    """A cache whose slots are the caller's."""
     cache = SinkWindowCache(spec, sink=policy)
     cache.k, cache.v = k.unsqueeze(0), v.unsqueeze(0)
     cache._slots = [(k, v)]
     return cache
-
-
-def _opened(cache, frames, start):
-    return cache.open(frames) if start == cache.next_frame else cache.open(frames, start=start)
-
-
-def _held(chunk):
-    after = getattr(chunk.plan, "after", None)
-    if after is not None:
-        return [after.origin + f for f in after.held]
-    ring = chunk.plan.ring
-    held = {ring.slot(f): f for f in ring.held(chunk.plan.t_end)}
-    return [held[s] for s in range(len(held))]
 
 
 class Stream:
@@ -196,7 +184,7 @@ class Stream:
             cache.reset()
             self.origin = start
         written = min(frames, geometry.window_frames) if start > self.origin else frames
-        self.turn = Turn(_opened(cache, written, end - written), start, frames)
+        self.turn = Turn(cache.open(written, start=end - written), start, frames)
         self._turns[key] = self.turn
         return self.turn
 
@@ -208,9 +196,8 @@ class Stream:
     def continues(self, other: Stream) -> None:
         """Go on where another one is, whose slots were copied into these."""
         other.close()
-        self.cache.next_frame, self.origin = other.cache.next_frame, other.origin
-        if hasattr(self.cache, "_stream"):
-            self.cache._stream = other.cache._stream
+        self.cache._restart(other.cache._stream)
+        self.origin = other.origin
         self.turn = other.turn
 
     def forget(self) -> None:
@@ -311,7 +298,8 @@ class Stream:
     def _take_past(self, turn: Turn) -> None:
         """Copies of the valid slots that are not the chunk's, and who wrote them under grad."""
         plan, n = turn.chunk.plan, self.geometry.frame_tokens
-        held, own = _held(turn.chunk), range(turn.start, turn.start + turn.frames)
+        after = plan.after
+        held, own = [after.origin + f for f in after.held], range(turn.start, turn.start + turn.frames)
         others = [slot for slot, frame in enumerate(held) if frame not in own]
         slots = turn.chunk.kv(0)
         k, v = (

@@ -2,10 +2,10 @@
 
     unpatch = rf_kernels.integrations.wan.patch(pipeline.generator)
 
-Every self-attention module of the model is found by what it looks like (``SelfAttention.looks_like``) and gets
-a forward of ours; ``unpatch()`` gives it its own back. Pipelines, their lists of dictionaries, ``current_start``
-and the index tensors go on working. docs/integrations.md says which systems were tried, and where they compute
-something else than this library does.
+Every self-attention module of the model is found by what it looks like (``SelfAttention.looks_like``) and
+gets a forward of ours; ``unpatch()`` gives it its own back. Pipelines, their lists of dictionaries,
+``current_start`` and the index tensors go on working. docs/integrations.md says which systems were tried,
+and where they compute something else than this library does.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ def patch(model: nn.Module, family: str = "auto", *, state: str = "compensated")
     ``sink_size``, ``compression_alpha``) when a stream begins. A forward without ``kv_cache`` is the
     module's own.
 
-    The dictionary's tensors hold the slots of the cache; their order is this library's. Its index tensors are
-    kept current, and are read on the host only when somebody else has written them. Unpatch between streams:
-    a stream that has begun goes on only while patched.
+    The dictionary's tensors hold the slots of the cache; their order is this library's. Its index tensors
+    are kept current, and are read on the host only when somebody else has written them. Unpatch between
+    streams: a stream that has begun goes on only while patched.
 
-    Under grad the values are those without, to rounding, and the gradient of a cached key or value goes to the
+    Under grad the values are those without, to rounding. The gradient of a cached key or value goes to the
     last forward under grad that wrote it, as in the family's own code. Backward may come after later chunks.
 
     Returns:
@@ -114,7 +114,7 @@ def patch(model: nn.Module, family: str = "auto", *, state: str = "compensated")
         if updates and not kind.returns_update:
             kind = replace(kind, returns_update=True)
         patched.append((module, SelfAttention(module, kind, state)))
-    for module, forward in patched:
+    for _, forward in patched:
         forward.install()
 
     def unpatch() -> None:
@@ -216,7 +216,9 @@ class _Binding:
 
     def indices_changed(self, kv_cache: dict) -> bool:
         """Whether somebody else has written the index tensors. The host waits for the device only then."""
-        for name, (tensor, version, values) in zip(("global_end_index", "local_end_index"), self.indices):
+        for name, (tensor, version, values) in zip(
+            ("global_end_index", "local_end_index"), self.indices, strict=False
+        ):
             now = kv_cache[name]
             if now is tensor and version is not None and now._version - version in (0, 1):
                 continue  # the model itself may have written what it was told (LongLive)
@@ -267,7 +269,7 @@ class SelfAttention:
 
     # ---- the forward ---------------------------------------------------------------------------------------
     def __call__(self, *args, **kwargs):
-        given = self.defaults | dict(zip(self.names, args)) | kwargs
+        given = self.defaults | dict(zip(self.names, args, strict=False)) | kwargs
         kv_cache = given["kv_cache"]
         if kv_cache is None:
             return self.original(*args, **kwargs)
@@ -290,7 +292,7 @@ class SelfAttention:
         q, k, v = (t.to(binding.k.dtype).unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
 
         outs = []
-        for i, (stream, row) in enumerate(zip(binding.streams, binding.rows)):
+        for i, (stream, row) in enumerate(zip(binding.streams, binding.rows, strict=True)):
             inputs, options = [q[row], k[row], v[row]], norms
             start = self._frame(binding, i, positions[i], frames, afresh)
             turn = stream.at(start, frames, afresh=afresh)
@@ -439,14 +441,14 @@ class SelfAttention:
         # meant for these.
         seen = getattr(module, "max_attention_size", k.shape[1])
         length = min(room, seen // n) if seen % n == 0 else room
-        sink = max(int(getattr(module, "sink_size", 0)), int(getattr(module, "global_sink_size", 0)))
+        kept = max(int(getattr(module, "sink_size", 0)), int(getattr(module, "global_sink_size", 0)))
         relative = family.relative or bool(given.get("use_relative_rope", False))
         ends = None
         if not rolls:
             ends = "local_attn_size is -1: nothing is evicted"
         if length < room and not family.sink_in_slice:
-            sink = 0
-        if sink == 0:
+            kept = 0
+        if kept == 0:
             policy = NoSink()
         elif family.averages and length == room:
             policy = EMASink(alpha=float(getattr(module, "compression_alpha", 0.999)), state=self.state)
@@ -460,8 +462,8 @@ class SelfAttention:
         rope = _rope(given["freqs"], k.shape[-1])
         return Geometry(
             grid=grid,
-            sink_frames=sink,
-            window_frames=length - sink,
+            sink_frames=kept,
+            window_frames=length - kept,
             room_frames=room,
             ends=ends,
             policy=policy,

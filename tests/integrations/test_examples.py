@@ -1,4 +1,4 @@
-"""The example of docs/porting.md: what is printed there is the file, and it computes what plain PyTorch does."""
+"""The example of docs/porting.md: the page prints the file, and it computes what plain PyTorch does."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``integrations.wan.patch`` on stand-ins with the family's interfaces: values, indices, restarts, gradients."""
+"""``integrations.wan.patch`` on stand-ins with the family's interfaces."""
 
 import copy
 
