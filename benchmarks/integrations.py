@@ -31,7 +31,11 @@ import rf_kernels.integrations.wan as integration
 class Settings(dict):
     """Their configuration objects: attributes and keys."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class _Stub(types.ModuleType):
@@ -331,7 +335,9 @@ class StreamDiffusion(Rig):
 
         _stubs("einops", "ftfy", "easydict", "omegaconf", "models.wan.taehv_wrapper")
         _stubs(*(f"{self.model_package}.{name}" for name in ("tokenizers", "vae", "t5")))
-        _shells(self.root, "models.wan.wan_base", self.model_package, "models.wan")
+        _stubs("models")  # names in it are imported, and not used
+        sys.modules["models"].__path__ = [str(self.root / "models")]
+        _shells(self.root, "models.wan", "models.wan.wan_base", self.model_package)
         _import(f"{self.model_package}.model", flash_attention=attention)
         type(self).code = _import("models.wan.causal_model", attention=attention)
         self.code.attention_with_kvcache_fallback = self.attention_with_lengths

@@ -119,14 +119,6 @@ class Turn:
         return torch.cat([(own if mine else past)[:, a * n : b * n] for mine, a, b in pieces], 1)
 
 
-def _adopted(spec: CacheSpec, policy: SinkPolicy, k: Tensor, v: Tensor) -> SinkWindowCache:
-    """A cache whose slots are the caller's."""
-    cache = SinkWindowCache(spec, sink=policy)
-    cache.k, cache.v = k.unsqueeze(0), v.unsqueeze(0)
-    cache._slots = [(k, v)]
-    return cache
-
-
 class Stream:
     """The frames of one or more samples that stream in step, in ``k`` and ``v`` ``[B, T, H, D]``."""
 
@@ -145,7 +137,10 @@ class Stream:
             dtype=k.dtype,
             device=k.device,
         )
-        self.cache = _adopted(spec, geometry.policy, k[:, :tokens].detach(), v[:, :tokens].detach())
+        k, v = (x[:, :tokens].detach() for x in (k, v))
+        self.cache = SinkWindowCache(spec, sink=geometry.policy, k=[k], v=[v])
+        #: The slots, and how often they had been written when we were through.
+        self._slots, self._writes = (k, v), None
         self.turn: Turn | None = None
         #: Frame that the stream began with.
         self.origin = 0
@@ -179,6 +174,8 @@ class Stream:
             )
         if turn is not None and turn.chunk.is_open:
             turn.chunk.commit()
+        if self._writes is not None and self._writes != self._counted():
+            cache.reset_sink()  # somebody else has written: a scene cut zeroes the sink
         if afresh or start == 0:
             self.forget()
             cache.reset()
@@ -200,6 +197,10 @@ class Stream:
         self.origin = other.origin
         self.turn = other.turn
 
+    def _counted(self) -> tuple | None:
+        """How often the slots were written; None where PyTorch does not count."""
+        return None if any(x.is_inference() for x in self._slots) else tuple(x._version for x in self._slots)
+
     def forget(self) -> None:
         """What was written so far is constant from here on."""
         self._sources.clear()
@@ -214,10 +215,13 @@ class Stream:
     def attend(self, turn: Turn, q: Tensor, k: Tensor, v: Tensor, norms: Norms) -> Tensor:
         self.recomputes = recomputed = turn.is_recomputation()
         if recomputed or (torch.is_grad_enabled() and self._is_differentiated(q, k, v, norms)):
-            return self._attend_with_grad(turn, q, k, v, norms, recomputed)
-        if turn.chunk.frames != turn.frames:
-            return self._attend_beyond_window(turn, q, k, v, norms)
-        return turn.chunk.attend(0, q, k, v, **norms.options)
+            out = self._attend_with_grad(turn, q, k, v, norms, recomputed)
+        elif turn.chunk.frames != turn.frames:
+            out = self._attend_beyond_window(turn, q, k, v, norms)
+        else:
+            out = turn.chunk.attend(0, q, k, v, **norms.options)
+        self._writes = self._counted()
+        return out
 
     def _is_differentiated(self, q, k, v, norms: Norms) -> bool:
         weights = _Weights(norms.q_norm, norms.k_norm)
