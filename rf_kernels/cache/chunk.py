@@ -325,9 +325,7 @@ class Chunk:
         """The error of an op that knows the cache and the chunk only as its own arguments, and blames them:
         here it is the inputs that do not fit."""
         spec, text = self._cache.spec, str(error)
-        if not any(
-            f"argument `{name}`" in text for name in ("k_cache", "v_cache", "slots", "angles", "axes")
-        ):
+        if not any(f"argument `{name}`" in text for name in _BLAMED):
             return error
         tokens = f"{self.frames * spec.frame_tokens} tokens: {self.frames} frames of {spec.frame_tokens}"
         inputs = [(name, x) for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, Tensor)]
