@@ -59,7 +59,7 @@ class WorldSource:
     def __init__(self, draws: Draws, among: tuple[world.Prompt, ...] = world.PROMPTS):
         self.draws, self.among = draws, among
         self.codec = world.PatchCodec.fit()
-        self.latent_shape = (len(self.codec.scale), world.SIZE // 4, world.SIZE // 4)
+        self.latent_shape = (len(self.codec.basis), world.SIZE // 4, world.SIZE // 4)
 
     def _drawn(self, step: int, samples: Sequence[int]) -> list[world.Prompt]:
         return [self.among[i] for i in self.draws.integers("prompt", step, len(self.among), samples)]
