@@ -203,6 +203,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
     )
+    video = commands.add_parser("generate", help="a video from a prompt", allow_abbrev=False)
+    add_stream_options(video, frames=21, out=Path("video.mp4"))
+    video.add_argument("--prompt", required=True, help="what the video shows")
+    text = "folder (or name on the hub) with tokenizer/, text_encoder/ and vae/ as diffusers keeps them"
+    video.add_argument(
+        "--wan", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help=f"{text} (default: %(default)s)"
+    )
+    rate = _value("a finite number above 0", float, lambda value: 0 < value < math.inf)
+    video.add_argument("--fps", type=rate, default=16.0, help="frames per second of the file (default: 16)")
     judge = commands.add_parser(
         "evaluate", help="students of the embedded world: measures and intervals", allow_abbrev=False
     )
@@ -222,6 +231,30 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
     return parser.parse_args(argv)
+
+
+def video(options: argparse.Namespace) -> int:
+    """A video from a prompt."""
+    import torch
+
+    import rf_kernels as rf
+
+    from .generate import generate
+
+    if options.context is not None:
+        fail("--context: not beside --prompt")
+    try:
+        frames = generate(stream_job(options), options.prompt, options.wan, options.out, fps=options.fps)
+    except rf.ArgumentError as error:
+        fail(refused(error))
+    except KeyboardInterrupt:
+        say("stopped; nothing was written")
+        return 128 + signal.SIGINT
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        fail(str(error), code=1)
+    print(options.out)
+    say(f"{frames} frames")
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -288,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     if options.command == "train":
         return train(options.config, options.out)
+    if options.command == "generate":
+        return video(options)
     if options.command == "evaluate":
         return _evaluate(options)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
