@@ -26,7 +26,7 @@ COMPENSATED, FLOAT32, PUBLISHED = (tl.constexpr(code) for code in range(3))
 
 # A thread has one access of 16 bytes in half precision. A program waits for its sources one after the other
 # (is the token finite?), so many threads with little each hide that better than few with much.
-_TILE = Tile(4096, each=8)
+TILE = Tile(4096, each=8)
 # Sources of one launch: a bit each says whether the token is fused. More go launch after launch; what the
 # state holds in between is what it is rounded to anyway, so the cut changes no bit.
 _GROUP = 32
@@ -387,6 +387,10 @@ def _evict(
                 tl.atomic_add(skipped, left_out, sem="relaxed")  # of integers: any order gives the same sum
 
 
+def kernel_name(heads: int, head_dim: int, dtype) -> str:
+    return f"ema_evict {dtype} {heads} x {head_dim}"
+
+
 def ema_evict(
     k_cache,
     v_cache,
@@ -407,7 +411,7 @@ def ema_evict(
     if k_cache.numel() == 0 or sink_frames == 0:
         return
     pairs = turns.shape[-2]
-    config = config_of(f"ema_evict {k_cache.dtype} {heads} x {head_dim}", _TILE)
+    config = config_of(kernel_name(heads, head_dim, k_cache.dtype), TILE)
     tile, dims = head_tile(heads, head_dim, config.elements)
     constants = {
         "HEADS": heads,

@@ -24,7 +24,7 @@ from .common import (
 
 # A thread has two accesses of 16 bytes in half precision, so that x, its weights and its angles fit in 64
 # registers. Wider tokens are taken tile by tile.
-_TILE = Tile(4096, each=16)
+TILE = Tile(4096, each=16)
 
 
 @triton.constexpr_function
@@ -343,9 +343,13 @@ def _rotation(x, angles, axes, layout):
     return tables, {"AXES": tuple(axes[1::3]), "LAYOUT": layout}
 
 
+def kernel_name(heads: int, head_dim: int, dtype) -> str:
+    return f"rope_append {dtype} {heads} x {head_dim}"
+
+
 def _shape(x, norm):
     heads, head_dim = x.shape[2:]
-    config = config_of(f"rope_append {x.dtype} {heads} x {head_dim}", _TILE)
+    config = config_of(kernel_name(heads, head_dim, x.dtype), TILE)
     tile, dims = head_tile(heads, head_dim, config.elements)
     return {
         "HEADS": heads,

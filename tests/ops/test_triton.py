@@ -1,6 +1,7 @@
 """Triton as a backend: how it is asked for, and the tests of every backend run on its interpreter (a process
 of its own: triton looks at TRITON_INTERPRET when it is imported)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -139,6 +140,57 @@ def test_oracle_and_golden_tests(op):
     assert done.returncode == 0, done.stdout[-3000:]
     passed = int(done.stdout.split(" passed")[0].split()[-1])
     assert passed >= 20, done.stdout[-500:]  # what is skipped is float64
+
+
+# ---- tile sizes that were asked for ----
+
+TUNE = """
+import sys, torch, helpers.quick_interpreter
+from pathlib import Path
+from benchmarks.tuning import triton_configs as tuning
+attention = tuning.kernels("sink_window_attention").config(64, torch.bfloat16, False)
+for fixed in (tuning.kernels("ema_evict").TILE, attention):
+    found = tuning.around(fixed)
+    assert fixed in found and len(set(found)) == len(found) > 10
+    assert all(n & (n - 1) == 0 for c in found for n in c[:2])
+def near(fixed):
+    field = fixed._fields[0]
+    return [fixed._replace(**{field: 2 * fixed[0]}), fixed._replace(**{field: 3})]
+tuning.around = near
+builds = (tuning.attention, tuning.rope_append, tuning.ema_evict)
+tuning.tune([(build, torch.float32, 16, "cpu", 3, 1) for build in builds], "cpu", Path(sys.argv[1]), 0.0)
+"""
+USE = """
+import torch, rf_kernels as rf
+from rf_kernels.triton import sink_window_attention as kernels
+q = torch.randn(1, 5, 1, 16)
+found = rf.sink_window_attention(q, q, q, kv_tokens=5)
+assert kernels._constants(q, q, False)[0].keys == 64 and kernels._constants(q, q, True)[0].keys == 16
+expected = torch.nn.functional.scaled_dot_product_attention(*(q.transpose(1, 2),) * 3).transpose(1, 2)
+torch.testing.assert_close(found, expected)
+"""
+
+
+@pytest.mark.heavy
+def test_tuning_writes_a_file_that_is_used_where_it_was_made(tmp_path):
+    pytest.importorskip("triton")
+    file = tmp_path / "triton.json"
+    done = interpreted("-c", TUNE, str(file))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fixed is") == 4  # attention is two kernels
+    assert "left out: InterpreterError" in done.stdout  # a tile of 3 rows
+    found = json.loads(file.read_text())
+    assert found["for"]["arch"] == "interpreter"
+    wider = {"queries": 32, "keys": 64, "warps": 4, "stages": 1}
+    found["configs"] = {"sink_window_attention torch.float32 16": wider}
+    file.write_text(json.dumps(found))
+    chosen = {"RF_BACKEND": "triton", "TRITON_INTERPRET": "1", "RF_TRITON_CONFIG": str(file)}
+    done = run("-c", USE, **chosen)
+    assert done.returncode == 0, done.stderr
+    found["for"]["triton"] = "1.0"
+    file.write_text(json.dumps(found))
+    done = run("-c", USE, **chosen)
+    assert done.returncode != 0 and "tune again, or unset it" in done.stderr.splitlines()[-1]
 
 
 def test_a_few_configurations():
