@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import signal
@@ -191,6 +192,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     stream = commands.add_parser("stream", help="stream latents from a checkpoint", allow_abbrev=False)
     add_stream_options(stream)
     text = "least time between two saves of the state that a resume needs (default: 60)"
+    number = _value("a finite number", float, math.isfinite)
     seconds = _value("a finite number of at least 0", float, lambda value: 0 <= value < math.inf)
     stream.add_argument("--save-seconds", type=seconds, default=60.0, help=text)
     either = stream.add_mutually_exclusive_group()
@@ -201,24 +203,81 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument(
         "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
     )
+    judge = commands.add_parser(
+        "evaluate", help="students of the embedded world: measures and intervals", allow_abbrev=False
+    )
+    judge.add_argument("--out", type=Path, required=True, help="JSON file of all figures")
+    judge.add_argument(
+        "--student",
+        type=_value("NAME=PATH", str, lambda text: all(text.partition("="))),
+        action="append",
+        help="a checkpoint under a name, once or more; the first is the base of differences (default: the"
+        " trained ones of the repository)",
+    )
+    judge.add_argument("--teacher", type=Path, help="checkpoint (default: that of the repository)")
+    judge.add_argument("--guidance", type=number, default=1.0, help="of the teacher's clips (default: 1)")
+    policies = ["none", "static", "ema:0.99", "ema:0.9"]
+    text = f"none, static, ema:ALPHA (default: {' '.join(policies)})"
+    judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
+    for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
+        judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
     return parser.parse_args(argv)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _evaluate(options: argparse.Namespace) -> int:
+    import rf_kernels as rf
+
+    from . import evaluate
+    from .checkpoint import CheckpointError
+
+    try:
+        if options.student is None:
+            students = {stage: evaluate.shipped(stage)[0] for stage in ("causal", "ode", "distill")}
+        else:
+            students = dict(text.split("=", 1) for text in options.student)
+        names = ("policies", "prompts", "seeds", "frames", "teacher", "guidance")
+        chosen = {name: getattr(options, name) for name in names}
+        report = evaluate.evaluate(students, **chosen, progress=say)
+        evaluate.write(report, options.out)
+    except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(evaluate.as_text(report))
+    print(options.out)
+    return 0
+
+
+def train(config: Path, out: Path) -> int:
+    """Train a stage, in one process or as one rank of a ``torchrun`` launch; every error is one line."""
+    import torch
+
     import rf_kernels as rf
 
     from .checkpoint import CheckpointError
     from .trainer import load, run
+    from .trainer.checkpoint import newest
+    from .trainer.distributed import lost_a_rank
 
+    rank = os.environ.get("RANK")
+    who = "" if rank is None else f"rank {rank}: "
     try:
-        print(run(load(options.config), options.out))
+        weights = run(load(config), out)
+        if rank in (None, "0"):
+            print(weights)
     except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
-        fail(str(error))
+        fail(who + str(error))
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from the newest checkpoint")
+        say(f"{who}stopped; the same command goes on from the newest checkpoint")
         return 128 + signal.SIGINT
-    except (ArithmeticError, OSError) as error:
-        fail(str(error), code=1)
+    except (ArithmeticError, OSError, torch.OutOfMemoryError) as error:
+        fail(who + str(error), code=1)
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        path = newest(out)
+        last = f"the same command goes on from {path}" if path else "no checkpoint was written yet"
+        fail(f"{who}another rank is gone; {last}", code=1)
     return 0
 
 
@@ -228,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":
-        return _train(options)
+        return train(options.config, options.out)
+    if options.command == "evaluate":
+        return _evaluate(options)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
     again = f"go on with: reward-forcing {shlex.join(repeated)} --resume"
     try:

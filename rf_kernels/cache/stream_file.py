@@ -11,13 +11,17 @@ from torch import Tensor
 
 from .._backend import ArgumentError, argument_error
 from .plan import is_integer
+from .stream import Stream
 
 if TYPE_CHECKING:
     from .cache import SinkWindowCache
 
 _FORMAT = "rf_kernels.stream"
-_FORMAT_VERSION = 2
+#: Of a stream that began with frame 0 and never went back, and of any other, whose slots are listed.
+_FORMAT_VERSION, _LISTED_VERSION = 2, 3
 _OP = "SinkWindowCache"
+#: Positions are exact in float64 up to here.
+MOST_FRAMES = 2**53
 
 
 def identity_of(cache: SinkWindowCache) -> dict:
@@ -37,47 +41,61 @@ def identity_of(cache: SinkWindowCache) -> dict:
     }
 
 
-def _parts(cache: SinkWindowCache, next_frame: int) -> dict[str, Tensor]:
-    """The tensors of a stream of so many frames, as they lie in a cache."""
-    valid = min(next_frame, cache.ring.length) * cache.spec.frame_tokens
-    own = {f"sink.{name}": tensor for name, tensor in cache._sink.tensors.items()}
-    return {"k": cache.k[:, :, :valid], "v": cache.v[:, :, :valid], **own}
+def _parts(cache: SinkWindowCache, stream: Stream) -> dict[str, list[Tensor]]:
+    """The tensors of a stream, as they lie in a cache, layer by layer."""
+    valid = len(stream.held) * cache.spec.frame_tokens
+    slots = {name: [pair[i][:, :valid] for pair in cache._slots] for i, name in enumerate("kv")}
+    return slots | {f"sink.{name}": list(tensor) for name, tensor in cache._sink.tensors.items()}
 
 
 def state_of(cache: SinkWindowCache) -> dict:
-    tensors = {
-        n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, cache.next_frame).items()
-    }
-    return {"meta": identity_of(cache) | {"next_frame": cache.next_frame}, "tensors": tensors}
+    stream = cache._stream
+    tensors = {name: torch.stack(layers) for name, layers in _parts(cache, stream).items()}
+    meta = identity_of(cache) | {"next_frame": stream.next_frame}
+    if stream != Stream.plain(stream.next_frame, cache.ring, cache._sink):
+        meta |= {"version": _LISTED_VERSION, "stream": stream.listed()}
+    return {"meta": meta, "tensors": tensors}
 
 
-def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], int]:
-    """The tensors to be written and the frame to go on from, after everything has been checked."""
+def _stream_of(cache: SinkWindowCache, meta: dict) -> Stream:
+    op, next_frame = f"{_OP}.load_state_dict", meta.get("next_frame")
+    if not is_integer(next_frame) or not 0 <= next_frame < MOST_FRAMES:
+        raise argument_error(op, "meta.next_frame", "an integer in [0, 2**53)", repr(next_frame))
+    if meta["version"] == _FORMAT_VERSION:
+        return Stream.plain(next_frame, cache.ring, cache._sink)
+    stream = Stream.of_listed(meta.get("stream"), next_frame, cache.ring)
+    if stream is None:
+        raise argument_error(op, "meta.stream", "the slots of such a stream", repr(meta.get("stream"))[:200])
+    return stream
+
+
+def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, list[Tensor]], Stream]:
+    """The tensors to be written and the stream to go on with, after everything has been checked."""
     op = f"{_OP}.load_state_dict"
     parts = ("meta", "tensors")
     if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
         raise argument_error(op, "state", "a dict with `meta` and `tensors`", type(state).__name__)
     meta, tensors = (state[part] for part in parts)
-    for name, expected in identity_of(cache).items():
+    listed = {"version": _LISTED_VERSION} if meta.get("version") == _LISTED_VERSION else {}
+    for name, expected in (identity_of(cache) | listed).items():
         if meta.get(name) != expected:
             raise argument_error(op, f"meta.{name}", repr(expected), repr(meta.get(name)))
-    next_frame = meta.get("next_frame")
-    if not is_integer(next_frame) or not 0 <= next_frame < 2**53:  # positions are exact in float64
-        raise argument_error(op, "meta.next_frame", "an integer in [0, 2**53)", repr(next_frame))
-    targets = _parts(cache, next_frame)
+    stream = _stream_of(cache, meta)
+    targets = _parts(cache, stream)
     if set(tensors) != set(targets):
         raise argument_error(op, "tensors", f"{sorted(targets)}", f"{sorted(tensors)}")
-    for name, target in targets.items():
-        found = tensors[name]
-        if not isinstance(found, Tensor) or found.shape != target.shape or found.dtype != target.dtype:
+    for name, layers in targets.items():
+        found, shape, dtype = tensors[name], (len(layers), *layers[0].shape), layers[0].dtype
+        if not isinstance(found, Tensor) or found.shape != shape or found.dtype != dtype:
             text = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise argument_error(op, f"tensors.{name}", f"{target.dtype} {list(target.shape)}", text)
+            raise argument_error(op, f"tensors.{name}", f"{dtype} {list(shape)}", text)
         if found.layout != torch.strided or found.device.type == "meta":
             found = f"{found.layout} on {found.device}"
             raise argument_error(op, f"tensors.{name}", "a dense tensor with memory", found)
-        if found.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and found.numel():
+        own = {target.untyped_storage().data_ptr() for target in layers}
+        if found.untyped_storage().data_ptr() in own and found.numel():
             raise argument_error(op, f"tensors.{name}", "memory apart from the cache", "the cache's own")
-    return targets, next_frame
+    return targets, stream
 
 
 def to_bytes(state: dict) -> dict:
@@ -129,7 +147,7 @@ def read(cache: SinkWindowCache, path) -> dict:
         # it.
         with open(path, "rb") as file:
             claimed = int.from_bytes(file.read(8), "little")
-        limit = 4096 + 4 * len(json.dumps(identity_of(cache)))
+        limit = 4096 + 4 * len(json.dumps(identity_of(cache))) + 32 * cache.ring.length
         if claimed > limit:
             raise ValueError(f"a header of {claimed} bytes, expected at most {limit}")
         with safe_open(path, framework="pt", device="cpu") as file:

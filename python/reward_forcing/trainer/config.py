@@ -112,7 +112,11 @@ class TrainConfig:
         distill: distribution matching.
         teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from
             the teacher).
+        checkpointing: keep a block's input alone for backward, and compute the block again there.
+        prompts: text file of the world's prompts, one a line; "" trains on all of them.
         save_every: steps between checkpoints; 0 saves at the end alone.
+        sample_every: steps between sample clips (``samples/*.mp4``, made on rank 0 from a whole copy of the
+            averaged weights); 0 makes none.
     """
 
     stage: str
@@ -132,7 +136,10 @@ class TrainConfig:
     teacher: str = ""
     generator: str = ""
     critic: str = ""
+    checkpointing: bool = False
+    prompts: str = ""
     save_every: int = 0
+    sample_every: int = 0
 
     def __post_init__(self):
         expect(self.stage in STAGES, "TrainConfig", "stage", f"one of {STAGES}", repr(self.stage))
@@ -140,7 +147,7 @@ class TrainConfig:
             expect(getattr(self, name) >= 1, "TrainConfig", name, "at least 1", getattr(self, name))
         for name in ("ema", "text_dropout"):
             expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))
-        for name in ("save_every", "context_jitter"):
+        for name in ("save_every", "sample_every", "context_jitter"):
             expect(getattr(self, name) >= 0, "TrainConfig", name, "at least 0", getattr(self, name))
         chunked = self.stage == "teacher" or self.frames % self.stream.chunk_frames == 0
         expect(chunked, "TrainConfig", "frames", f"a multiple of {self.stream.chunk_frames}", self.frames)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import world
+from .._check import expect
 from .draws import Draws
 
 
@@ -26,13 +28,38 @@ class Source(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
+def read_prompts(path: str) -> tuple[world.Prompt, ...]:
+    """The prompts of a text file, one a line; all prompts of the world for "".
+
+    Raises:
+        rf_kernels.ArgumentError: no file, not text, no prompt in it, or one that the world cannot render (its
+            line is named).
+    """
+    if not path:
+        return world.PROMPTS
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        expect(False, "read_prompts", "prompts", "a text file", f"{path}: {error}")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts += [world.Prompt.parse(line.strip())] if line.strip() else []
+        except ValueError as error:
+            expect(
+                False, "read_prompts", "prompts", "prompts of the world", f"{path}, line {number}: {error}"
+            )
+    expect(len(prompts) > 0, "read_prompts", "prompts", "one prompt a line", f"no prompt in {path}")
+    return tuple(prompts)
+
+
 class WorldSource:
     """The embedded world: every clip is rendered when it is asked for, none is seen twice."""
 
     def __init__(self, draws: Draws, among: tuple[world.Prompt, ...] = world.PROMPTS):
         self.draws, self.among = draws, among
         self.codec = world.PatchCodec.fit()
-        self.latent_shape = (len(self.codec.scale), world.SIZE // 4, world.SIZE // 4)
+        self.latent_shape = (len(self.codec.basis), world.SIZE // 4, world.SIZE // 4)
 
     def _drawn(self, step: int, samples: Sequence[int]) -> list[world.Prompt]:
         return [self.among[i] for i in self.draws.integers("prompt", step, len(self.among), samples)]
