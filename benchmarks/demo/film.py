@@ -66,23 +66,27 @@ def stream_sinks(
         videos[sink] = codec.decode(torch.cat(latents, dim=1))
     real, _ = world.render(prompts, frames, generator=torch.Generator().manual_seed(seed))
     shown = {"real": real} | videos
+    readings = {name: world.measure(video) for name, video in shown.items()}
     figures = {
         "frames": frames,
         "trained_frames": evaluate.shipped("distill")[1].frames,
         "prompts": list(PROMPTS),
         "sinks": timed,
-        "curves": {name: _curves(video, prompts) for name, video in shown.items()},
+        "curves": {name: _curves(video, prompts, readings[name]) for name, video in shown.items()},
         "measures": {
-            name: {k: evaluate.interval(v[None]) for k, v in evaluate.measures(video, prompts).items()}
+            name: {
+                k: evaluate.interval(v[None])
+                for k, v in evaluate.measures(video, prompts, readings[name]).items()
+            }
             for name, video in shown.items()
         },
     }
     return videos, figures
 
 
-def _curves(video, prompts) -> dict:
+def _curves(video, prompts, reading) -> dict:
     """Means over the prompts, every third frame; ``frame`` holds the x axis of each."""
-    found, result = evaluate.curves(video, prompts, window=WINDOW), {"frame": {}}
+    found, result = evaluate.curves(video, prompts, reading, window=WINDOW), {"frame": {}}
     for key, values in found.items():
         start = (video.shape[1] - values.shape[1]) // 2
         result["frame"][key] = list(range(start, start + values.shape[1], 3))

@@ -122,9 +122,11 @@ def teacher_clips(
 
 
 # ---- measures ----------------------------------------------------------------------------------------------
-def curves(video: Tensor, prompts: Sequence[world.Prompt], *, window: int = 15) -> dict[str, Tensor]:
-    """Measures of a clip ``[B, F, 3, H, W]`` over time, each ``[B, F]`` (speed: without ``window + 2``)."""
-    reading = world.measure(video)
+def curves(
+    video: Tensor, prompts: Sequence[world.Prompt], reading: world.Reading, *, window: int = 15
+) -> dict[str, Tensor]:
+    """Measures of a clip ``[B, F, 3, H, W]`` over time, each ``[B, F]`` (speed: without ``window + 2``).
+    ``reading`` is that of ``world.measure``."""
     saturation = reading.colour.amax(dim=-1) - reading.colour.amin(dim=-1)
     alive = reading.mass > ALIVE
     return {
@@ -139,13 +141,15 @@ def curves(video: Tensor, prompts: Sequence[world.Prompt], *, window: int = 15) 
     }
 
 
-def measures(video: Tensor, prompts: Sequence[world.Prompt]) -> dict[str, Tensor]:
+def measures(
+    video: Tensor, prompts: Sequence[world.Prompt], reading: world.Reading | None = None
+) -> dict[str, Tensor]:
     """One number a clip for each measure, ``[B]``; NaN where there is nothing to measure.
 
     ``first`` and ``last`` are the first chunk's worth of frames and the last third of the clip. Drift is the
     distance between the two.
     """
-    reading, prompts = world.measure(video), list(prompts)
+    reading, prompts = reading or world.measure(video), list(prompts)
     first, last = slice(0, 3), slice(-(video.shape[1] // 3), None)
     alive = reading.mass > ALIVE
     seen = alive.float()

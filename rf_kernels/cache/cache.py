@@ -68,7 +68,18 @@ class SinkWindowCache:
             found = repr(sink) if not isinstance(sink, type) else f"the class {sink.__name__}"
             raise argument_error(_OP, "sink", "a sink policy, such as EMASink()", found)
         self.spec, self.sink = spec, sink
-        self._sink = sink.bind(spec)
+        # Tensors born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._allocate(k, v)
+        self._chunk: Chunk | None = None
+        #: Why the stream cannot go on.
+        self._broken: str | None = None
+        self._stream = Stream()
+        self.next_frame = 0
+
+    def _allocate(self, k, v) -> None:
+        spec = self.spec
+        self._sink = self.sink.bind(spec)
         if k is None and v is None:
             k, v = (spec.zeros(spec.ring.length * spec.frame_tokens) for _ in range(2))
         else:
@@ -83,11 +94,6 @@ class SinkWindowCache:
                 self._undo |= {"sink_k": spec.zeros(kept), "sink_v": spec.zeros(kept)}
                 self._undo |= {f"sink.{name}": torch.zeros_like(t) for name, t in self._sink.tensors.items()}
         self._buffers = PlanBuffers(spec, self._sink.max_sources)
-        self._chunk: Chunk | None = None
-        #: Why the stream cannot go on.
-        self._broken: str | None = None
-        self._stream = Stream()
-        self.next_frame = 0
 
     # ---- looking -------------------------------------------------------------------------------------------
     @property

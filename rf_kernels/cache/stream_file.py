@@ -27,6 +27,10 @@ MOST_FRAMES = 2**53
 def identity_of(cache: SinkWindowCache) -> dict:
     """What a saved stream must share with the cache that continues it, in JSON types."""
     spec, rope = cache.spec, cache.spec.rope
+    # Frequencies that are given are part of the rope; without them the entry is what it has always been.
+    given = (
+        [] if rope is None or rope.given is None else [[None if g is None else list(g) for g in rope.given]]
+    )
     return {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
@@ -37,7 +41,7 @@ def identity_of(cache: SinkWindowCache) -> dict:
         "sink": cache.sink.identity(),
         "rope": None
         if rope is None
-        else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis],
+        else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis, *given],
     }
 
 
