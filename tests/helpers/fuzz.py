@@ -38,6 +38,8 @@ from rf_kernels.testing import assert_equal_bits, assert_within_eager, max_error
 
 TRITON = os.environ.get("RF_BACKEND") == "triton"  # no float64; and small sizes, for its interpreter
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)[TRITON:]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import helpers.quick_interpreter  # noqa: F401
 
 
 class Draw:
