@@ -137,7 +137,8 @@ ONE_RANK = """
         now[0] = number
         figures = step(self, number)
         figures = {k: v for k, v in figures.items() if k.endswith("skipped")}
-        print("rank", dist.get_rank(), "step", number, figures, flush=True)
+        sys.stdout.write(f"rank {dist.get_rank()} step {number} {figures}\\n")  # one write: ranks share it
+        sys.stdout.flush()
         return figures
 
     loop.DistillStage.step = watched
