@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import signal
@@ -204,21 +205,36 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _train(options: argparse.Namespace) -> int:
+def train(config: Path, out: Path) -> int:
+    """Train a stage, in one process or as one rank of a ``torchrun`` launch; every error is one line."""
+    import torch
+
     import rf_kernels as rf
 
     from .checkpoint import CheckpointError
     from .trainer import load, run
+    from .trainer.checkpoint import newest
+    from .trainer.distributed import lost_a_rank
 
+    rank = os.environ.get("RANK")
+    who = "" if rank is None else f"rank {rank}: "
     try:
-        print(run(load(options.config), options.out))
+        weights = run(load(config), out)
+        if rank in (None, "0"):
+            print(weights)
     except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
-        fail(str(error))
+        fail(who + str(error))
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from the newest checkpoint")
+        say(f"{who}stopped; the same command goes on from the newest checkpoint")
         return 128 + signal.SIGINT
-    except (ArithmeticError, OSError) as error:
-        fail(str(error), code=1)
+    except (ArithmeticError, OSError, torch.OutOfMemoryError) as error:
+        fail(who + str(error), code=1)
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        path = newest(out)
+        last = f"the same command goes on from {path}" if path else "no checkpoint was written yet"
+        fail(f"{who}another rank is gone; {last}", code=1)
     return 0
 
 
@@ -228,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":
-        return _train(options)
+        return train(options.config, options.out)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
     again = f"go on with: reward-forcing {shlex.join(repeated)} --resume"
     try:

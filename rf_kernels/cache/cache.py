@@ -15,6 +15,9 @@ tells the rules with their reasons.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from . import stream_file
 from .chunk import Chunk
 from .plan import CacheSpec, ChunkPlan, PlanBuffers, Ring, is_integer
 from .sinks import SinkPolicy
+from .stream import Stream
 
 _OP = "SinkWindowCache"
 
@@ -43,7 +47,7 @@ class SinkWindowCache:
 
     Attributes:
         k, v: ``[layers, B, L * n, H, D]``.
-        next_frame: frames committed so far = first frame of the next chunk.
+        next_frame: first frame of the next chunk = one past the last one committed.
     """
 
     def __init__(self, spec: CacheSpec, *, sink: SinkPolicy):
@@ -68,6 +72,7 @@ class SinkWindowCache:
         self._chunk: Chunk | None = None
         #: Why the stream cannot go on.
         self._broken: str | None = None
+        self._stream = Stream()
         self.next_frame = 0
 
     # ---- looking -------------------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ class SinkWindowCache:
     @property
     def kv_tokens(self) -> int:
         """Tokens of the valid prefix after the last commit."""
-        return min(self.next_frame, self.ring.length) * self.spec.frame_tokens
+        return len(self._stream.held) * self.spec.frame_tokens
 
     @property
     def nbytes(self) -> int:
@@ -105,15 +110,15 @@ class SinkWindowCache:
         layer, in float32 (float64 for a float64 cache); a copy, for inspection."""
         self._check_whole("sink_state")
         wide = torch.float64 if self.spec.dtype == torch.float64 else torch.float32
-        tokens = min(self.next_frame, self.spec.sink_frames) * self.spec.frame_tokens
+        tokens = min(self._stream.frames, self.spec.sink_frames) * self.spec.frame_tokens
         k, v = (x[:, :tokens] for x in self._slots[layer])
         # until the first frame leaves, slots and state are one and the same
-        if self.next_frame > self.ring.length:
+        if self._stream.left:
             k, v = self._sink.keys_values(layer, k, v)
         return k.to(wide, copy=True), v.to(wide, copy=True)
 
     # ---- a chunk -------------------------------------------------------------------------------------------
-    def chunk(self, frames: int, *, undo: bool = False) -> Chunk:
+    def chunk(self, frames: int, *, start: int | None = None, undo: bool = False) -> Chunk:
         """The next chunk of ``frames`` latent frames, for a ``with`` block, at whose end it commits.
 
         With an exception in the block: a chunk that has written nothing is as if it had never been opened;
@@ -121,40 +126,73 @@ class SinkWindowCache:
         until ``reset``. A commit that fails (a layer was not written, ``NonFiniteError``) ends the same way.
 
         Args:
+            start: the chunk's first frame; None for ``next_frame``. In an empty cache any frame: slots count
+                from it. 0, or the frame that the stream began with, starts over. A frame of the window: the
+                chunk rewrites its frames, and those behind it are gone; the sink keeps what it has absorbed.
+                The (start, frames) of the chunk that is open: that chunk.
             undo: first save what the chunk will destroy (its slots, the sink, the sink's state). Needs
                 ``undo_frames >= frames`` in the spec.
         Raises:
-            ArgumentError: frames do not fit in the window, a chunk is still open, or there is no save area.
+            ArgumentError: frames do not fit in the window, the frames before ``start`` are not in the cache,
+                another chunk is still open, or there is no save area.
             StreamClosedError: a failed chunk has closed the stream.
         """
-        return self.open(frames, undo=undo)
+        return self.open(frames, start=start, undo=undo)
 
-    def open(self, frames: int, *, undo: bool = False) -> Chunk:
+    def open(self, frames: int, *, start: int | None = None, undo: bool = False) -> Chunk:
         """As ``chunk``, for callers that cannot hold a ``with`` over an event loop: they end it with
         ``Chunk.commit`` or ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are
         saved)."""
-        op = f"{_OP}.open"
+        op, chunk = f"{_OP}.open", self._chunk
         if not is_integer(frames) or frames < 1:
             raise argument_error(op, "frames", "an integer >= 1", repr(frames))
+        if start is not None:
+            if not is_integer(start) or not 0 <= start < stream_file.MOST_FRAMES:
+                raise argument_error(op, "start", "an integer in [0, 2**53), or None", repr(start))
+            if chunk is not None and (chunk.first_frame, chunk.frames) == (start, frames):
+                if undo and not chunk.undo:
+                    raise argument_error(op, "undo", "that of the open chunk, False", undo)
+                return chunk
         self._check_between("open")
-        if undo and frames > self.spec.undo_frames:
-            raise argument_error(op, "undo", f"at most undo_frames = {self.spec.undo_frames} frames", frames)
-        ring, t_begin, t_end = self.ring, self.next_frame, self.next_frame + frames
-        ring.check_chunk(t_begin, t_end)
-        shift = ring.shift(t_end) if self.sink.rephase else 0
-        leaving = ring.leaving(t_begin, t_end)
-        sources = self._sink.sources(leaving)
+        before, ring, sink = self._stream, self.ring, self._sink
+        if start is not None and start != self.next_frame:
+            before = before.seek(start, ring)
+        begin = before.frames if start is None else start - before.origin
+        end = begin + frames
+        ring.check_chunk(begin, end, before.origin)
+        held, leaving, moves, places = before.arrange(begin, end, ring)
+        if undo and frames + len(moves) > self.spec.undo_frames:
+            found = frames if not moves else f"{frames}, and {len(moves)} more that move"
+            raise argument_error(op, "undo", f"at most undo_frames = {self.spec.undo_frames} frames", found)
+        # Frames of the sink that are written again are frames of the stream again: nothing was absorbed.
+        left = before.left and begin >= before.oldest
+        shift = ring.shift(end) if self.sink.rephase else 0
+        sources = sink.sources(leaving)
+        if sources is None and not leaving and before.phase not in (None, shift):
+            sources = [[] for _ in range(ring.sink_frames)]  # the window went back: so do the sink's keys
         self._check_sources(sources, leaving)
+        after = Stream(
+            origin=before.origin,
+            frames=end,
+            held=held,
+            left=left or bool(leaving),
+            absorbed=before.absorbed or any(sources or ()),
+            phase=(before.phase if sources is None else shift) if left or leaving else None,
+        )
         slots, angles, axes, schedule, turns = self._buffers.views(frames)
         acts = sources is not None
         plan = ChunkPlan(
-            ring=ring,
-            t_begin=t_begin,
-            t_end=t_end,
-            kv_tokens=min(t_end, ring.length) * self.spec.frame_tokens,
+            ring=ring if places is None else dataclasses.replace(ring, places=places),
+            t_begin=before.origin + begin,
+            t_end=before.origin + end,
+            kv_tokens=len(held) * self.spec.frame_tokens,
             shift=shift,
             leaving=leaving,
             sources=sources,
+            first=bool(leaving) and not left,
+            moves=moves,
+            fresh=begin == 0 and self._stream.frames > 0,
+            after=after,
             slots=slots,
             angles=angles,
             axes=axes,
@@ -172,7 +210,7 @@ class SinkWindowCache:
         chunk void."""
         for tensor in (self.k, self.v, *self._sink.tensors.values(), *self._undo.values()):
             tensor.zero_()
-        self._restart(next_frame=0)
+        self._restart(Stream())
 
     # ---- saving and copying a stream between chunks --------------------------------------------------------
     def state_dict(self) -> dict:
@@ -183,11 +221,11 @@ class SinkWindowCache:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue a saved stream, bit for bit. Everything is checked before anything is written."""
-        targets, next_frame = stream_file.check_state(self, state)
+        targets, stream = stream_file.check_state(self, state)
         self.reset()
         for name, target in targets.items():
             target.copy_(state["tensors"][name].detach())
-        self._restart(next_frame)
+        self._restart(stream)
 
     def save(self, path) -> None:
         """Write the stream to a safetensors file (between chunks)."""
@@ -212,22 +250,32 @@ class SinkWindowCache:
         self.load_state_dict(stream_file.from_bytes(state["stream"]))
 
     # ---- for the open chunk --------------------------------------------------------------------------------
-    def _close(self, chunk: Chunk, how: str, next_frame: int) -> None:
+    def _close(self, chunk: Chunk, how: str, stream: Stream) -> None:
         chunk._ended, self._chunk = how, None
-        self.next_frame = next_frame
+        self._stream, self.next_frame = stream, stream.next_frame
 
     def _rollback(self, chunk: Chunk) -> None:
         if chunk.undo and chunk.written:
             self._copy_undo(chunk.plan, save=False)
-        self._close(chunk, "rolled back", chunk.plan.t_begin)
+        self._close(chunk, "rolled back", self._stream)
 
     def _break(self, chunk: Chunk, reason: str) -> None:
         """The end of a chunk that has written and cannot be taken back."""
-        self._close(chunk, f"ended by {reason}", chunk.plan.t_begin)
+        self._close(chunk, f"ended by {reason}", self._stream)
         self._broken = (
             f"a stream closed by {reason} in the frames {chunk.plan.t_begin}..{chunk.plan.t_end}, written"
             " without undo"
         )
+
+    def _make_room(self, layer: int, plan: ChunkPlan) -> None:
+        """What a chunk with a start of its own has to do in a layer before all else."""
+        n = self.spec.frame_tokens
+        for source, target in plan.moves:
+            for slots in self._slots[layer]:
+                slots[:, target * n : (target + 1) * n] = slots[:, source * n : (source + 1) * n]
+        if plan.fresh:
+            for tensor in self._sink.tensors.values():
+                tensor[layer].zero_()
 
     def _check_apart_from_sink(self, **inputs) -> None:
         """The eviction writes the sink's state before the append reads its inputs."""
@@ -255,7 +303,7 @@ class SinkWindowCache:
             found = f"the chunk [{plan.t_begin}, {plan.t_end}) still open (commit, rollback or reset it)"
             raise argument_error(f"{_OP}.{what}", "self", "no open chunk", found)
 
-    def _check_sources(self, sources, leaving: range) -> None:
+    def _check_sources(self, sources, leaving: Sequence[int]) -> None:
         """What a policy says must fit the schedule: a wrong one must not reach the device."""
         if sources is None:
             return
@@ -275,11 +323,11 @@ class SinkWindowCache:
             target, source = (saved_part, cache_part) if save else (cache_part, saved_part)
             target.copy_(source)
 
-        for i, frame in enumerate(range(plan.t_begin, plan.t_end)):
-            slot = self.ring.slot(frame)
+        written = [*map(plan.ring.slot, range(plan.begin, plan.end)), *(to for _, to in plan.moves)]
+        for i, slot in enumerate(written):
             for name, tensor in (("k", self.k), ("v", self.v)):
                 copy(tensor[:, :, slot * n : (slot + 1) * n], area[name][:, :, i * n : (i + 1) * n])
-        if plan.sources is not None:
+        if plan.sources is not None or plan.fresh:
             sink_tokens = self.spec.sink_frames * n
             if "sink_k" in area:
                 copy(self.k[:, :, :sink_tokens], area["sink_k"])
@@ -287,8 +335,8 @@ class SinkWindowCache:
             for name, tensor in self._sink.tensors.items():
                 copy(tensor, area[f"sink.{name}"])
 
-    def _restart(self, next_frame: int) -> None:
+    def _restart(self, stream: Stream) -> None:
         if self._chunk is not None:
-            self._close(self._chunk, "voided by a reset or load", next_frame)
+            self._close(self._chunk, "voided by a reset or load", stream)
         self._broken = None
-        self.next_frame = next_frame
+        self._stream, self.next_frame = stream, stream.next_frame

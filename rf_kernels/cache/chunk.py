@@ -97,7 +97,7 @@ class Chunk:
     def __init__(self, cache: SinkWindowCache, plan: ChunkPlan, undo: bool):
         self._cache, self.plan, self.undo = cache, plan, undo
         layers = cache.spec.layers
-        self._evicted = [_DONE if plan.sources is None else _WAITING] * layers
+        self._evicted = [_WAITING if plan.prepares else _DONE] * layers
         self._appended = [False] * layers
         #: How the chunk ended; None while it is open.
         self._ended: str | None = None
@@ -132,7 +132,7 @@ class Chunk:
     @property
     def written(self) -> bool:
         """Whether any layer of the cache has been written by this chunk."""
-        return any(self._appended) or (self.plan.sources is not None and any(self._evicted))
+        return any(self._appended) or (self.plan.prepares and any(self._evicted))
 
     def __repr__(self) -> str:
         state = "open" if self._ended is None else self._ended
@@ -258,7 +258,7 @@ class Chunk:
         except BaseException:
             self._fail("a failed commit")
             raise
-        self._cache._close(self, "committed", next_frame=self.plan.t_end)
+        self._cache._close(self, "committed", self.plan.after)
 
     def rollback(self) -> None:
         """Return to before the chunk was opened, bit for bit. A chunk that has written needs ``undo=True``
@@ -355,7 +355,10 @@ class Chunk:
         rope_append_check(q, k, v, *cache._slots[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
-        cache._sink.evict(layer, *cache._slots[layer], self.plan)
+        if self.plan.moves or self.plan.fresh:
+            cache._make_room(layer, self.plan)
+        if self.plan.sources is not None:
+            cache._sink.evict(layer, *cache._slots[layer], self.plan)
         self._evicted[layer] = _DONE
 
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:

@@ -13,7 +13,7 @@ What the sink does with the frames that leave is its policy's business (sinks.py
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from .._backend import argument_error
 from ..positions import RoPE, table_dtype
+from .stream import Stream
 
 
 def is_integer(value) -> bool:
@@ -125,10 +126,13 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class Ring:
-    """Geometry of one cache in frames: S sink frames, then a ring of W window frames."""
+    """Geometry of one cache in frames: S sink frames, then a ring of W window frames. Frames are counted from
+    the first of the stream."""
 
     sink_frames: int
     window_frames: int
+    #: Slots of frames that a chunk with an earlier start has put elsewhere.
+    places: Mapping[int, int] | None = field(default=None, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -137,6 +141,8 @@ class Ring:
 
     def slot(self, frame: int) -> int:
         """Slot of a frame of the stream."""
+        if self.places is not None:
+            return self.places[frame]
         if frame < self.sink_frames:
             return frame
         return self.sink_frames + (frame - self.sink_frames) % self.window_frames
@@ -157,15 +163,15 @@ class Ring:
         first = min(t_end, self.sink_frames)
         return [*range(first), *range(max(first, t_end - self.window_frames), t_end)]
 
-    def check_chunk(self, t_begin: int, t_end: int) -> None:
+    def check_chunk(self, t_begin: int, t_end: int, origin: int = 0) -> None:
         """Raise unless the frames of the chunk that are new to the ring fit in it."""
         new = t_end - max(t_begin, self.sink_frames)
         if new > self.window_frames:
             raise argument_error(
                 "SinkWindowCache.open",
                 "frames",
-                f"at most {self.window_frames - max(t_begin, self.sink_frames) + t_begin} frames "
-                f"(chunk starts at frame {t_begin}, window of {self.window_frames})",
+                f"at most {self.window_frames + max(t_begin, self.sink_frames) - t_begin} frames "
+                f"(chunk starts at frame {origin + t_begin}, window of {self.window_frames})",
                 t_end - t_begin,
             )
 
@@ -177,7 +183,9 @@ class ChunkPlan:
     Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens``
     (length of the valid prefix to attend), ``shift`` (frames by which the sink's positions have moved),
     ``leaving`` (frames that leave the window), ``sources`` (for each sink frame those that it absorbs; None
-    when the sink has nothing to do), ``first`` (no frame has left before). Device tensors, read by the ops,
+    when the sink has nothing to do), ``first`` (this is the first chunk that makes a frame leave: the sink's
+    state is then taken from its slots). ``leaving`` and ``sources`` count from the stream's first frame, as
+    ``ring.slot`` does. Device tensors, read by the ops,
     rewritten when the next chunk opens: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``, ``schedule``
     int32 [S, 2 + E] and ``turns`` [S, E + 1, nt, 2] (None when the sink has nothing to do).
     """
@@ -187,8 +195,15 @@ class ChunkPlan:
     t_end: int
     kv_tokens: int
     shift: int
-    leaving: range
+    leaving: Sequence[int]
     sources: list[list[int]] | None
+    first: bool
+    #: Slots (from, to) of kept frames that move before anything else is written.
+    moves: tuple[tuple[int, int], ...]
+    #: Whether the chunk starts over a stream that had frames: the sink's state is zeroed first.
+    fresh: bool
+    #: What the stream is once the chunk is committed.
+    after: Stream = field(repr=False)
     slots: torch.Tensor = field(repr=False)
     angles: torch.Tensor | None = field(repr=False)
     axes: list[int] = field(repr=False)
@@ -200,20 +215,27 @@ class ChunkPlan:
         return self.t_end - self.t_begin
 
     @property
-    def first(self) -> bool:
-        """Whether this is the first chunk that makes a frame leave. The sink's state is then taken from its
-        slots."""
-        return self.t_begin <= self.ring.length < self.t_end
+    def begin(self) -> int:
+        """The chunk's first frame, counted from the stream's first."""
+        return self.t_begin - self.after.origin
+
+    @property
+    def end(self) -> int:
+        return self.after.frames
+
+    @property
+    def prepares(self) -> bool:
+        """Whether a layer's first forward has something to do before it writes the chunk's keys."""
+        return self.sources is not None or self.fresh or bool(self.moves)
 
     @property
     def pieces(self) -> list[tuple[bool, int, int]]:
         """The valid slots in order, as runs of (the chunk's own?, first frame, one past the last), frames
         counted among the chunk's own and among the others."""
-        place = {self.ring.slot(f): i for i, f in enumerate(range(self.t_begin, self.t_end))}
         runs, others = [], 0
-        for slot in range(min(self.t_end, self.ring.length)):
-            own = slot in place
-            at = place[slot] if own else others
+        for frame in self.after.held:
+            own = frame >= self.begin
+            at = frame - self.begin if own else others
             others += not own
             if runs and runs[-1][0] == own and runs[-1][2] == at:
                 runs[-1] = (own, runs[-1][1], at + 1)
@@ -296,16 +318,16 @@ class PlanBuffers:
 
     def upload(self, plan: ChunkPlan) -> None:
         """Write a chunk's integers and angles."""
-        t_begin, t_end, sources = plan.t_begin, plan.t_end, plan.sources
+        sources = plan.sources
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % len(self._stages)
         if stage["event"] is not None:
             stage["event"].synchronize()  # returns at once unless the GPU lags two chunks behind
         ring, rope, nt = self.ring, self.rope, self._pairs_t
         ints, floats = stage["ints"].numpy(), stage["floats"].numpy()
-        ints[: t_end - t_begin] = [ring.slot(f) for f in range(t_begin, t_end)]
+        ints[: plan.frames] = [plan.ring.slot(f) for f in range(plan.begin, plan.end)]
         if nt:
-            table = rope.temporal_table(range(t_begin, t_end)).reshape(-1, 2)
+            table = rope.temporal_table(range(plan.t_begin, plan.t_end)).reshape(-1, 2)
             floats[self._temporal_row : self._temporal_row + len(table)] = table
         if sources is not None:
             S, E = ring.sink_frames, self.max_sources
@@ -313,7 +335,7 @@ class PlanBuffers:
             schedule[:, 0] = plan.first
             schedule[:, 1] = [len(frames) for frames in sources]
             for j, frames in enumerate(sources):
-                schedule[j, 2 : 2 + len(frames)] = [ring.slot(e) for e in frames]
+                schedule[j, 2 : 2 + len(frames)] = [plan.ring.slot(e) for e in frames]
             if nt:
                 turns = floats[self._turn_row : self._turn_row + S * (E + 1) * nt].reshape(S, E + 1, nt, 2)
                 turns[:, E] = rope.temporal_table([plan.shift])[0]

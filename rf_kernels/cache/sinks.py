@@ -83,11 +83,12 @@ class SinkState:
         self.tensors[name] = spec.zeros(tokens, dtype)
         return self.tensors[name]
 
-    def sources(self, leaving: range) -> list[list[int]] | None:
+    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         """For each sink frame, the leaving frames that it absorbs, in order. Called when a chunk opens.
 
         Empty lists: nothing is absorbed, but ``evict`` is called (to re-phase the keys). None: ``evict`` is
-        not called in this chunk. ``leaving`` may be empty.
+        not called in this chunk. ``leaving`` may be empty. Frames count from the stream's first. Where the
+        window has gone back and nothing leaves, ``evict`` is called with empty lists whatever this says.
         """
         return None
 
@@ -269,7 +270,7 @@ class _StaticState(_Rephased):
             self.allocate("k_state")
         self._bind_layers()
 
-    def sources(self, leaving: range) -> list[list[int]] | None:
+    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         return [[] for _ in range(self.spec.sink_frames)] if self.tensors and leaving else None
 
 
@@ -303,7 +304,7 @@ class _EMAState(_Rephased):
     def skipped_tokens(self) -> Tensor:
         return self.tensors["skipped"] if self.tensors else super().skipped_tokens
 
-    def sources(self, leaving: range) -> list[list[int]] | None:
+    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         if not self.tensors or not leaving:
             return None
         frames = self.spec.sink_frames
@@ -319,8 +320,9 @@ class _EMAState(_Rephased):
             return
         # A chunk that is committed has skipped nothing in this mode, so the count is this chunk's.
         if skipped := int(self.tensors["skipped"].sum()):
+            frames = [plan.after.origin + e for e in plan.leaving]
             raise NonFiniteError(
-                f"rf_kernels.SinkWindowCache: {skipped} tokens of the frames {list(plan.leaving)} that left"
+                f"rf_kernels.SinkWindowCache: {skipped} tokens of the frames {frames} that left"
                 " the window were not finite; they were not fused into the sink"
             )
 

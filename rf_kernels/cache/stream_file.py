@@ -11,13 +11,17 @@ from torch import Tensor
 
 from .._backend import ArgumentError, argument_error
 from .plan import is_integer
+from .stream import Stream
 
 if TYPE_CHECKING:
     from .cache import SinkWindowCache
 
 _FORMAT = "rf_kernels.stream"
-_FORMAT_VERSION = 2
+#: Of a stream that began with frame 0 and never went back, and of any other, whose slots are listed.
+_FORMAT_VERSION, _LISTED_VERSION = 2, 3
 _OP = "SinkWindowCache"
+#: Positions are exact in float64 up to here.
+MOST_FRAMES = 2**53
 
 
 def identity_of(cache: SinkWindowCache) -> dict:
@@ -37,34 +41,47 @@ def identity_of(cache: SinkWindowCache) -> dict:
     }
 
 
-def _parts(cache: SinkWindowCache, next_frame: int) -> dict[str, Tensor]:
-    """The tensors of a stream of so many frames, as they lie in a cache."""
-    valid = min(next_frame, cache.ring.length) * cache.spec.frame_tokens
+def _parts(cache: SinkWindowCache, stream: Stream) -> dict[str, Tensor]:
+    """The tensors of a stream, as they lie in a cache."""
+    valid = len(stream.held) * cache.spec.frame_tokens
     own = {f"sink.{name}": tensor for name, tensor in cache._sink.tensors.items()}
     return {"k": cache.k[:, :, :valid], "v": cache.v[:, :, :valid], **own}
 
 
 def state_of(cache: SinkWindowCache) -> dict:
-    tensors = {
-        n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, cache.next_frame).items()
-    }
-    return {"meta": identity_of(cache) | {"next_frame": cache.next_frame}, "tensors": tensors}
+    stream = cache._stream
+    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, stream).items()}
+    meta = identity_of(cache) | {"next_frame": stream.next_frame}
+    if stream != Stream.plain(stream.next_frame, cache.ring, cache._sink):
+        meta |= {"version": _LISTED_VERSION, "stream": stream.listed()}
+    return {"meta": meta, "tensors": tensors}
 
 
-def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], int]:
-    """The tensors to be written and the frame to go on from, after everything has been checked."""
+def _stream_of(cache: SinkWindowCache, meta: dict) -> Stream:
+    op, next_frame = f"{_OP}.load_state_dict", meta.get("next_frame")
+    if not is_integer(next_frame) or not 0 <= next_frame < MOST_FRAMES:
+        raise argument_error(op, "meta.next_frame", "an integer in [0, 2**53)", repr(next_frame))
+    if meta["version"] == _FORMAT_VERSION:
+        return Stream.plain(next_frame, cache.ring, cache._sink)
+    stream = Stream.of_listed(meta.get("stream"), next_frame, cache.ring)
+    if stream is None:
+        raise argument_error(op, "meta.stream", "the slots of such a stream", repr(meta.get("stream"))[:200])
+    return stream
+
+
+def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], Stream]:
+    """The tensors to be written and the stream to go on with, after everything has been checked."""
     op = f"{_OP}.load_state_dict"
     parts = ("meta", "tensors")
     if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
         raise argument_error(op, "state", "a dict with `meta` and `tensors`", type(state).__name__)
     meta, tensors = (state[part] for part in parts)
-    for name, expected in identity_of(cache).items():
+    listed = {"version": _LISTED_VERSION} if meta.get("version") == _LISTED_VERSION else {}
+    for name, expected in (identity_of(cache) | listed).items():
         if meta.get(name) != expected:
             raise argument_error(op, f"meta.{name}", repr(expected), repr(meta.get(name)))
-    next_frame = meta.get("next_frame")
-    if not is_integer(next_frame) or not 0 <= next_frame < 2**53:  # positions are exact in float64
-        raise argument_error(op, "meta.next_frame", "an integer in [0, 2**53)", repr(next_frame))
-    targets = _parts(cache, next_frame)
+    stream = _stream_of(cache, meta)
+    targets = _parts(cache, stream)
     if set(tensors) != set(targets):
         raise argument_error(op, "tensors", f"{sorted(targets)}", f"{sorted(tensors)}")
     for name, target in targets.items():
@@ -77,7 +94,7 @@ def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], int]:
             raise argument_error(op, f"tensors.{name}", "a dense tensor with memory", found)
         if found.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and found.numel():
             raise argument_error(op, f"tensors.{name}", "memory apart from the cache", "the cache's own")
-    return targets, next_frame
+    return targets, stream
 
 
 def to_bytes(state: dict) -> dict:
@@ -129,7 +146,7 @@ def read(cache: SinkWindowCache, path) -> dict:
         # it.
         with open(path, "rb") as file:
             claimed = int.from_bytes(file.read(8), "little")
-        limit = 4096 + 4 * len(json.dumps(identity_of(cache)))
+        limit = 4096 + 4 * len(json.dumps(identity_of(cache))) + 32 * cache.ring.length
         if claimed > limit:
             raise ValueError(f"a header of {claimed} bytes, expected at most {limit}")
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -12,6 +12,9 @@ and a chunk of the frames [t_begin, t_end):
   is dropped.
 - Queries see sink frame j at the temporal position j + max(0, t_end - L), and the newest W frames (sink
   frames apart) at their own.
+- A chunk that starts before the end of the stream takes the place of the frames from its start on. Those
+  behind it are gone; frames that have left do not come back, and the sink keeps what it has absorbed.
+- A stream may begin with any frame. Frames then count from it, and every position is that much further.
 
 Where the published code does the same (chunk, sink and overflow all of one length) this agrees with it to
 rounding; where it does not, tests/golden/index.json says ``documents_bug``, and this is what the library is
@@ -68,6 +71,7 @@ class StreamingReference:
         sink_frames, window_frames: S and W.
         policy: "ema", "static" or "none".
         alpha: decay of the average.
+        rephase: False leaves the sink at its absolute positions.
 
     Attributes:
         sink_kv: raw (key, value) ``[B, n, H, D]`` by sink frame, as the newest chunk sees them.
@@ -75,25 +79,37 @@ class StreamingReference:
     """
 
     def __init__(
-        self, *, grid: tuple[int, int], sink_frames: int, window_frames: int, policy: str, alpha: float = 1.0
+        self,
+        *,
+        grid: tuple[int, int],
+        sink_frames: int,
+        window_frames: int,
+        policy: str,
+        alpha: float = 1.0,
+        rephase: bool = True,
     ):
         if policy not in ("ema", "static", "none"):
             raise ValueError(
                 f"StreamingReference: argument `policy`: expected ema, static or none, found {policy}"
             )
         self.grid, self.sink_frames, self.window_frames = grid, sink_frames, window_frames
-        self.policy, self.alpha = policy, alpha
+        self.policy, self.alpha, self.rephase = policy, alpha, rephase
         self.sink_kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.window_kv: dict[int, tuple[Tensor, Tensor]] = {}
-        self.t_begin = self.t_end = 0
+        self.t_begin = self.t_end = self.origin = 0
 
-    def begin(self, frames: int) -> None:
-        """Start the next chunk: what no longer fits the window leaves, and the sink absorbs it. For autograd
-        all of the past is a constant."""
+    def begin(self, frames: int, start: int | None = None) -> None:
+        """Start the next chunk, or the one from frame ``start`` on: what no longer fits the window leaves,
+        and the sink absorbs it. For autograd all of the past is a constant."""
+        if start is not None and (start in (0, self.origin) or self.t_end == self.origin):
+            self.origin = self.t_end = start
+        begin = (self.t_end if start is None else start) - self.origin
         for held in (self.sink_kv, self.window_kv):
-            held.update({frame: tuple(x.detach() for x in kv) for frame, kv in held.items()})
-        self.t_begin, self.t_end = self.t_end, self.t_end + frames
-        for e in sorted(f for f in self.window_kv if f < self.t_end - self.window_frames):
+            kept = {f: tuple(x.detach() for x in kv) for f, kv in held.items() if f < begin}
+            held.clear()
+            held.update(kept)
+        self.t_begin, self.t_end = self.origin + begin, self.origin + begin + frames
+        for e in sorted(f for f in self.window_kv if f < begin + frames - self.window_frames):
             leaving = self.window_kv.pop(e)
             if self.policy == "ema" and self.sink_frames:
                 j = (e - self.sink_frames) % self.sink_frames
@@ -104,19 +120,20 @@ class StreamingReference:
         """Attention of the chunk's raw queries ``[B, F * n, H, D]``; its raw keys and values replace those of
         an earlier forward.
         """
-        frames = list(range(self.t_begin, self.t_end))
+        frames = list(range(self.t_begin - self.origin, self.t_end - self.origin))
         split = zip(frames, k.double().chunk(len(frames), 1), v.double().chunk(len(frames), 1), strict=True)
         for frame, frame_k, frame_v in split:
             (self.sink_kv if frame < self.sink_frames else self.window_kv)[frame] = (frame_k, frame_v)
 
-        shift = max(0, self.t_end - self.sink_frames - self.window_frames)
+        shift = max(0, frames[-1] + 1 - self.sink_frames - self.window_frames) if self.rephase else 0
         held = [(j + shift, kv) for j, kv in self.sink_kv.items()] + list(self.window_kv.items())
         keys = rotate(
             torch.cat([kv[0] for _, kv in held], 1),
-            token_positions([position for position, _ in held], self.grid),
+            token_positions([self.origin + position for position, _ in held], self.grid),
         )
         values = torch.cat([kv[1] for _, kv in held], 1)
-        return softmax_attention(rotate(q, token_positions(frames, self.grid)), keys, values)
+        positions = token_positions(list(range(self.t_begin, self.t_end)), self.grid)
+        return softmax_attention(rotate(q, positions), keys, values)
 
     def self_attention(self, x: Tensor, weights: dict[str, Tensor], heads: int, eps: float) -> Tensor:
         """Self-attention of a chunk ``[B, F * n, dim]`` with the layer's parameters under their published

@@ -1,6 +1,5 @@
 """Two ranks train what one process trains: the gradient of every parameter, by name."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,11 @@ import yaml
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from helpers.training import ENVIRONMENT, torchrun
 from reward_forcing.models import BidirectionalWanModel
 from reward_forcing.trainer import TrainConfig
 from reward_forcing.trainer.config import build
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
     "{dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 2, in_dim: 8, out_dim: 8, text_dim: 32, text_len: 3}"
 )
@@ -41,11 +40,9 @@ distill: {{objective: dmd, critic_steps: 1, critic: {{lr: 1e-8}}, real_guidance:
 
 
 def launch(config: Path, out: Path, ranks: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable] if ranks == 1 else command
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
-    command += ["-m", "reward_forcing.trainer", str(config), str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    program = ["-m", "reward_forcing.trainer", str(config), str(out)]
+    command = [sys.executable, *program] if ranks == 1 else torchrun(*program, ranks=ranks)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
 
 
 def start(path: Path, networks: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rf_kernels as rf
 
@@ -134,14 +135,23 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: TextKeys | Tensor, *attention) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, text: TextKeys | Tensor, *attention, checkpointing: bool = False
+    ) -> Tensor:
         """x ``[B, N, dim]`` -> the same.
 
         Args:
             time: projected time embedding ``[B, G, 6, dim]``.
             text: ``CrossAttention.keys`` of this block, or the embedded text that they are made of.
             attention: what this block's self-attention takes beside x.
+            checkpointing: keep the arguments alone for backward. Here, inside a shard's unit: its parameters
+                are gathered when backward computes the block again.
         """
+        if checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, time, text, *attention, use_reentrant=False)
+        return self._forward(x, time, text, *attention)
+
+    def _forward(self, x: Tensor, time: Tensor, text: TextKeys | Tensor, *attention) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.unsqueeze(1) + time).unbind(2)
         x = x + gated(self.self_attn(modulate(self.norm1(x), shift1, scale1), *attention), gate1)
         text = self.cross_attn.keys(text) if isinstance(text, Tensor) else text
@@ -173,6 +183,8 @@ class WanTransformer(nn.Module):
 
     #: The blocks' self-attention.
     self_attention: type[Projections]
+    #: Activation checkpointing, block by block.
+    checkpointing: bool = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -243,7 +255,9 @@ class WanTransformer(nn.Module):
         embedding, projected = self._embed_time(t)
         text = [self._embed_text(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, projected, text[layer], *attention(layer))
+            tokens = block(
+                tokens, projected, text[layer], *attention(layer), checkpointing=self.checkpointing
+            )
         return self.head(tokens, embedding)
 
     def _patchify(self, x: Tensor) -> Tensor:

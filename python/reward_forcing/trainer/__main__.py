@@ -3,14 +3,15 @@ on every rank.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-from .config import load
-from .loop import run
+from ..cli import train
 
 parser = argparse.ArgumentParser(prog="python -m reward_forcing.trainer", description=__doc__)
-parser.add_argument("config", help="YAML file of the run")
+parser.add_argument("config", type=Path, help="YAML file of the run")
 parser.add_argument(
-    "out", help="folder of its log, checkpoints and weights; an interrupted run goes on there"
+    "out", type=Path, help="folder of its log, checkpoints and weights; an interrupted run goes on there"
 )
 arguments = parser.parse_args()
-run(load(arguments.config), arguments.out)
+sys.exit(train(arguments.config, arguments.out))

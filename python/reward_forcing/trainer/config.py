@@ -112,6 +112,8 @@ class TrainConfig:
         distill: distribution matching.
         teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from
             the teacher).
+        checkpointing: keep a block's input alone for backward, and compute the block again there.
+        prompts: text file of the world's prompts, one a line; "" trains on all of them.
         save_every: steps between checkpoints; 0 saves at the end alone.
     """
 
@@ -132,6 +134,8 @@ class TrainConfig:
     teacher: str = ""
     generator: str = ""
     critic: str = ""
+    checkpointing: bool = False
+    prompts: str = ""
     save_every: int = 0
 
     def __post_init__(self):

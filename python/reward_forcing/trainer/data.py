@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import world
+from .._check import expect
 from .draws import Draws
 
 
@@ -24,6 +26,31 @@ class Source(Protocol):
     def embed(self, prompts: Sequence[str]) -> Tensor: ...
     def no_text(self, batch: int) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
+
+
+def read_prompts(path: str) -> tuple[world.Prompt, ...]:
+    """The prompts of a text file, one a line; all prompts of the world for "".
+
+    Raises:
+        rf_kernels.ArgumentError: no file, not text, no prompt in it, or one that the world cannot render (its
+            line is named).
+    """
+    if not path:
+        return world.PROMPTS
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        expect(False, "read_prompts", "prompts", "a text file", f"{path}: {error}")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts += [world.Prompt.parse(line.strip())] if line.strip() else []
+        except ValueError as error:
+            expect(
+                False, "read_prompts", "prompts", "prompts of the world", f"{path}, line {number}: {error}"
+            )
+    expect(len(prompts) > 0, "read_prompts", "prompts", "one prompt a line", f"no prompt in {path}")
+    return tuple(prompts)
 
 
 class WorldSource:

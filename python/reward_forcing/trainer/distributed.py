@@ -26,11 +26,10 @@ def process_group():
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    # Verdicts and the index of a checkpoint travel between hosts: gloo beside NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    yield
+    dist.destroy_process_group()  # after an error the other ranks may be gone, and this would wait for them
 
 
 def rank() -> int:
@@ -48,6 +47,12 @@ def agreed(verdict: bool, device: torch.device | str) -> bool:
     together = torch.tensor(float(verdict), device=device)
     dist.all_reduce(together, op=dist.ReduceOp.MIN)
     return bool(together.item())
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    of_backend = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return dist.is_initialized() and of_backend
 
 
 def mean(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from ..pipeline import StreamingPipeline
 from . import checkpoint
 from .average import WeightAverage
 from .config import OptimizerConfig, TrainConfig
-from .data import Source, WorldSource
+from .data import Source, WorldSource, read_prompts
 from .distributed import full, process_group, rank, shard, world_size
 from .draws import Draws
 from .rollout import Rollout
@@ -147,7 +148,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     draws = Draws(config.seed)
     build = DistillStage if config.stage == "distill" else RegressionStage
-    stage = build(config, source or WorldSource(draws), draws)
+    stage = build(config, source or WorldSource(draws, read_prompts(config.prompts)), draws)
     first = _resume(stage, out)
     if rank() == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
@@ -156,12 +157,12 @@ def train(
             begun = time.perf_counter()
             try:
                 figures = stage.step(step)
-            except ArithmeticError:
+            except ArithmeticError as stopped:
+                _write(log, {"step": step + 1, "stopped": str(stopped)})
                 _save(stage, out, step)
                 raise
             line = {"step": step + 1, "seconds": time.perf_counter() - begun} | figures
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            _write(log, line)
             if on_step is not None:
                 on_step(step, line)
             if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
@@ -212,13 +213,14 @@ def _micro_steps(config: TrainConfig, loss: Callable[[list[int]], Tensor], backw
 
 def _figures(name: str, report: StepReport) -> dict:
     values = {f"{name}_loss": report.loss, f"{name}_grad_norm": report.grad_norm}
-    return values if report.applied else values | {f"{name}_skipped": True}
+    return values if report.applied else values | {f"{name}_skipped": report.skipped}
 
 
 def _network(kind: type[WanTransformer], path: str, config: TrainConfig) -> WanTransformer:
     """A float32 network, from a checkpoint or from the run's seed. All kinds have the same parameters."""
     torch.manual_seed(config.seed)
     model = kind(config.model)
+    model.checkpointing = config.checkpointing
     if path:
         state = read_checkpoint(path)
         check_state(state, model, path)
@@ -254,9 +256,20 @@ def _log(path: Path, first: int):
         return open(os.devnull, "w")
     kept = []
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= first]
+        whole = path.read_text().rpartition("\n")[0]  # a killed run may leave half a line
+        kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= first]
     path.write_text("".join(line + "\n" for line in kept))
     return path.open("a")
+
+
+def _write(log, line: dict) -> None:
+    """One line of strict JSON: what is not finite is null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    try:
+        log.write(json.dumps(finite) + "\n")
+        log.flush()
+    except OSError as error:
+        raise OSError(f"{log.name}: {error}") from error
 
 
 def _export(stage: Stage, out: Path) -> Path:
@@ -267,6 +280,9 @@ def _export(stage: Stage, out: Path) -> Path:
     target = out / f"{name}.safetensors"
     if rank() != 0:
         return target
-    save_file(weights, target.with_suffix(".unfinished"))
+    try:
+        save_file(weights, target.with_suffix(".unfinished"))
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        raise OSError(f"{target.name} was not written (the checkpoint was): {error}") from error
     target.with_suffix(".unfinished").rename(target)
     return target

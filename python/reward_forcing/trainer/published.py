@@ -53,7 +53,7 @@ KEYS = {
     "ts_schedule": "must be false",
     "causal": "must be true",
     "i2v": "must be false",
-    "gradient_checkpointing": "not read: replayed backprop keeps one chunk's graph alone",
+    "gradient_checkpointing": "checkpointing",
     "mixed_precision": "not read",
     "sharding_strategy": "not read",
     "generator_fsdp_wrap_strategy": "not read",
@@ -153,6 +153,7 @@ def from_published(values: Mapping[str, Any]) -> TrainConfig:
         stream=stream,
         distill=distill,
         generator=given.get("generator_ckpt", ""),
+        checkpointing=given.get("gradient_checkpointing", False),
         save_every=given.get("log_iters", 0),
     )
 

@@ -238,6 +238,7 @@ class Distillation:
         tape, prompts = self.roll(step, samples, "generator")
         context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
         x = tape.x.requires_grad_(True)
+        self._finite = torch.isfinite(x.detach()).all()
         t = timesteps(draws, "generator timestep", step, samples, **self._options())
         noise = draws.normal("generator score noise", step, samples, x.shape[1:])
         loss = self._objective(
@@ -249,10 +250,13 @@ class Distillation:
             prompts,
         )
         (gradient,) = torch.autograd.grad(loss, x)
+        # The losses drop a sample that is not finite. In training the step must not pass for a good one; the
+        # replay still runs, as the other ranks are in it too.
+        loss = torch.where(self._finite, loss.detach(), float("nan"))
         last, count = config.distill.grad_chunks, len(tape.entries)
         chunks = None if last == 0 else range(max(0, count - last), count)
         self.rollout.replay(tape, context, gradient, chunks=chunks)
-        return loss.detach()
+        return loss
 
     def _objective(
         self, x: Tensor, teacher: Scores, critic: Scores, noise: Tensor, t: Tensor, prompts
@@ -260,20 +264,32 @@ class Distillation:
         distill = self.config.distill
         shared = {"noise": noise, "t": t, "scheduler": self.scheduler, "real_guidance": distill.real_guidance}
         scorers = {"fake": critic.cond, "real": teacher.cond, "real_uncond": teacher.uncond}
+        scorers = {name: self._watched(scorer) for name, scorer in scorers.items()}
         if distill.objective == "sid":
             return losses.sid_loss(x, **scorers, **shared, alpha=distill.sid_alpha)
         weight = None
         if distill.objective == "re_dmd":
             reward = rewards.scores(self.reward, self.source.decode(x.detach()), prompts)
-            weight = rf.reward_weight(reward, distill.beta)
+            weight = rf.reward_weight(reward, distill.beta).to(x.device)
+            self._finite = self._finite & torch.isfinite(weight).all()
         return losses.dmd_loss(
             x,
             **scorers,
-            fake_uncond=critic.uncond,
+            fake_uncond=self._watched(critic.uncond),
             fake_guidance=distill.fake_guidance,
             weight=weight,
             **shared,
         )
+
+    def _watched(self, scorer: losses.Scorer) -> losses.Scorer:
+        """The scorer, its predictions counted into ``_finite``."""
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            prediction = scorer(x_t, t)
+            self._finite = self._finite & torch.isfinite(prediction.detach()).all()
+            return prediction
+
+        return predict
 
     def critic_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:
         """One critic micro-step: flow matching on the student's own clips. ``turn`` counts the critic's steps

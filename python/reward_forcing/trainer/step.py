@@ -19,11 +19,13 @@ class StoppedOnNonFinite(ArithmeticError):
 
 @dataclass
 class StepReport:
-    """What one optimizer step did. ``applied`` False: it was skipped, and nothing changed."""
+    """What one optimizer step did. ``applied`` False: it was skipped, and nothing changed. ``skipped`` counts
+    such steps of the run."""
 
     loss: float
     grad_norm: float
     applied: bool
+    skipped: int = 0
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -75,8 +77,9 @@ class Stepper:
             self._in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self._in_a_row >= 3:
+            self._in_a_row = 0  # a run that goes on from here has three again
             raise StoppedOnNonFinite(f"optimizer step {self.count}: the third in a row that was not finite")
-        return StepReport(float(loss), float(norm), applied)
+        return StepReport(float(loss), float(norm), applied, self.skipped)
 
     def counts(self) -> dict[str, int]:
         return {"count": self.count, "skipped": self.skipped, "in_a_row": self._in_a_row}

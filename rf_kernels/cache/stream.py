@@ -1,0 +1,160 @@
+"""What a stream has in the slots between two chunks, and what the next chunk makes of it: host integers.
+
+Frames are counted here from the first of the stream; ``Stream.origin`` says which frame of the video that is.
+A stream that only goes on keeps frame f in the slot that ``Ring.slot`` names. A chunk that starts inside the
+window hides the frames behind it, and their slots are free. Attention reads a prefix of the slots, so a kept
+frame that lies behind the prefix then moves to a free slot in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._backend import argument_error
+
+if TYPE_CHECKING:
+    from .plan import Ring
+    from .sinks import SinkState
+
+_OP = "SinkWindowCache.open"
+
+
+class Arrangement(NamedTuple):
+    """What a chunk does to the slots."""
+
+    held: tuple[int, ...]
+    """The frame in each valid slot, once the chunk is in."""
+    leaving: list[int]
+    """Frames that leave the window, ascending."""
+    moves: tuple[tuple[int, int], ...]
+    """Slots (from, to) of kept frames that move, before anything else is written."""
+    places: dict[int, int] | None
+    """Slot of each frame that is kept, leaves or comes; None where ``Ring.slot`` says so."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream between two chunks.
+
+    Attributes:
+        origin: frame of the video that the stream began with.
+        frames: frames so far.
+        held: the frame in each valid slot, a prefix of the slots.
+        left: whether any frame has left the window; from then on the sink's state is the sink.
+        absorbed: whether the sink has absorbed any.
+        phase: the shift at which the sink's keys lie in their slots; None while no policy has turned them.
+    """
+
+    origin: int = 0
+    frames: int = 0
+    held: tuple[int, ...] = ()
+    left: bool = False
+    absorbed: bool = False
+    phase: int | None = None
+
+    @classmethod
+    def plain(cls, frames: int, ring: Ring, state: SinkState) -> Stream:
+        """A stream of so many frames that began with frame 0 and never went back."""
+        S, gone = ring.sink_frames, frames - ring.window_frames
+        held = {ring.slot(frame): frame for frame in ring.held(frames)}
+        left = frames > ring.length
+        sources = state.sources(range(max(S, gone - S), gone)) if left else None
+        return cls(
+            frames=frames,
+            held=tuple(held[slot] for slot in range(len(held))),
+            left=left,
+            absorbed=any(sources or ()),
+            phase=ring.shift(frames) if sources is not None and state.policy.rephase else None,
+        )
+
+    def listed(self) -> dict:
+        """In JSON types."""
+        return {**dataclasses.asdict(self), "held": list(self.held)}
+
+    @classmethod
+    def of_listed(cls, listed, next_frame: int, ring: Ring) -> Stream | None:
+        """What ``listed`` gave; None where no stream of so many frames can be like that."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(listed, dict) or set(listed) != fields or not isinstance(listed["held"], list):
+            return None
+        origin, frames, phase, held = (listed[name] for name in ("origin", "frames", "phase", "held"))
+        numbers = [origin, frames, *held, *([] if phase is None else [phase])]
+        if not all(type(x) is int and 0 <= x <= next_frame for x in numbers):
+            return None
+        if not all(type(listed[name]) is bool for name in ("left", "absorbed")) or len(held) > ring.length:
+            return None
+        stream = cls(**listed | {"held": tuple(held)})
+        first = min(frames, ring.sink_frames)
+        whole = held[:first] == list(range(first)) and len(set(held)) == len(held)
+        fits = all(first <= f < frames for f in held[first:]) and (not frames or frames - 1 in held)
+        return stream if whole and fits and stream.next_frame == next_frame else None
+
+    @property
+    def next_frame(self) -> int:
+        """Frame of the video that comes next."""
+        return self.origin + self.frames
+
+    @property
+    def oldest(self) -> int:
+        """The first of the frames that are in the window without a gap up to the newest."""
+        held, frame = set(self.held), self.frames
+        while frame - 1 in held:
+            frame -= 1
+        return frame
+
+    def seek(self, start: int, ring: Ring) -> Stream:
+        """This stream, as a chunk that starts at frame ``start`` of the video goes on with it, ``start`` not
+        being ``next_frame``: a new one, or this one with the frames from ``start`` on taken away.
+
+        Raises:
+            ArgumentError: the frames before ``start`` are not there.
+        """
+        if not self.frames or start in (0, self.origin):
+            return Stream(origin=start)
+        begin, oldest, sink_frames = start - self.origin, self.oldest, ring.sink_frames
+        first_in_window = self.origin + max(oldest, min(sink_frames, self.frames))
+        reach = f"{self.origin + oldest}..{self.next_frame}, or 0 to start over"
+        if begin > self.frames:
+            raise argument_error(_OP, "start", reach, f"{start}, and the frames before it were never written")
+        if begin < 0:
+            raise argument_error(_OP, "start", reach, f"{start}, before the stream's first frame")
+        if begin >= oldest:
+            return self
+        if begin > sink_frames:
+            found = f"{start}, and the frames between the sink and {first_in_window} have left the window"
+            raise argument_error(_OP, "start", reach, f"{found} (a stream saved before can be loaded)")
+        if self.absorbed:
+            found = f"{start}, and the sink has absorbed later frames"
+            raise argument_error(
+                _OP, "start", reach, f"{found}, which cannot be undone (a stream saved before can be loaded)"
+            )
+        return self  # nothing was absorbed: the sink's frames are what they were
+
+    def arrange(self, begin: int, end: int, ring: Ring) -> Arrangement:
+        """What the chunk of the frames [begin, end), counted in the stream, does to the slots."""
+        sink_frames = ring.sink_frames
+        new = range(max(begin, sink_frames), max(end, sink_frames))
+        window = sorted((f, slot) for slot, f in enumerate(self.held) if slot >= sink_frames and f < begin)
+        excess = max(0, len(window) + len(new) - ring.window_frames)
+        leaving, kept = window[:excess], window[excess:]
+        size = min(end, sink_frames) + len(kept) + len(new)
+
+        before = {f: slot for slot, f in enumerate(self.held)}
+        places = {f: f for f in range(min(end, sink_frames))} | {f: slot for f, slot in kept if slot < size}
+        places |= {f: before[f] for f in new if before.get(f, size) < size}
+        taken, left = set(places.values()), [slot for _, slot in leaving]
+        free = [s for s in range(size) if s not in taken and s not in left] + left
+        moving = [f for f, slot in kept if slot >= size]
+        places |= zip([*moving, *(f for f in new if f not in places)], free, strict=True)
+
+        held = {slot: f for f, slot in places.items()}
+        everywhere = places | dict(leaving)
+        usual = all(slot == ring.slot(f) for f, slot in everywhere.items())
+        return Arrangement(
+            held=tuple(held[slot] for slot in range(size)),
+            leaving=[f for f, _ in leaving],
+            moves=tuple((before[f], places[f]) for f in moving),
+            places=None if usual else everywhere,
+        )
