@@ -1,8 +1,8 @@
 """How many instructions a memory-bound kernel issues for the bytes that it moves: a model, from machine code.
 
-The usual kernels hold a few tokens in registers and go around one loop for them. Counted is the loop's longest
-path that makes the 16-byte accesses of the call, times its turns, and the longest path into the loop and out
-of it; inner loops count with the turns that the benchmark's shape gives them. Where warps have different
+The usual kernels hold a few tokens in registers and go around one loop for them. Counted is the loop's
+longest path that makes the 16-byte accesses of the call, times its turns, and the longest path into the
+loop and out of it; inner loops count with the turns that the benchmark's shape gives them. Where warps have different
 work, their paths are averaged. The longer side of every branch is taken, whatever the call takes: the figure
 is an upper bound. The time that the schedulers need to issue it is then set beside the time that the memory
 needs for the bytes.
@@ -85,8 +85,8 @@ def part(kernel, first: int, last: int):
 
 
 def longest_path(kernel, loads: int, stores: int, without: str = ""):
-    """The instructions of the longest path with so many 16-byte global loads and stores, or None. ``without``: it
-    has no instruction that begins so."""
+    """The instructions of the longest path with so many 16-byte global loads and stores, or None.
+    ``without``: it has no instruction that begins so."""
     edges = _edges(kernel)
     if without:
         bad = {i for i, (_, text) in enumerate(kernel.instructions) if text.startswith(without)}
@@ -156,8 +156,8 @@ def _sums_on(path_of, kernel, turns) -> int:
 
 @dataclass
 class Issue:
-    """Of one kernel, for a turn of its loop: instructions of a warp, bytes that it moves between memory and SM,
-    loads in flight."""
+    """Of one kernel, for a turn of its loop: instructions of a warp, bytes that it moves between memory and
+    SM, loads in flight."""
 
     instructions: float
     nbytes: int  # of a warp
@@ -203,10 +203,10 @@ def issue(kernel, usual: Usual) -> Issue | None:
             path = longest_path(inside, usual.loads, usual.stores, without)
             total += share * (len(path) + _sums_on(path, inside, usual.sums))
         found.append((total, first, last, longest_path(inside, usual.loads, usual.stores)))
-        # A loop around this one has the same accesses; another way through the rows has its own.
     if not found:
         return None
-    total, first, last, path = min(found)  # the straight way: beside it there may be one with every question
+    # The straight way: beside it there may be a loop with every question, and loops around both.
+    total, first, last, path = min(found)
     into = longest_path(part(kernel, 0, first), usual.before, 0)
     out = longest_path(part(kernel, last + 1, len(kernel.instructions) - 1), 0, 0) or []
     total += (len(into) + len(out)) / usual.turns

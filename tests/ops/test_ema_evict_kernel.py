@@ -216,8 +216,8 @@ ONE_SOURCE = {
 @pytest.mark.parametrize("name", ONE_SOURCE)
 @pytest.mark.parametrize("layout", ["adjacent", "adjacent_tail", "none", "all_adjacent"])
 def test_rows_in_registers(lanes, layout, name, dtype, state):
-    """One source a sink frame, pairs inside of a vector: several tokens a block. Here a block that is full, and
-    one with a single token; alpha differs from token to token."""
+    """One source a sink frame, pairs inside of a vector: several tokens a block. Here a block that is full,
+    and one with a single token; alpha differs from token to token."""
     rope = LAYOUTS.get(layout) or rf.RoPE((8,), (1e4,), "adjacent")
     case = Case(dtype, state, rope=rope, schedule=ONE_SOURCE[name], heads=6, n=7)
     case.options["alpha"] = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -193,8 +193,8 @@ def test_lanes_in_any_number_and_order(lanes, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_access_width(lanes, dtype):
-    """16 bytes where rows allow it, else elements; which calls have their tokens held, and which of these go the
-    straight way."""
+    """16 bytes where rows allow it, else elements; which calls have their tokens held, and which of these go
+    the straight way."""
     wide = 16 // dtype.itemsize
     for name in ("wan", "wan, one head", "wan, more tokens than a block"):
         assert run_lanes(lanes, make(dtype, **CASES[name]).clone())[1] == 100 * wide, name
@@ -216,8 +216,8 @@ def test_access_width(lanes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["wan", "no norm", "odd head dim", "more q heads"])
 def test_bytes_moved_are_those_predicted(lanes, name, dtype):
-    """Every row once; the weights once a token, or once a block of six where tokens are held (which the caches of
-    the GPU serve)."""
+    """Every row once; the weights once a token, or once a block of six where tokens are held (which the
+    caches of the GPU serve)."""
     call = make(dtype, **CASES[name])
     (batch, tokens, q_heads, dim), kv_heads = call.data[0].shape, call.data[1].shape[2]
     shape = dict(
