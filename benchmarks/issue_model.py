@@ -1,11 +1,11 @@
 """How many instructions a memory-bound kernel issues for the bytes that it moves: a model, from machine code.
 
 The usual kernels hold a few tokens in registers and go around one loop for them. Counted is the loop's
-longest path that makes the 16-byte accesses of the call, times its turns, and the longest path into the
-loop and out of it; inner loops count with the turns that the benchmark's shape gives them. Where warps have different
-work, their paths are averaged. The longer side of every branch is taken, whatever the call takes: the figure
-is an upper bound. The time that the schedulers need to issue it is then set beside the time that the memory
-needs for the bytes.
+longest path that makes the 16-byte accesses of the call, and a turn's share of the longest path into the loop
+and out of it. Inner loops count with the turns that the benchmark's shape gives them. Where warps have
+different work, their paths are averaged. The longer side of every branch is taken, whatever the call takes:
+the figure is an upper bound. The time that the schedulers need to issue it is then set beside the time that
+the memory needs for the bytes.
 """
 
 import re
