@@ -45,7 +45,7 @@ BENCH ?= --json out/bench.json
 bench: ext
 	$(PY) -m benchmarks $(BENCH)
 
-## make demo          stream a video from a checkpoint, compare with the published path, write out/
+## make demo          the trained student under four sinks, a stream beside the published path: film, report in out/
 demo: ext
 	PYTHONPATH=.:python $(PY) -m benchmarks.demo --out out
 

@@ -1,9 +1,62 @@
-"""Pictures of a report: the roofline, and bars per shape."""
+"""Pictures of a report: the roofline, bars per shape, and curves."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 ATTENTION = "sink_window_attention"
 MEMORY_BOUND = ("rope_append", "ema_evict", "dmd_gradient")
+
+
+COLOURS = ("#1f6feb", "#d4572b", "#5ab56e", "#8a5cd0", "#b0b7c3", "#c99700")
+
+
+def lines(panels: Iterable[Mapping[str, Any]], to: Path | BinaryIO, *, columns: int = 2) -> None:
+    """Small charts side by side, written as PNG.
+
+    A panel has ``series`` (name -> (x, y)), ``xlabel``, ``ylabel``, and may have ``log`` (y axis) and
+    ``from_zero``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(panels)
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.7 * rows), squeeze=False, layout="constrained")
+    for at, axis in enumerate(axes.flat):
+        if at >= len(panels):
+            axis.axis("off")
+            continue
+        panel = panels[at]
+        for colour, (name, (x, y)) in zip(COLOURS, panel["series"].items(), strict=False):
+            axis.plot(x, y, color=colour, label=name, linewidth=1.3)
+        axis.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"])
+        if panel.get("log"):
+            axis.set_yscale("log")
+        if panel.get("from_zero"):
+            axis.set_ylim(0, None)
+        if len(panel["series"]) > 1:
+            axis.legend(frameon=False, fontsize=7)
+    figure.savefig(to, dpi=100, format="png")
+    plt.close(figure)
+
+
+def bars(values: Mapping[str, float], unit: str, to: Path | BinaryIO) -> None:
+    """One bar a name, written as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.4 * len(values)), layout="constrained")
+    axis.barh(list(values), list(values.values()), color=COLOURS[: len(values)])
+    axis.invert_yaxis()
+    axis.set(xlabel=unit)
+    figure.savefig(to, dpi=100, format="png")
+    plt.close(figure)
 
 
 def timed(report: dict) -> list[dict]:

@@ -8,7 +8,7 @@ design of the cache, section "Positions in detail" of docs/architecture.md; Wan2
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,8 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
 class RoPE:
     """Rotary embedding over any number of axes.
 
-    Pair ``i`` of axis ``a`` at coordinate ``c`` turns by ``c * bases[a] ** (-i / pairs[a])`` radians:
+    Pair ``i`` of axis ``a`` at coordinate ``c`` turns by ``c * bases[a] ** (-i / pairs[a])`` radians, or by
+    ``c * given[a][i]`` where frequencies are given:
     ``(x, y) -> (x cos - y sin, x sin + y cos)``. Pairs are numbered axis after axis; P = sum(pairs).
 
     Args:
@@ -39,6 +40,9 @@ class RoPE:
             pair i is (i, i + pairs[a]) there.
         temporal_axis: the axis whose coordinate is the latent frame; None when no axis is temporal
             (re-phasing is the identity).
+        given: radians per unit of position for each pair, in the place of what ``bases`` says: for each axis
+            a sequence of ``pairs[a]`` numbers, or None (RIFLEx, YaRN, a temporal scale). None: ``bases`` for
+            all. See :meth:`with_frequencies`.
 
     Dims beyond 2P are not rotated.
     """
@@ -47,6 +51,7 @@ class RoPE:
     bases: tuple[float, ...]
     layout: str = "adjacent"
     temporal_axis: int | None = 0
+    given: tuple[tuple[float, ...] | None, ...] | None = None
 
     def __post_init__(self):
         for name, values in (("pairs", self.pairs), ("bases", self.bases)):
@@ -68,6 +73,36 @@ class RoPE:
                 "RoPE", "temporal_axis", f"None or 0..{len(self.pairs) - 1}", self.temporal_axis
             )
 
+        if self.given is not None:
+            object.__setattr__(self, "given", self._checked(self.given))
+
+    def _checked(self, given) -> tuple[tuple[float, ...] | None, ...] | None:
+        """Frequencies as plain numbers; a copy, so that the rope stays what it is."""
+        if not isinstance(given, tuple | list) or len(given) != len(self.pairs):
+            raise argument_error("RoPE", "given", f"one entry per axis ({len(self.pairs)})", repr(given))
+        axes = []
+        for values, pairs in zip(given, self.pairs, strict=True):
+            if values is not None:
+                try:
+                    array = np.asarray(values, dtype=np.float64)
+                except (TypeError, ValueError):
+                    array = np.zeros(0) if pairs else np.zeros(1)
+                if array.shape != (pairs,) or not np.isfinite(array).all():
+                    expected = f"{pairs} finite numbers, or None"
+                    raise argument_error("RoPE", "given", expected, repr(values))
+                values = tuple(array.tolist())
+            axes.append(values)
+        return tuple(axes) if any(axis is not None for axis in axes) else None
+
+    def with_frequencies(self, axis: int, frequencies: Sequence[float] | np.ndarray) -> "RoPE":
+        """This rope with other frequencies on one axis, in radians per unit of position:
+        ``frequencies(axis)`` changed as RIFLEx, YaRN or a temporal scale has it."""
+        if not 0 <= integer("RoPE.with_frequencies", "axis", axis) < len(self.pairs):
+            raise argument_error("RoPE.with_frequencies", "axis", f"0..{len(self.pairs) - 1}", axis)
+        given = list(self.given or (None,) * len(self.pairs))
+        given[axis] = frequencies
+        return replace(self, given=tuple(given))
+
     @property
     def total_pairs(self) -> int:
         return sum(self.pairs)
@@ -79,14 +114,16 @@ class RoPE:
 
     @cached_property
     def _frequencies(self) -> tuple[np.ndarray, ...]:
-        return tuple(
+        usual = (
             np.power(float(base), -(np.arange(n, dtype=np.float64) / n)) if n else np.zeros(0)
             for n, base in zip(self.pairs, self.bases, strict=True)
         )
+        given = self.given or (None,) * len(self.pairs)
+        return tuple(u if g is None else np.array(g) for u, g in zip(usual, given, strict=True))
 
     def frequencies(self, axis: int) -> np.ndarray:
         """Radians per unit of position for each pair of ``axis``, float64 [pairs[axis]]."""
-        return self._frequencies[axis]
+        return self._frequencies[axis].copy()
 
     def axis_table(self, axis: int, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """cos and sin of every (position, pair) of one axis: float64 [len(positions), pairs[axis], 2]."""

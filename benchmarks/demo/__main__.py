@@ -1,36 +1,41 @@
-"""Stream a video's latents from a checkpoint beside the published path; leaves latents, previews and a report
-in a folder.
+"""Stream the trained student of the embedded world, one long rollout per sink, and one stream beside the
+published path; leaves a film, latents and a report in a folder.
 
     python -m benchmarks.demo --out out
 
-Without options it streams 42 chunks of the small model that the golden vectors were made with.
+With `--checkpoint` it streams that model's latents beside the published path instead.
 """
 
 import argparse
 import math
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rf_kernels as rf
+from reward_forcing import evaluate, world
 from reward_forcing.cli import Parser, add_stream_options, fail, refused, stream_job
 from reward_forcing.folder import LATENTS, StreamFolder
 from reward_forcing.run import begin
 
+from .film import PROMPTS, stream_sinks, write_film
 from .preview import write_preview
 from .report import write_report
 from .run import run
 
-_GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden/model_weights.safetensors"
-
 
 def parse(arguments=None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.demo", description=__doc__, allow_abbrev=False)
-    small = {"frames": 126, "height": 16, "width": 24, "heads": 2, "dtype": "float32", "device": "cpu"}
-    add_stream_options(parser, checkpoint=_GOLDEN, **small)
+    side = world.SIZE // world.PATCH
+    small = {"frames": 300, "height": side, "width": side, "heads": 4, "dtype": "float32", "device": "cpu"}
+    add_stream_options(parser, checkpoint=None, shift=2.0, alpha=0.9, **small)
+    parser.add_argument(
+        "--sinks", nargs="+", default=list(evaluate.SINKS), help="of the film: none, static, ema:ALPHA"
+    )
     parser.add_argument(
         "--measure-seconds", type=float, default=1.0, help="time spent on each op beside its peer"
     )
@@ -59,7 +64,14 @@ def summary(figures: dict) -> None:
 def main(arguments=None) -> int:
     options = parse(arguments)
     with ExitStack() as stack:
+        film = options.checkpoint is None
         try:
+            if film:
+                options.checkpoint, _ = evaluate.shipped("distill")
+                options.context = (
+                    Path(stack.enter_context(tempfile.TemporaryDirectory())) / "text.safetensors"
+                )
+                save_file({"context": world.embed([world.Prompt.parse(PROMPTS[0])])}, options.context)
             # The published path cannot be resumed: a demo starts over, and replaces what an earlier one left.
             folder = stack.enter_context(StreamFolder(options.out, overwrite=True))
             prepared, cache = begin(stream_job(options), folder)
@@ -76,9 +88,20 @@ def main(arguments=None) -> int:
             measure_seconds=options.measure_seconds,
             progress=lambda chunks: tqdm(chunks, desc="streaming", unit="chunk", total=total),
         )
-        previews = write_preview(load_file(folder.part / LATENTS)["latents"], folder.part)
-        reports = write_report(figures, folder.part, previews[1])
-        written = folder.finish([path.name for path in (*previews, *reports)])
+        latents = load_file(folder.part / LATENTS)["latents"]
+        if film:
+
+            def progress(chunks, sink, count):
+                return tqdm(chunks, desc=f"sink {sink}", unit="chunk", total=count)
+
+            videos, figures["world"] = stream_sinks(tuple(options.sinks), job.frames, progress=progress)
+            files = write_film(videos, folder.part)
+            figures["world"]["files"] = [path.name for path in files]
+            reports = write_report(figures, folder.part)
+        else:
+            files = write_preview(latents, folder.part)
+            reports = write_report(figures, folder.part, files[1])
+        written = folder.finish([path.name for path in (*files, *reports)])
     summary(figures)
     for path in written:
         print(path)

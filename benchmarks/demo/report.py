@@ -7,12 +7,7 @@ import io
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-
-_OURS, _THEIRS, _FLOOR = "#1f6feb", "#b0b7c3", "#5ab56e"
+from benchmarks import plots
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
@@ -27,10 +22,10 @@ img { max-width: 100%; }
 """
 
 
-def _image(figure) -> str:
+def _image(draw, *arguments, **options) -> str:
+    """What a function of ``benchmarks.plots`` draws, inside the page."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    draw(*arguments, buffer, **options)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
@@ -44,38 +39,69 @@ def _table(header: list[str], rows: list[list], numeric_from: int = 1) -> str:
 
 
 def _time_plot(chunks) -> str:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2))
     index = [c["index"] for c in chunks]
-    left.plot(index, [c["seconds"] for c in chunks], color=_OURS, label="rf_kernels")
+    seconds = {"rf_kernels": (index, [c["seconds"] for c in chunks])}
     if "published_seconds" in chunks[0]:
-        left.plot(index, [c["published_seconds"] for c in chunks], color=_THEIRS, label="published path")
-    left.set(xlabel="chunk", ylabel="seconds per chunk", ylim=(0, None))
-    left.legend(frameon=False)
-    memory = [c["memory_bytes"] / 2**20 for c in chunks]
-    right.plot(index, memory, color=_OURS)
-    right.set(xlabel="chunk", ylabel="memory of the process, MiB", ylim=(0, 1.2 * max(memory)))
-    return _image(figure)
+        seconds["published path"] = (index, [c["published_seconds"] for c in chunks])
+    memory = {"": (index, [c["memory_bytes"] / 2**20 for c in chunks])}
+    axes = {"xlabel": "chunk", "from_zero": True}
+    panels = [{"series": seconds, "ylabel": "seconds per chunk", **axes}]
+    panels += [{"series": memory, "ylabel": "memory of the process, MiB", **axes}]
+    return _image(plots.lines, panels)
 
 
 def _agreement_plot(chunks) -> str:
-    figure, axis = plt.subplots(figsize=(11, 2.6))
-    axis.semilogy(
-        [c["index"] for c in chunks], [max(c["relative_l2"], 1e-18) for c in chunks], "o-", ms=3, color=_OURS
-    )
-    axis.set(xlabel="chunk", ylabel="relative L2")
-    return _image(figure)
+    series = {"": ([c["index"] for c in chunks], [max(c["relative_l2"], 1e-18) for c in chunks])}
+    return _image(plots.lines, [{"series": series, "xlabel": "chunk", "ylabel": "relative L2", "log": True}])
 
 
 def _bytes_plot(counts) -> str:
-    names, colours = ("published", "ours", "floor"), (_THEIRS, _OURS, _FLOOR)
-    figure, axis = plt.subplots(figsize=(8, 1.8))
-    axis.barh(names, [counts[n] / 2**20 for n in names], color=colours)
-    axis.invert_yaxis()
-    axis.set(xlabel="MiB per chunk")
-    return _image(figure)
+    return _image(plots.bars, {n: counts[n] / 2**20 for n in ("published", "ours", "floor")}, "MiB per chunk")
 
 
-def _html(figures: dict, preview: Path | None) -> str:
+def _world(world: dict, folder: Path) -> list[str]:
+    """The trained student under every sink: the film, the curves, the table."""
+    film = base64.b64encode((folder / world["files"][1]).read_bytes()).decode()
+    parts = [
+        f"<h2>The trained student under {len(world['sinks'])} sinks</h2>"
+        f"<p>{world['frames']} latent frames from the same noise and prompts; it was trained on clips of"
+        f" {world['trained_frames']}. One column a sink, one row a prompt. <b>{world['files'][0]}</b> is the"
+        f' same at full size.</p><img alt="film" src="data:image/gif;base64,{film}">',
+        f"<p class=note>Curves and table: means over {len(world['prompts'])} prompts. Rendered clips of the"
+        " same prompts are called real. Speed is corrected for flicker. `reward-forcing evaluate` gives these"
+        " measures over more prompts, with confidence intervals.</p>",
+    ]
+    first = next(iter(world["curves"].values()))
+    panels = [
+        {
+            "series": {name: (curve["frame"][key], curve[key]) for name, curve in world["curves"].items()},
+            "xlabel": "frame",
+            "ylabel": key,
+        }
+        for key in first["frame"]
+    ]
+    parts.append(_image(plots.lines, panels))
+    keys = list(next(iter(world["measures"].values())))
+    rows = [
+        [key, *(f"{m[key]['mean']:.3f} ± {m[key]['ci95']:.3f}" for m in world["measures"].values())]
+        for key in keys
+    ]
+    rows.append(
+        ["ms per chunk", "", *(f"{1e3 * s['seconds_per_chunk']:.0f}" for s in world["sinks"].values())]
+    )
+    rows.append(["cache, MiB", "", *(f"{s['cache_bytes'] / 2**20:.2f}" for s in world["sinks"].values())])
+    rows.append(
+        [
+            "memory, last third over first",
+            "",
+            *(f"{s['memory']['ratio']:.3f}" for s in world["sinks"].values()),
+        ]
+    )
+    parts.append(_table(["", *world["measures"]], rows))
+    return parts
+
+
+def _html(figures: dict, folder: Path, preview: Path | None) -> str:
     environment, job, chunks = figures["environment"], figures["job"], figures["chunks"]
     parts = [f"<!doctype html><meta charset=utf-8><title>rf_kernels stream</title><style>{_STYLE}</style>"]
     frames = sum(c["frames"] for c in chunks)
@@ -98,6 +124,9 @@ def _html(figures: dict, preview: Path | None) -> str:
         + "".join(f"<tr><td>{k}<td>{html.escape(str(v))}" for k, v in facts.items())
         + "</table>"
     )
+    if "world" in figures:
+        parts += _world(figures["world"], folder)
+        parts.append("<h1>One stream beside the published path</h1>")
     if preview is not None:
         picture = base64.b64encode(preview.read_bytes()).decode()
         parts.append(f'<h2>Preview</h2><img alt="preview" src="data:image/png;base64,{picture}">')
@@ -152,5 +181,5 @@ def write_report(figures: dict, folder: Path, preview: Path | None = None) -> li
     """Write ``report.json`` and ``report.html`` into ``folder``."""
     paths = [folder / "report.json", folder / "report.html"]
     paths[0].write_text(json.dumps(figures, indent=2) + "\n")
-    paths[1].write_text(_html(figures, preview))
+    paths[1].write_text(_html(figures, folder, preview))
     return paths

@@ -192,17 +192,123 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     stream = commands.add_parser("stream", help="stream latents from a checkpoint", allow_abbrev=False)
     add_stream_options(stream)
     text = "least time between two saves of the state that a resume needs (default: 60)"
+    number = _value("a finite number", float, math.isfinite)
     seconds = _value("a finite number of at least 0", float, lambda value: 0 <= value < math.inf)
     stream.add_argument("--save-seconds", type=seconds, default=60.0, help=text)
     either = stream.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the unfinished stream in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the stream that is in --out")
     train = commands.add_parser("train", help="train one stage (docs/training.md)", allow_abbrev=False)
-    train.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    train.add_argument(
-        "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
+    train.add_argument("--config", type=Path, help="YAML file of the run")
+    train.add_argument("--out", type=Path, help="folder of the run; an interrupted one goes on there")
+    text = "print what the run takes on each rank, and allocate nothing; the published run without --config"
+    train.add_argument("--plan", action="store_true", help=text)
+    at_least_1 = _whole(1)
+    train.add_argument("--ranks", type=at_least_1, nargs="+", default=[8, 64], help="of --plan (8 64)")
+    size = {"type": at_least_1, "nargs": 2, "default": [60, 104], "metavar": ("HEIGHT", "WIDTH")}
+    train.add_argument("--latent", **size, help="rows and columns of a latent, of --plan (60 104)")
+    train.add_argument("--json", type=Path, help="write the plan to this file too")
+    video = commands.add_parser("generate", help="a video from a prompt", allow_abbrev=False)
+    add_stream_options(video, frames=21, out=Path("video.mp4"))
+    video.add_argument("--prompt", required=True, help="what the video shows")
+    text = "folder (or name on the hub) with tokenizer/, text_encoder/ and vae/ as diffusers keeps them"
+    video.add_argument(
+        "--wan", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help=f"{text} (default: %(default)s)"
     )
-    return parser.parse_args(argv)
+    rate = _value("a finite number above 0", float, lambda value: 0 < value < math.inf)
+    video.add_argument("--fps", type=rate, default=16.0, help="frames per second of the file (default: 16)")
+    judge = commands.add_parser(
+        "evaluate", help="students of the embedded world: measures and intervals", allow_abbrev=False
+    )
+    judge.add_argument("--out", type=Path, required=True, help="JSON file of all figures")
+    judge.add_argument(
+        "--student",
+        type=_value("NAME=PATH", str, lambda text: all(text.partition("="))),
+        action="append",
+        help="a checkpoint under a name, once or more; the first is the base of differences (default: the"
+        " trained ones of the repository)",
+    )
+    judge.add_argument("--teacher", type=Path, help="checkpoint (default: that of the repository)")
+    judge.add_argument("--guidance", type=number, default=1.0, help="of the teacher's clips (default: 1)")
+    policies = ["none", "static", "ema:0.99", "ema:0.9"]
+    text = f"none, static, ema:ALPHA (default: {' '.join(policies)})"
+    judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
+    for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
+        judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
+    options = parser.parse_args(argv)
+    if options.command == "train" and not options.plan:
+        missing = [f"--{name}" for name in ("config", "out") if getattr(options, name) is None]
+        if missing:
+            train.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    import rf_kernels as rf
+
+    from .trainer import load
+    from .trainer.plan import plan, table, wan
+
+    try:
+        config = wan() if options.config is None else load(options.config)
+        height, width = options.latent
+        plans = [plan(config, ranks, height=height, width=width) for ranks in options.ranks]
+    except (rf.ArgumentError, FileNotFoundError) as error:
+        fail(str(error))
+    print(table(plans))
+    if options.json is not None:
+        options.json.write_text(json.dumps(plans, indent=2) + "\n")
+    return 0
+
+
+def video(options: argparse.Namespace) -> int:
+    """A video from a prompt."""
+    import torch
+
+    import rf_kernels as rf
+
+    from .generate import generate
+
+    if options.context is not None:
+        fail("--context: not beside --prompt")
+    try:
+        frames = generate(stream_job(options), options.prompt, options.wan, options.out, fps=options.fps)
+    except rf.ArgumentError as error:
+        fail(refused(error))
+    except KeyboardInterrupt:
+        say("stopped; nothing was written")
+        return 128 + signal.SIGINT
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        fail(str(error), code=1)
+    print(options.out)
+    say(f"{frames} frames")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import rf_kernels as rf
+
+    from . import evaluate
+    from .checkpoint import CheckpointError
+
+    try:
+        if options.student is None:
+            students = {stage: evaluate.shipped(stage)[0] for stage in ("causal", "ode", "distill")}
+        else:
+            students = dict(text.split("=", 1) for text in options.student)
+        names = ("policies", "prompts", "seeds", "frames", "teacher", "guidance")
+        chosen = {name: getattr(options, name) for name in names}
+        report = evaluate.evaluate(students, **chosen, progress=say)
+        evaluate.write(report, options.out)
+    except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(evaluate.as_text(report))
+    print(options.out)
+    return 0
 
 
 def train(config: Path, out: Path) -> int:
@@ -244,7 +350,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":
-        return train(options.config, options.out)
+        return _plan(options) if options.plan else train(options.config, options.out)
+    if options.command == "generate":
+        return video(options)
+    if options.command == "evaluate":
+        return _evaluate(options)
     repeated = [word for word in argv if word not in ("--resume", "--overwrite")]
     again = f"go on with: reward-forcing {shlex.join(repeated)} --resume"
     try:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .._backend import ArgumentError, argument_error
 from . import stream_file
+from .adopt import adopted
 from .chunk import Chunk
 from .plan import CacheSpec, ChunkPlan, PlanBuffers, Ring, is_integer
 from .sinks import SinkPolicy
@@ -44,23 +45,47 @@ class SinkWindowCache:
         spec: sizes, positions, dtype and device.
         sink: what happens to frames that leave the window: ``NoSink()``, ``StaticSink()``, ``EMASink(...)``,
             or a policy of your own (docs/sinks.md).
+        k, v: memory for the slots that the caller has allocated, both or none: ``[layers, B, L * n, H, D]``,
+            or a sequence with ``[B, L * n, H, D]`` of each layer. Views will do, if the last dimension is
+            contiguous. What lies there is not read; ``reset`` and ``load`` write there too.
 
     Attributes:
-        k, v: ``[layers, B, L * n, H, D]``.
+        k, v: ``[layers, B, L * n, H, D]``, or the tuple of the caller's layers.
         next_frame: first frame of the next chunk = one past the last one committed.
     """
 
-    def __init__(self, spec: CacheSpec, *, sink: SinkPolicy):
+    def __init__(
+        self,
+        spec: CacheSpec,
+        *,
+        sink: SinkPolicy,
+        k: Tensor | Sequence[Tensor] | None = None,
+        v: Tensor | Sequence[Tensor] | None = None,
+    ):
         if not isinstance(spec, CacheSpec):
             raise argument_error(_OP, "spec", "a CacheSpec", type(spec).__name__)
         if not isinstance(sink, SinkPolicy):
             found = repr(sink) if not isinstance(sink, type) else f"the class {sink.__name__}"
             raise argument_error(_OP, "sink", "a sink policy, such as EMASink()", found)
         self.spec, self.sink = spec, sink
-        self._sink = sink.bind(spec)
-        tokens = spec.ring.length * spec.frame_tokens
-        self.k, self.v = spec.zeros(tokens), spec.zeros(tokens)
-        self._slots = [(self.k[layer], self.v[layer]) for layer in range(spec.layers)]
+        # Tensors born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._allocate(k, v)
+        self._chunk: Chunk | None = None
+        #: Why the stream cannot go on.
+        self._broken: str | None = None
+        self._stream = Stream()
+        self.next_frame = 0
+
+    def _allocate(self, k, v) -> None:
+        spec = self.spec
+        self._sink = self.sink.bind(spec)
+        if k is None and v is None:
+            k, v = (spec.zeros(spec.ring.length * spec.frame_tokens) for _ in range(2))
+        else:
+            k, v = adopted(spec, k, v)
+        self.k, self.v = k, v
+        self._slots = [(k[layer], v[layer]) for layer in range(spec.layers)]
         self._undo: dict[str, Tensor] = {}
         if spec.undo_frames:
             chunk, kept = spec.undo_frames * spec.frame_tokens, spec.sink_frames * spec.frame_tokens
@@ -69,11 +94,6 @@ class SinkWindowCache:
                 self._undo |= {"sink_k": spec.zeros(kept), "sink_v": spec.zeros(kept)}
                 self._undo |= {f"sink.{name}": torch.zeros_like(t) for name, t in self._sink.tensors.items()}
         self._buffers = PlanBuffers(spec, self._sink.max_sources)
-        self._chunk: Chunk | None = None
-        #: Why the stream cannot go on.
-        self._broken: str | None = None
-        self._stream = Stream()
-        self.next_frame = 0
 
     # ---- looking -------------------------------------------------------------------------------------------
     @property
@@ -90,8 +110,7 @@ class SinkWindowCache:
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache (on device "meta" they are counted without being allocated)."""
         tensors = [
-            self.k,
-            self.v,
+            *(t for pair in self._slots for t in pair),
             self._buffers.ints,
             self._buffers.floats,
             *self._sink.tensors.values(),
@@ -208,9 +227,49 @@ class SinkWindowCache:
     def reset(self) -> None:
         """Start a new stream: frame 0, slots zeroed (nothing of the old stream stays in memory), an open
         chunk void."""
-        for tensor in (self.k, self.v, *self._sink.tensors.values(), *self._undo.values()):
+        slots = (tensor for pair in self._slots for tensor in pair)
+        for tensor in (*slots, *self._sink.tensors.values(), *self._undo.values()):
             tensor.zero_()
         self._restart(Stream())
+
+    def reset_sink(self) -> None:
+        """Take the sink's state from its slots again, between chunks: for a caller that has written or zeroed
+        sink frames in ``k`` and ``v`` by itself. Their keys are at the positions where the sink lies now. The
+        slots keep their bits. Without this call the next chunk that moves the sink would write what the state
+        holds."""
+        self._check_between("reset_sink")
+        stream, spec = self._stream, self.spec
+        if stream.phase is None:
+            return  # the slots are the sink
+        slots, angles, axes, schedule, turns = self._buffers.views(0)
+        plan = ChunkPlan(
+            ring=self.ring,
+            t_begin=stream.next_frame,
+            t_end=stream.next_frame,
+            kv_tokens=self.kv_tokens,
+            shift=stream.phase,
+            leaving=[],
+            sources=[[] for _ in range(spec.sink_frames)],
+            first=True,
+            moves=(),
+            fresh=False,
+            after=stream,
+            slots=slots,
+            angles=angles,
+            axes=axes,
+            schedule=schedule,
+            turns=turns,
+        )
+        self._buffers.upload(plan)
+        back = self._buffers.turn_by(-stream.phase)
+        sink_tokens = spec.sink_frames * spec.frame_tokens
+        with torch.no_grad():
+            for layer, pair in enumerate(self._slots):
+                written = [x[:, :sink_tokens].clone() for x in pair]
+                pair[0][:, :sink_tokens] = self._sink.turned(written[0], back)
+                self._sink.evict(layer, *pair, plan)
+                for x, bits in zip(pair, written, strict=True):
+                    x[:, :sink_tokens] = bits
 
     # ---- saving and copying a stream between chunks --------------------------------------------------------
     def state_dict(self) -> dict:
@@ -223,8 +282,9 @@ class SinkWindowCache:
         """Continue a saved stream, bit for bit. Everything is checked before anything is written."""
         targets, stream = stream_file.check_state(self, state)
         self.reset()
-        for name, target in targets.items():
-            target.copy_(state["tensors"][name].detach())
+        for name, layers in targets.items():
+            for target, source in zip(layers, state["tensors"][name].detach(), strict=True):
+                target.copy_(source)
         self._restart(stream)
 
     def save(self, path) -> None:
@@ -324,14 +384,15 @@ class SinkWindowCache:
             target.copy_(source)
 
         written = [*map(plan.ring.slot, range(plan.begin, plan.end)), *(to for _, to in plan.moves)]
-        for i, slot in enumerate(written):
-            for name, tensor in (("k", self.k), ("v", self.v)):
-                copy(tensor[:, :, slot * n : (slot + 1) * n], area[name][:, :, i * n : (i + 1) * n])
+        for layer, pair in enumerate(self._slots):
+            for name, slots in zip(("k", "v"), pair, strict=True):
+                for i, slot in enumerate(written):
+                    copy(slots[:, slot * n : (slot + 1) * n], area[name][layer, :, i * n : (i + 1) * n])
         if plan.sources is not None or plan.fresh:
             sink_tokens = self.spec.sink_frames * n
-            if "sink_k" in area:
-                copy(self.k[:, :, :sink_tokens], area["sink_k"])
-                copy(self.v[:, :, :sink_tokens], area["sink_v"])
+            for layer, (k, v) in enumerate(self._slots if "sink_k" in area else ()):
+                copy(k[:, :sink_tokens], area["sink_k"][layer])
+                copy(v[:, :sink_tokens], area["sink_v"][layer])
             for name, tensor in self._sink.tensors.items():
                 copy(tensor, area[f"sink.{name}"])
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _OP = "Chunk"
 _DEFAULT_EPS = 1e-6
+#: What an op names where an input does not fit the cache.
+_BLAMED = ("k", "v", "k_cache", "v_cache", "slots", "angles", "axes")
 #: How far a layer's eviction has come.
 _WAITING, _BEGUN, _DONE = range(3)
 
@@ -176,24 +178,12 @@ class Chunk:
         after the chunk has ended and its slots are taken by others. Under ``torch.utils.checkpoint``
         (``use_reentrant=False``) the recomputation writes nothing and reads that copy.
         """
-        tracing = torch.compiler.is_compiling()
-        recomputed = not tracing and self._is_recomputation()
-        if not recomputed:
-            self._check_layer("attend", layer)
-        self._check_attention(q, softmax_scale)
-        norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
-        if not tracing and (recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms))):
-            return self._attend_with_grad(layer, q, k, v, norms, softmax_scale, deterministic, recomputed)
-        q = self._append(layer, q, k, v, norms)
-        k_slots, v_slots = self._cache._slots[layer]
-        return sink_window_attention(
-            q,
-            k_slots,
-            v_slots,
-            kv_tokens=self.plan.kv_tokens,
-            softmax_scale=softmax_scale,
-            deterministic=deterministic,
-        )
+        if torch.compiler.is_compiling():
+            return self._attend(layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic)
+        try:
+            return self._attend(layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic)
+        except ArgumentError as error:
+            raise self._blamed(error, q, k, v) from None
 
     def append(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
@@ -216,7 +206,13 @@ class Chunk:
                 "a recomputation inside backward",
             )
         self._check_layer("append", layer)
-        return self._append(layer, q, k, v, norms_of(self._cache.spec, q_norm, k_norm, norm, eps))
+        norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
+        if torch.compiler.is_compiling():
+            return self._append(layer, q, k, v, norms)
+        try:
+            return self._append(layer, q, k, v, norms)
+        except ArgumentError as error:
+            raise self._blamed(error, q, k, v) from None
 
     def kv(self, layer: int) -> KV:
         """The keys and values that the chunk's queries may see in one layer, after its ``append``: views of
@@ -325,6 +321,29 @@ class Chunk:
                 f"{_OP}.attend", "softmax_scale", "a number above 0, or None", repr(softmax_scale)
             )
 
+    def _blamed(self, error: ArgumentError, q, k, v) -> ArgumentError:
+        """The error of an op that knows the cache and the chunk only as its own arguments, and blames them:
+        here it is the inputs that do not fit."""
+        spec, text = self._cache.spec, str(error)
+        if not any(f"argument `{name}`" in text for name in _BLAMED):
+            return error
+        tokens = f"{self.frames * spec.frame_tokens} tokens: {self.frames} frames of {spec.frame_tokens}"
+        inputs = [(name, x) for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, Tensor)]
+        for expected, found_of in (
+            (f"{spec.dtype}, the cache's dtype", lambda x: (x.dtype, spec.dtype)),
+            (f"a tensor on {spec.device.type}", lambda x: (x.device.type, spec.device.type)),
+            ("[B, F * n, H, D]", lambda x: (x.dim(), 4)),
+            (f"{spec.batch} samples", lambda x: (x.shape[0], spec.batch)),
+            (tokens, lambda x: (x.shape[1], self.frames * spec.frame_tokens)),
+            (f"{spec.heads} heads", lambda x: (x.shape[2], spec.heads if x is not q else x.shape[2])),
+            (f"a head dim of {spec.head_dim}", lambda x: (x.shape[3], spec.head_dim)),
+        ):
+            for name, x in inputs:
+                found, wanted = found_of(x)
+                if found != wanted:
+                    return argument_error("rope_append", name, expected, found)
+        return error
+
     def _is_recomputation(self) -> bool:
         """Whether this call comes from a backward that the chunk was not opened in: activation
         checkpointing."""
@@ -360,6 +379,26 @@ class Chunk:
         if self.plan.sources is not None:
             cache._sink.evict(layer, *cache._slots[layer], self.plan)
         self._evicted[layer] = _DONE
+
+    def _attend(self, layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic) -> Tensor:
+        tracing = torch.compiler.is_compiling()
+        recomputed = not tracing and self._is_recomputation()
+        if not recomputed:
+            self._check_layer("attend", layer)
+        self._check_attention(q, softmax_scale)
+        norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
+        if not tracing and (recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms))):
+            return self._attend_with_grad(layer, q, k, v, norms, softmax_scale, deterministic, recomputed)
+        q = self._append(layer, q, k, v, norms)
+        k_slots, v_slots = self._cache._slots[layer]
+        return sink_window_attention(
+            q,
+            k_slots,
+            v_slots,
+            kv_tokens=self.plan.kv_tokens,
+            softmax_scale=softmax_scale,
+            deterministic=deterministic,
+        )
 
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
         options = self._options(norms)

@@ -316,6 +316,11 @@ class PlanBuffers:
             self._views[frames] = (self.ints[:frames], angles, axes, schedule, turns)
         return self._views[frames]
 
+    def turn_by(self, frames: int) -> torch.Tensor:
+        """R_t(frames) as ``SinkState.turned`` takes it, ``[nt, 2]`` on the device."""
+        table = self.rope.temporal_table([frames])[0] if self._pairs_t else np.zeros((0, 2))
+        return torch.from_numpy(table).to(device=self.floats.device, dtype=self.floats.dtype)
+
     def upload(self, plan: ChunkPlan) -> None:
         """Write a chunk's integers and angles."""
         sources = plan.sources

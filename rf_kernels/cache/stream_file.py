@@ -27,6 +27,10 @@ MOST_FRAMES = 2**53
 def identity_of(cache: SinkWindowCache) -> dict:
     """What a saved stream must share with the cache that continues it, in JSON types."""
     spec, rope = cache.spec, cache.spec.rope
+    # Frequencies that are given are part of the rope; without them the entry is what it has always been.
+    given = (
+        [] if rope is None or rope.given is None else [[None if g is None else list(g) for g in rope.given]]
+    )
     return {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
@@ -37,20 +41,20 @@ def identity_of(cache: SinkWindowCache) -> dict:
         "sink": cache.sink.identity(),
         "rope": None
         if rope is None
-        else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis],
+        else [list(rope.pairs), list(rope.bases), rope.layout, rope.temporal_axis, *given],
     }
 
 
-def _parts(cache: SinkWindowCache, stream: Stream) -> dict[str, Tensor]:
-    """The tensors of a stream, as they lie in a cache."""
+def _parts(cache: SinkWindowCache, stream: Stream) -> dict[str, list[Tensor]]:
+    """The tensors of a stream, as they lie in a cache, layer by layer."""
     valid = len(stream.held) * cache.spec.frame_tokens
-    own = {f"sink.{name}": tensor for name, tensor in cache._sink.tensors.items()}
-    return {"k": cache.k[:, :, :valid], "v": cache.v[:, :, :valid], **own}
+    slots = {name: [pair[i][:, :valid] for pair in cache._slots] for i, name in enumerate("kv")}
+    return slots | {f"sink.{name}": list(tensor) for name, tensor in cache._sink.tensors.items()}
 
 
 def state_of(cache: SinkWindowCache) -> dict:
     stream = cache._stream
-    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in _parts(cache, stream).items()}
+    tensors = {name: torch.stack(layers) for name, layers in _parts(cache, stream).items()}
     meta = identity_of(cache) | {"next_frame": stream.next_frame}
     if stream != Stream.plain(stream.next_frame, cache.ring, cache._sink):
         meta |= {"version": _LISTED_VERSION, "stream": stream.listed()}
@@ -69,7 +73,7 @@ def _stream_of(cache: SinkWindowCache, meta: dict) -> Stream:
     return stream
 
 
-def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], Stream]:
+def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, list[Tensor]], Stream]:
     """The tensors to be written and the stream to go on with, after everything has been checked."""
     op = f"{_OP}.load_state_dict"
     parts = ("meta", "tensors")
@@ -84,15 +88,16 @@ def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, Tensor], Strea
     targets = _parts(cache, stream)
     if set(tensors) != set(targets):
         raise argument_error(op, "tensors", f"{sorted(targets)}", f"{sorted(tensors)}")
-    for name, target in targets.items():
-        found = tensors[name]
-        if not isinstance(found, Tensor) or found.shape != target.shape or found.dtype != target.dtype:
+    for name, layers in targets.items():
+        found, shape, dtype = tensors[name], (len(layers), *layers[0].shape), layers[0].dtype
+        if not isinstance(found, Tensor) or found.shape != shape or found.dtype != dtype:
             text = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise argument_error(op, f"tensors.{name}", f"{target.dtype} {list(target.shape)}", text)
+            raise argument_error(op, f"tensors.{name}", f"{dtype} {list(shape)}", text)
         if found.layout != torch.strided or found.device.type == "meta":
             found = f"{found.layout} on {found.device}"
             raise argument_error(op, f"tensors.{name}", "a dense tensor with memory", found)
-        if found.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and found.numel():
+        own = {target.untyped_storage().data_ptr() for target in layers}
+        if found.untyped_storage().data_ptr() in own and found.numel():
             raise argument_error(op, f"tensors.{name}", "memory apart from the cache", "the cache's own")
     return targets, stream
 

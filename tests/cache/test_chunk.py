@@ -232,3 +232,32 @@ def test_a_thousand_chunks_read_nothing_back_and_allocate_nothing():
         "rf_kernels::ema_evict": 2000,
         "rf_kernels::sink_window_attention": 4000,
     }
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+@pytest.mark.parametrize("under_grad", [False, True])
+def test_an_input_that_does_not_fit_is_named_itself(under_grad, evicts):
+    """And not the cache or the chunk, which the op sees as arguments of its own."""
+    cache = make(2, 4, policy=rf.EMASink(0.9), dtype=torch.float32)
+    for number in range(3 if evicts else 1):
+        step(cache, 2, number)
+    before = fingerprint(*state_of(cache))
+    good = tensors(cache, 2, 9)
+    cases = [
+        ([x.bfloat16() for x in good], "q", "torch.float32, the cache's dtype, found torch.bfloat16"),
+        ([good[0].bfloat16(), *good[1:]], "q", "torch.float32, the cache's dtype, found torch.bfloat16"),
+        ([x[:, 1:] for x in good], "q", "12 tokens: 2 frames of 6, found 11"),
+        ([torch.cat((x, x), 1) for x in good], "q", "12 tokens: 2 frames of 6, found 24"),
+        ([torch.cat((x, x)) for x in good], "q", "1 samples, found 2"),
+        ([x.repeat(1, 1, 2, 1) for x in good], "k", "2 heads, found 4"),
+        ([x[..., :16] for x in good], "q", "a head dim of 32, found 16"),
+    ]
+    for data, name, message in cases:
+        if under_grad:
+            data[0] = data[0].detach().requires_grad_()
+        chunk = cache.open(2)
+        for call in (chunk.attend, chunk.append)[: 1 if under_grad else 2]:
+            with pytest.raises(rf.ArgumentError, match=f"rope_append: argument `{name}`: expected {message}"):
+                call(0, *data)
+        chunk.rollback()
+    assert fingerprint(*state_of(cache)) == before

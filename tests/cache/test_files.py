@@ -154,3 +154,29 @@ def test_reset_leaves_nothing_of_the_old_stream():
     for chunk in range(9):  # four frames leave, so the state is taken anew
         for a, b in zip(step(cache, 1, 50 + chunk), step(fresh, 1, 50 + chunk), strict=True):
             assert_equal_bits(a, b)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{type(p).__name__}-{p.rephase}")
+def test_a_cache_born_in_inference_mode_goes_on_outside_of_it(policy):
+    """Chunks, gradients, a rollback, reset and load."""
+    with torch.inference_mode():
+        born = make(2, 3, policy=policy, layers=2, undo_frames=2)
+        for chunk in range(4):
+            step(born, 2, chunk)
+        state = born.state_dict()
+    plain = make(2, 3, policy=policy, layers=2, undo_frames=2)
+    for _ in range(2):
+        born.load_state_dict(state)
+        plain.load_state_dict(state)
+        outs = []
+        for cache in (born, plain):
+            chunk = cache.open(2, undo=True)
+            chunk.attend(0, *tensors(cache, 2, 5))
+            chunk.rollback()
+            with cache.chunk(2) as chunk:
+                data = [x.requires_grad_() for x in tensors(cache, 2, 9)]
+                outs.append(chunk.attend(0, *data))
+                chunk.attend(1, *data).sum().backward()
+        assert_equal_bits(outs[0].detach(), outs[1].detach())
+        born.reset()
+        assert not any(bool(t.any()) for t in state_of(born))

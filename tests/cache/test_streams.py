@@ -1,8 +1,10 @@
 """What a stream attends, and with which positions: against the float64 recomputation of the rule, and in the
 precisions of the state."""
 
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,3 +220,70 @@ def test_a_norm_may_be_a_module_or_its_weight(over, eps, dtype):
             < torch.finfo(dtype).eps * 2
         )
         assert_equal_bits(chunk.append(0, *qkv, q_norm=torch.nn.Identity()), chunk.append(0, *qkv))
+
+
+def scaled(rope):
+    return rope.with_frequencies(0, rope.frequencies(0) * 0.5)
+
+
+def riflex(rope):
+    """The intrinsic frequency lowered, so that its period is longer than the clip (arXiv 2502.15894)."""
+    frequencies = rope.frequencies(0)
+    frequencies[1] = 0.9 * 2 * math.pi / 25
+    return rope.with_frequencies(0, frequencies)
+
+
+def yarn(rope):
+    """Slow pairs interpolated, fast ones kept, a ramp between, on every axis (arXiv 2309.00071)."""
+    for axis in range(3):
+        frequencies = rope.frequencies(axis)
+        ramp = np.clip((frequencies / frequencies.max() - 0.1) / 0.6, 0, 1)
+        rope = rope.with_frequencies(axis, frequencies * (ramp + (1 - ramp) / 4))
+    return rope
+
+
+@pytest.mark.parametrize("change", [scaled, riflex, yarn])
+@pytest.mark.parametrize("policy", ["ema", "static"])
+@pytest.mark.parametrize("grid, head_dim", [((2, 3), 32), ((3, 1), 20)])
+def test_given_frequencies_are_rephased_right(change, policy, grid, head_dim, monkeypatch):
+    """The plain recomputation with those frequencies, evictions included."""
+    rope = change(rf.RoPE3D.wan(head_dim))
+    made = {"ema": rf.EMASink(0.9), "static": rf.StaticSink(rephase=True)}[policy]
+    cache = make(2, 3, policy=made, grid=grid, head_dim=head_dim, rope=rope)
+    reference = StreamingReference(grid=grid, sink_frames=2, window_frames=3, policy=policy, alpha=0.9)
+
+    def rotate(x, positions):
+        turns = [positions[:, a, None] * torch.from_numpy(rope.frequencies(a)) for a in range(3)]
+        turn = torch.cat(turns, dim=1)[:, None]
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(turn), turn)).flatten(-2)
+
+    monkeypatch.setattr("rf_kernels.reference.streaming.rotate", rotate)
+    for number in range(8):
+        data = tensors(cache, 2, number)
+        reference.begin(2)
+        with cache.chunk(2) as chunk:
+            assert relative_l2(chunk.attend(0, *data), reference.attend(*data)) < 1e-12
+    other = make(2, 3, policy=made, grid=grid, head_dim=head_dim)
+    with pytest.raises(rf.ArgumentError, match="argument `meta.rope`"):
+        other.load_state_dict(cache.state_dict())
+    make(2, 3, policy=made, grid=grid, head_dim=head_dim, rope=rope).load_state_dict(cache.state_dict())
+
+
+def test_given_frequencies_are_checked_and_kept():
+    rope = rf.RoPE3D.wan(32)
+    frequencies = rope.frequencies(0)
+    changed = rope.with_frequencies(0, frequencies)
+    assert changed == rope.with_frequencies(0, list(frequencies)) and hash(changed)
+    frequencies[:] = 0
+    rope.frequencies(0)[:] = 0
+    assert (changed.frequencies(0) == rope.frequencies(0)).all() and rope.frequencies(0).all()
+    assert (changed.axis_table(0, range(9)) == rope.axis_table(0, range(9))).all()
+    for wrong in (frequencies[1:], [math.nan] * 6, "x" * 6, 3, [None] * 6):
+        with pytest.raises(rf.ArgumentError, match="RoPE: argument `given`: expected 6 finite numbers"):
+            rope.with_frequencies(0, wrong)
+    for axis in (3, -1):
+        with pytest.raises(rf.ArgumentError, match=r"argument `axis`: expected 0..2"):
+            rope.with_frequencies(axis, frequencies)
+    with pytest.raises(rf.ArgumentError, match="one entry per axis"):
+        rf.RoPE(pairs=(2, 2), bases=(10.0, 10.0), given=(None,))

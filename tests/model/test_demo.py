@@ -1,7 +1,9 @@
 """`make demo`: a stream beside the published path, and what it leaves behind."""
 
 import json
+from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,9 @@ from benchmarks.demo.__main__ import main
 from benchmarks.demo.preview import latent_colours
 from benchmarks.demo.run import flatness
 
+GOLDEN = Path(__file__).parents[1] / "golden/model_weights.safetensors"
 SMALL = ["--height", "4", "--width", "6", "--measure-seconds", "0.01"]
+SMALL += ["--checkpoint", str(GOLDEN), "--heads", "2", "--alpha", "0.999", "--shift", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,29 @@ def test_the_stream_agrees_with_the_published_path(finished):
         "first",
         "dmd_gradient",
     }
+
+
+@pytest.mark.heavy
+def test_the_film_of_the_trained_student(tmp_path):
+    """What a newcomer sees: every sink side by side, in colour, and measures that tell them apart."""
+    pytest.importorskip("cv2")
+    options = ["--frames", "24", "--measure-seconds", "0.01", "--sinks", "none", "ema:0.9"]
+    assert main([*options, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    world = report["world"]
+    assert list(world["measures"]) == ["real", "none", "ema:0.9"]
+    for sink in ("none", "ema:0.9"):
+        assert world["measures"][sink]["alive"]["mean"] > 0.6
+        assert len(world["curves"][sink]["mass"]) == 8 and world["sinks"][sink]["cache_bytes"] > 0
+    # the two streams are one until the window is full, and differ after it
+    first, second = (world["curves"][sink]["mass"] for sink in ("none", "ema:0.9"))
+    assert first[:3] == second[:3] and first != second
+    assert report["agreement"]["largest_relative_l2"] < 1e-2
+    film, small = iio.imread(tmp_path / "film.mp4"), iio.imread(tmp_path / "film.gif")
+    assert len(film) == 24 and len(small) == 12
+    assert (film.max(axis=-1).astype(int) - film.min(axis=-1)).max() > 100  # saturated: there is an object
+    page = (tmp_path / "report.html").read_text()
+    assert "The trained student under 2 sinks" in page and "data:image/gif" in page
 
 
 def test_bytes_of_the_cache_path(finished):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 
@@ -22,9 +23,14 @@ def test_every_stage_runs_from_what_the_one_before_it_left(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)  # the configurations name each other's results by relative paths
     for stage, steps in STEPS.items():
         config = load(CONFIGS / f"{stage}.yaml")
-        weights = train(replace(config, steps=steps, batch=4, save_every=0), Path("out/world") / stage)
+        weights = train(
+            replace(config, steps=steps, batch=4, save_every=0, sample_every=steps), Path("out/world") / stage
+        )
         lines = [json.loads(line) for line in (weights.parent / "log.jsonl").open()]
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        (clip,) = (weights.parent / "samples").glob("*.mp4")
+        frames = iio.imread(clip)
+        assert len(frames) == (15 if stage == "teacher" else 30) and frames.std() > 1
         assert not any(name.endswith("skipped") for line in lines for name in line)
 
     model = load_causal_model(weights, config.model, dtype=torch.float32)

@@ -111,3 +111,11 @@ def test_a_wheel_holds_the_two_packages_alone():
     assert not [
         name for name in packages if {"bench", "gpu_suite", "published", "tests"} & set(name.split("."))
     ]
+
+
+def test_trained_weights_and_logs_stay_out_of_the_wheel(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert (tmp_path / "reward_forcing/evaluate.py").is_file() and found <= {".py", ".typed"}
+    assert (ROOT / "python/reward_forcing/assets/distill.safetensors").is_file()

@@ -17,6 +17,7 @@ from .._check import expect
 from ..config import ModelConfig, StreamConfig
 
 STAGES = ("teacher", "causal", "ode", "distill")
+COMPUTE = ("float32", "bfloat16")
 OBJECTIVES = ("dmd", "re_dmd", "sid")
 
 
@@ -97,7 +98,10 @@ class TrainConfig:
         stage: "teacher" (flow matching of the bidirectional model), "causal" (teacher forcing of the
             student), "ode" (regression of the student on the teacher's trajectories) or "distill"
             (distribution matching).
-        model: sizes of the network that trains.
+        model: sizes of the network that trains, and of the critic.
+        teacher_model: sizes of the teacher; None: as ``model``.
+        compute: "float32", or "bfloat16": matrix products and the cache in bfloat16, parameters, gradients
+            and optimizers in float32.
         frames: latent frames of a training clip.
         batch: clips per micro-step, over all ranks.
         accumulate: micro-steps per optimizer step; their gradients are averaged and clipped once.
@@ -115,10 +119,14 @@ class TrainConfig:
         checkpointing: keep a block's input alone for backward, and compute the block again there.
         prompts: text file of the world's prompts, one a line; "" trains on all of them.
         save_every: steps between checkpoints; 0 saves at the end alone.
+        sample_every: steps between sample clips (``samples/*.mp4``, made on rank 0 from a whole copy of the
+            averaged weights); 0 makes none.
     """
 
     stage: str
     model: ModelConfig
+    teacher_model: ModelConfig | None = None
+    compute: str = "float32"
     frames: int = 15
     batch: int = 16
     accumulate: int = 1
@@ -137,14 +145,17 @@ class TrainConfig:
     checkpointing: bool = False
     prompts: str = ""
     save_every: int = 0
+    sample_every: int = 0
 
     def __post_init__(self):
         expect(self.stage in STAGES, "TrainConfig", "stage", f"one of {STAGES}", repr(self.stage))
+        known = self.compute in COMPUTE
+        expect(known, "TrainConfig", "compute", f"one of {COMPUTE}", repr(self.compute))
         for name in ("frames", "batch", "accumulate", "steps", "teacher_steps"):
             expect(getattr(self, name) >= 1, "TrainConfig", name, "at least 1", getattr(self, name))
         for name in ("ema", "text_dropout"):
             expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))
-        for name in ("save_every", "context_jitter"):
+        for name in ("save_every", "sample_every", "context_jitter"):
             expect(getattr(self, name) >= 0, "TrainConfig", name, "at least 0", getattr(self, name))
         chunked = self.stage == "teacher" or self.frames % self.stream.chunk_frames == 0
         expect(chunked, "TrainConfig", "frames", f"a multiple of {self.stream.chunk_frames}", self.frames)
@@ -207,7 +218,8 @@ def _coerce(kind: Any, value: Any, who: str, name: str) -> Any:
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        return _coerce(kind, value, who, name)
     right = type(value) is kind or (kind is float and type(value) is int)
     if kind is float and isinstance(value, str):
         try:

@@ -2,12 +2,13 @@
 download.
 """
 
-from .codec import PatchCodec
-from .measure import Reading, colour_right, measure, similarity_to_first
+from .codec import PATCH, PatchCodec
+from .measure import Reading, colour_right, measure, similarity_to_first, steady_speed
 from .scene import PROMPTS, SIZE, SPEEDS, Prompt, draw_prompts, render
 from .text import TEXT_DIM, TEXT_LEN, embed, no_text
 
 __all__ = [
+    "PATCH",
     "PROMPTS",
     "SIZE",
     "SPEEDS",
@@ -23,4 +24,5 @@ __all__ = [
     "no_text",
     "render",
     "similarity_to_first",
+    "steady_speed",
 ]

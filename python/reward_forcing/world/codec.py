@@ -1,7 +1,9 @@
 """A linear patch autoencoder: the decoder's place in the pipeline, fitted in a second.
 
-Pixels are cut into 4 x 4 patches; their principal components are the latent channels, each scaled to unit
-variance. Encoder and decoder are one matrix and its transpose, frame by frame.
+Pixels are cut into 4 x 4 patches; their principal components are the latent channels. One number scales them
+all to unit variance together, so an error in latents is an error in pixels: channels of unit variance each
+would give the finest detail the weight of brightness and colour. Encoder and decoder are one matrix and its
+transpose, frame by frame.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class PatchCodec(torch.nn.Module):
         expect(1 <= channels <= size, "PatchCodec", "channels", f"1 to {size}", channels)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.eye(size)[:channels].clone())  # rows: principal components
-        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("scale", torch.ones(()))
 
     @classmethod
     @torch.no_grad()
@@ -45,7 +47,7 @@ class PatchCodec(torch.nn.Module):
         basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
         codec.mean.copy_(mean)
         codec.basis.copy_(basis)
-        codec.scale.copy_(variance.flip(0)[:channels].sqrt())
+        codec.scale.copy_(variance.flip(0)[:channels].mean().sqrt())
         return codec
 
     @staticmethod
@@ -65,7 +67,7 @@ class PatchCodec(torch.nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Not clamped: what leaves [-1, 1] is over-saturation, which a read-out should see."""
-        channels = len(self.scale)
+        channels = len(self.basis)
         fits = latents.dim() == 5 and latents.shape[2] == channels
         expect(fits, "PatchCodec.decode", "latents", f"[B, F, {channels}, h, w]", tuple(latents.shape))
         patches = (latents.movedim(2, -1) * self.scale) @ self.basis + self.mean

@@ -23,14 +23,19 @@ class Reading:
     """Connected objects of at least 6 pixels, on the torus."""
     centre: Tensor
     """``[B, F, 2]`` (x, y) on the torus, in pixels."""
-    speed: Tensor
-    """``[B, F - 1]`` way of the centre from frame to frame, the shorter way around."""
+    way: Tensor
+    """``[B, F - 1, 2]`` way of the centre from frame to frame, the shorter way around."""
     colour: Tensor
     """``[B, F, 3]`` mean colour of the object."""
     background: Tensor
     """Mean grey level of what is not the object."""
     sharpness: Tensor
     """Root mean square difference of neighbouring pixels (blur lowers it, noise raises it)."""
+
+    @property
+    def speed(self) -> Tensor:
+        """``[B, F - 1]`` length of the way."""
+        return self.way.norm(dim=-1)
 
 
 def measure(video: Tensor) -> Reading:
@@ -53,7 +58,7 @@ def measure(video: Tensor) -> Reading:
     rest = 1 - (saturation > 0.25).float()
     grey = (video.mean(dim=2) * rest).sum(dim=(-1, -2)) / rest.sum(dim=(-1, -2)).clamp_min(1)
     steps = sum((video - video.roll(1, dims=dim)).square().mean(dim=(-1, -2, -3)) for dim in (-1, -2))
-    return Reading(mass, _count(weight > 0.5), centre, step.norm(dim=-1), colour, grey, (steps / 2).sqrt())
+    return Reading(mass, _count(weight > 0.5), centre, step, colour, grey, (steps / 2).sqrt())
 
 
 def _count(inside: Tensor, at_least: int = 6) -> Tensor:
@@ -61,7 +66,8 @@ def _count(inside: Tensor, at_least: int = 6) -> Tensor:
     takes the largest label of its region until nothing changes."""
     height, width = inside.shape[-2:]
     pixels = height * width
-    label = torch.arange(1, pixels + 1, device=inside.device).reshape(height, width) * inside
+    names = torch.arange(1, pixels + 1, device=inside.device, dtype=torch.int16)  # int16: four times as fast
+    label = names.reshape(height, width) * inside
     while True:
         spread = label
         for dim, by in ((-1, 1), (-1, -1), (-2, 1), (-2, -1)):
@@ -71,7 +77,8 @@ def _count(inside: Tensor, at_least: int = 6) -> Tensor:
             break
         label = spread
     sizes = torch.zeros(*label.shape[:-2], pixels + 1, dtype=torch.int64, device=inside.device)
-    sizes.scatter_add_(-1, label.flatten(-2), torch.ones_like(label.flatten(-2)))
+    label = label.flatten(-2).long()
+    sizes.scatter_add_(-1, label, torch.ones_like(label))
     return (sizes[..., 1:] >= at_least).sum(dim=-1)
 
 
@@ -94,3 +101,21 @@ def similarity_to_first(video: Tensor) -> Tensor:
     flat = video.flatten(2)
     flat = flat - flat.mean(dim=-1, keepdim=True)
     return torch.nn.functional.cosine_similarity(flat, flat[:, :1], dim=-1)
+
+
+def steady_speed(reading: Reading, window: int | None = None) -> Tensor:
+    """Speed of the object in pixels per frame, corrected for flicker: ``sqrt(max(0, mean_i <d_i, d_{i+2}>))``
+    with d_i the way of the centre from frame i to i + 1.
+
+    What drifts goes on drifting, so the product is its squared speed. A centre that trembles around a place
+    has ways two frames apart that are independent, and their product is 0 on average (neighbouring ways are
+    not independent: they share a frame).
+
+    Args:
+        reading: of ``measure``, at least 4 frames.
+        window: mean over so many products around each frame, ``[B, F - window - 2]``; None: over the clip,
+            ``[B]``.
+    """
+    products = (reading.way[:, :-2] * reading.way[:, 2:]).sum(dim=-1)  # [B, F - 3]
+    mean = products.mean(dim=1) if window is None else products.unfold(1, window, 1).mean(dim=-1)
+    return mean.clamp_min(0).sqrt()

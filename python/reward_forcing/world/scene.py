@@ -31,7 +31,7 @@ SPEEDS = {"still": (0.0, 0.0), "slow": (0.5, 0.8), "fast": (1.6, 2.2)}
 OPEN_SPEED = (0.0, 2.2)
 SIZE = 32
 RADIUS = 6.0
-_EDGE = 1.0  # width of a soft edge, pixels
+_EDGE = 2.5  # width of a soft edge, pixels
 _TURN = 0.12  # radians per pixel of way: what drifts also turns
 _BACKGROUND_SPEED = (0.1, 0.3)
 
