@@ -199,10 +199,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     either.add_argument("--resume", action="store_true", help="continue the unfinished stream in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the stream that is in --out")
     train = commands.add_parser("train", help="train one stage (docs/training.md)", allow_abbrev=False)
-    train.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    train.add_argument(
-        "--out", type=Path, required=True, help="folder of the run; an interrupted one goes on there"
-    )
+    train.add_argument("--config", type=Path, help="YAML file of the run")
+    train.add_argument("--out", type=Path, help="folder of the run; an interrupted one goes on there")
+    text = "print what the run takes on each rank, and allocate nothing; the published run without --config"
+    train.add_argument("--plan", action="store_true", help=text)
+    at_least_1 = _whole(1)
+    train.add_argument("--ranks", type=at_least_1, nargs="+", default=[8, 64], help="of --plan (8 64)")
+    size = {"type": at_least_1, "nargs": 2, "default": [60, 104], "metavar": ("HEIGHT", "WIDTH")}
+    train.add_argument("--latent", **size, help="rows and columns of a latent, of --plan (60 104)")
+    train.add_argument("--json", type=Path, help="write the plan to this file too")
     video = commands.add_parser("generate", help="a video from a prompt", allow_abbrev=False)
     add_stream_options(video, frames=21, out=Path("video.mp4"))
     video.add_argument("--prompt", required=True, help="what the video shows")
@@ -230,7 +235,32 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.command == "train" and not options.plan:
+        missing = [f"--{name}" for name in ("config", "out") if getattr(options, name) is None]
+        if missing:
+            train.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    import rf_kernels as rf
+
+    from .trainer import load
+    from .trainer.plan import plan, table, wan
+
+    try:
+        config = wan() if options.config is None else load(options.config)
+        height, width = options.latent
+        plans = [plan(config, ranks, height=height, width=width) for ranks in options.ranks]
+    except (rf.ArgumentError, FileNotFoundError) as error:
+        fail(str(error))
+    print(table(plans))
+    if options.json is not None:
+        options.json.write_text(json.dumps(plans, indent=2) + "\n")
+    return 0
 
 
 def video(options: argparse.Namespace) -> int:
@@ -320,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":
-        return train(options.config, options.out)
+        return _plan(options) if options.plan else train(options.config, options.out)
     if options.command == "generate":
         return video(options)
     if options.command == "evaluate":

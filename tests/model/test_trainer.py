@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rf_kernels as rf
-from helpers.training import CAUSAL, DISTILL, ODE, STREAM, TEACHER, TINY
+from helpers.training import CAUSAL, DISTILL, ODE, STREAM, TEACHER, TINY, WORLD
 from reward_forcing.config import ModelConfig
 from reward_forcing.models import BidirectionalWanModel, CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
-from reward_forcing.trainer import OptimizerConfig, Rollout, TrainConfig, load, train
+from reward_forcing.trainer import OptimizerConfig, Rollout, TrainConfig, load, loop, train
 from reward_forcing.trainer.config import build
+from reward_forcing.trainer.distributed import local, process_group
 from reward_forcing.trainer.draws import Draws
 from reward_forcing.trainer.loop import Trained
 from reward_forcing.trainer.stages import FlowMatching
@@ -85,6 +86,8 @@ def test_the_published_file_is_accepted_as_it_is(tmp_path):
     config = load(path)
     assert (config.stage, config.distill.objective, config.distill.beta) == ("distill", "re_dmd", 2.0)
     assert config.model == ModelConfig.wan_1_3b() and config.frames == 21
+    assert config.teacher_model == ModelConfig.wan_14b() and config.checkpointing
+    assert config.compute == "bfloat16"
     assert (config.optimizer.lr, config.optimizer.betas) == (
         2e-6,
         (0.0, 0.999),
@@ -353,6 +356,42 @@ def test_activation_checkpointing_changes_no_bit(config, tmp_path):
         runs[on] = load_file(weights), lines, kept
     assert all(torch.equal(runs[True][0][name], t) for name, t in runs[False][0].items())
     assert runs[True][1] == runs[False][1] and runs[True][2] < 0.5 * runs[False][2]
+
+
+@pytest.mark.parametrize("config", [CAUSAL, DISTILL], ids=lambda config: config.stage)
+def test_bfloat16_computes_and_float32_is_kept(config, tmp_path, monkeypatch):
+    """Mixed precision is FSDP2's, here over one rank: matrix products and the cache in bfloat16, parameters
+    and moments in float32, and the gradient that of float32 to bfloat16's accuracy."""
+    config = replace(config, steps=1, distill=replace(config.distill, objective="dmd", critic_steps=1))
+    path = tmp_path / "start.safetensors"
+    torch.manual_seed(0)
+    save_file(BidirectionalWanModel(WORLD).state_dict(), path)
+    config = replace(config, generator=str(path), teacher=str(path))
+    with pytest.raises(rf.ArgumentError, match="config.compute"):
+        train(replace(config, compute="bfloat16"), tmp_path / "none")
+    dtypes, attend = set(), rf.sink_window_attention
+    moments = {}
+    for compute in ("float32", "bfloat16"):
+        stages = []
+
+        class Kept(Trained):
+            def __init__(self, *arguments, stages=stages):
+                super().__init__(*arguments)
+                stages.append(self)
+
+        monkeypatch.setattr(loop, "Trained", Kept)
+        monkeypatch.setattr(
+            rf, "sink_window_attention", lambda q, *a, **k: (dtypes.add(q.dtype), attend(q, *a, **k))[1]
+        )
+        with process_group(alone=True):
+            train(replace(config, compute=compute), tmp_path / compute)
+            state = [s for kept in stages for s in kept.stepper.optimizer.state.values()]
+            moments[compute] = [local(values["exp_avg"]).clone() for values in state]
+            kept_in = {p.dtype for kept in stages for p in kept.model.parameters()}
+        assert kept_in == {torch.float32} == {moment.dtype for moment in moments[compute]}
+    assert dtypes == {torch.float32, torch.bfloat16}
+    one, half = (torch.cat([m.flatten() for m in moments[c]]) for c in ("float32", "bfloat16"))
+    assert 1e-5 < (half - one).norm() / one.norm() < 0.05
 
 
 def test_training_lowers_the_loss(tmp_path):

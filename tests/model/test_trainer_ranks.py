@@ -56,10 +56,12 @@ def start(path: Path, networks: tuple[str, ...]) -> str:
 @pytest.mark.heavy
 @pytest.mark.parametrize("text", [TEACHER, DISTILL], ids=["teacher", "distill"])
 def test_two_ranks_are_one_process(text, tmp_path):
+    """Two with activation checkpointing, one without."""
     config = tmp_path / "run.yaml"
-    config.write_text(text + start(tmp_path / "start.safetensors", ("teacher", "generator")))
+    text += start(tmp_path / "start.safetensors", ("teacher", "generator"))
     moments = {}
     for ranks in (1, 2):
+        config.write_text(text + f"checkpointing: {'true' if ranks == 2 else 'false'}\n")
         done = launch(config, tmp_path / str(ranks), ranks)
         assert done.returncode == 0, done.stderr[-4000:]
         moments[ranks] = first_moments(tmp_path / str(ranks) / "step-00000001", tmp_path / f"{ranks}.pt")

@@ -40,4 +40,4 @@ class BidirectionalWanModel(WanTransformer):
         angles, axes = rope.table([range(length) for length in grid], dtype=x.dtype, device=x.device)
         attention = (tokens, angles, axes, rope.layout)
         y = self._run(hidden, t.unsqueeze(1), text, lambda layer: attention)
-        return self._unpatchify(y[:, :tokens], grid)
+        return self._unpatchify(y[:, :tokens], grid).to(x.dtype)

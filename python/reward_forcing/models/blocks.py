@@ -203,6 +203,7 @@ class WanTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the parameters; inside a sharded forward, that which it computes in."""
         return self.patch_embedding.weight.dtype
 
     @property
@@ -226,6 +227,7 @@ class WanTransformer(nn.Module):
         )
         expected = f"[B, at most {config.text_len}, {config.text_dim}]"
         self._expect(fits, "context", expected, tuple(context.shape))
+        context = context.to(self.dtype)
         return self.text_embedding(F.pad(context, (0, 0, 0, config.text_len - context.shape[1])))
 
     def _expect(self, condition: bool, argument: str, expected: str, found: object) -> None:
@@ -262,7 +264,7 @@ class WanTransformer(nn.Module):
 
     def _patchify(self, x: Tensor) -> Tensor:
         """Latent ``[B, C, F, H, W]`` -> embedded tokens ``[B, F * h * w, dim]``."""
-        return self.patch_embedding(x).flatten(2).transpose(1, 2)
+        return self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2)
 
     def _unpatchify(self, y: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Head output ``[B, F * h * w, rows * columns * C]`` (channel fastest) -> latent ``[B, C, F, H,

@@ -91,4 +91,4 @@ class CausalWanModel(WanTransformer):
             spec.layers == len(self.blocks), "chunk", f"a cache of {len(self.blocks)} layers", spec.layers
         )
         y = self._run(self._patchify(x), t, text, lambda layer: (layer, chunk))
-        return self._unpatchify(y, grid)
+        return self._unpatchify(y, grid).to(x.dtype)

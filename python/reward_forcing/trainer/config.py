@@ -17,6 +17,7 @@ from .._check import expect
 from ..config import ModelConfig, StreamConfig
 
 STAGES = ("teacher", "causal", "ode", "distill")
+COMPUTE = ("float32", "bfloat16")
 OBJECTIVES = ("dmd", "re_dmd", "sid")
 
 
@@ -97,7 +98,10 @@ class TrainConfig:
         stage: "teacher" (flow matching of the bidirectional model), "causal" (teacher forcing of the
             student), "ode" (regression of the student on the teacher's trajectories) or "distill"
             (distribution matching).
-        model: sizes of the network that trains.
+        model: sizes of the network that trains, and of the critic.
+        teacher_model: sizes of the teacher; None: as ``model``.
+        compute: "float32", or "bfloat16": matrix products and the cache in bfloat16, parameters, gradients
+            and optimizers in float32.
         frames: latent frames of a training clip.
         batch: clips per micro-step, over all ranks.
         accumulate: micro-steps per optimizer step; their gradients are averaged and clipped once.
@@ -121,6 +125,8 @@ class TrainConfig:
 
     stage: str
     model: ModelConfig
+    teacher_model: ModelConfig | None = None
+    compute: str = "float32"
     frames: int = 15
     batch: int = 16
     accumulate: int = 1
@@ -143,6 +149,8 @@ class TrainConfig:
 
     def __post_init__(self):
         expect(self.stage in STAGES, "TrainConfig", "stage", f"one of {STAGES}", repr(self.stage))
+        known = self.compute in COMPUTE
+        expect(known, "TrainConfig", "compute", f"one of {COMPUTE}", repr(self.compute))
         for name in ("frames", "batch", "accumulate", "steps", "teacher_steps"):
             expect(getattr(self, name) >= 1, "TrainConfig", name, "at least 1", getattr(self, name))
         for name in ("ema", "text_dropout"):
@@ -210,7 +218,8 @@ def _coerce(kind: Any, value: Any, who: str, name: str) -> Any:
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        return _coerce(kind, value, who, name)
     right = type(value) is kind or (kind is float and type(value) is int)
     if kind is float and isinstance(value, str):
         try:

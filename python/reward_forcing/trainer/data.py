@@ -76,13 +76,14 @@ class WorldSource:
             world.render([prompt], frames, generator=self.draws.generator("clip", step, sample))[0]
             for prompt, sample in zip(drawn, samples, strict=True)
         ]
-        return self.codec.encode(torch.cat(videos)), [str(prompt) for prompt in drawn]
+        latents = self.codec.encode(torch.cat(videos)).to(self.draws.device)
+        return latents, [str(prompt) for prompt in drawn]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        return world.embed([world.Prompt.parse(text) for text in prompts])
+        return world.embed([world.Prompt.parse(text) for text in prompts]).to(self.draws.device)
 
     def no_text(self, batch: int) -> Tensor:
-        return world.no_text(batch)
+        return world.no_text(batch).to(self.draws.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.codec.decode(latents)
+        return self.codec.decode(latents.cpu())

@@ -16,20 +16,26 @@ from ..models.blocks import WanTransformer
 
 
 @contextmanager
-def process_group():
-    """The process group of a ``torchrun`` launch, for the length of a run; nothing where there was no such
-    launch.
+def process_group(alone: bool = False):
+    """The process group of a ``torchrun`` launch, for the length of a run. Where there was no such launch:
+    nothing, or with ``alone`` a group of this process (mixed precision is FSDP2's, which wants one).
     """
-    if "RANK" not in os.environ or dist.is_initialized():
+    if dist.is_initialized() or ("RANK" not in os.environ and not alone):
         yield
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # Verdicts and the index of a checkpoint travel between hosts: gloo beside NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    ranks = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **ranks)
     yield
     dist.destroy_process_group()  # after an error the other ranks may be gone, and this would wait for them
+
+
+def on_gpus() -> bool:
+    """Whether the run's process group is one of GPUs: models are then moved there when they are sharded."""
+    return dist.is_initialized() and torch.cuda.is_available()
 
 
 def rank() -> int:
@@ -73,7 +79,7 @@ def shard(model: WanTransformer, compute_dtype: torch.dtype | None = None) -> Wa
     """
     if not dist.is_initialized():
         return model
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    mesh = init_device_mesh("cuda" if on_gpus() else "cpu", (world_size(),))
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

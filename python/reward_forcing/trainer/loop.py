@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from .. import rewards
 from .._check import expect
 from ..checkpoint import check_state, read_checkpoint
+from ..config import ModelConfig
 from ..models import BidirectionalWanModel, CausalWanModel
 from ..models.blocks import WanTransformer
 from ..pipeline import StreamingPipeline
@@ -26,7 +28,7 @@ from . import checkpoint
 from .average import WeightAverage
 from .config import OptimizerConfig, TrainConfig
 from .data import Source, WorldSource, read_prompts
-from .distributed import full, process_group, rank, shard, world_size
+from .distributed import full, on_gpus, process_group, rank, shard, world_size
 from .draws import Draws
 from .rollout import Rollout
 from .samples import write_sample
@@ -91,7 +93,7 @@ class RegressionStage:
             model = _network(TeacherForcedWan, config.generator or config.teacher, config)
             self.work = TeacherForcing(config, model, source, draws)
         if config.stage == "ode":
-            teacher = _network(BidirectionalWanModel, config.teacher, config)
+            teacher = _teacher(config)
             self.work = TrajectoryRegression(config, model, teacher, source, draws)
         self.networks = {self.name: Trained(model, config.optimizer, config.steps, config.ema)}
 
@@ -107,12 +109,15 @@ class DistillStage:
         self, config: TrainConfig, source: Source, draws: Draws, reward: rewards.Reward | None = None
     ):
         self.config = config
-        teacher = _network(BidirectionalWanModel, config.teacher, config)
-        critic = _network(BidirectionalWanModel, config.critic or config.teacher, config)
+        teacher = _teacher(config)
+        start = config.critic or ("" if config.teacher_model else config.teacher)
+        critic = _network(BidirectionalWanModel, start, config)
         generator = _network(CausalWanModel, config.generator, config)
         if config.distill.objective == "re_dmd" and reward is None:
             reward = rewards.OpticalFlowDynamics()
-        rollout = Rollout(StreamingPipeline(generator, config.stream))
+        # Sharded parameters are float32 whatever the blocks compute in.
+        cache = {"dtype": getattr(torch, config.compute)}
+        rollout = Rollout(StreamingPipeline(generator, config.stream), cache=cache)
         self.distillation = Distillation(config, rollout, teacher, critic, source, draws, reward)
         distill = config.distill
         self.networks = {
@@ -146,9 +151,11 @@ def train(
     Raises:
         StoppedOnNonFinite: three steps in a row were not finite; the state before them is saved.
     """
+    grouped = config.compute == "float32" or dist.is_initialized()
+    expect(grouped, "train", "config.compute", "'float32' without a process group", repr(config.compute))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    draws = Draws(config.seed)
+    draws = Draws(config.seed, "cuda" if on_gpus() else "cpu")
     build = DistillStage if config.stage == "distill" else RegressionStage
     source = source or WorldSource(draws, read_prompts(config.prompts))
     stage = build(config, source, draws)
@@ -185,7 +192,7 @@ def run(config: TrainConfig, out: str | Path) -> Path:
     """
     from tqdm import tqdm
 
-    with process_group():
+    with process_group(alone=config.compute != "float32" or torch.cuda.is_available()):
         with tqdm(total=config.steps, unit="step", disable=rank() != 0) as bar:
 
             def show(step: int, line: dict) -> None:
@@ -224,10 +231,17 @@ def _figures(name: str, report: StepReport) -> dict:
     return values if report.applied else values | {f"{name}_skipped": report.skipped}
 
 
-def _network(kind: type[WanTransformer], path: str, config: TrainConfig) -> WanTransformer:
-    """A float32 network, from a checkpoint or from the run's seed. All kinds have the same parameters."""
+def _network(
+    kind: type[WanTransformer],
+    path: str,
+    config: TrainConfig,
+    sizes: ModelConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> WanTransformer:
+    """A network, from a checkpoint or from the run's seed, its parameters kept in ``dtype``. All kinds have
+    the same parameters."""
     torch.manual_seed(config.seed)
-    model = kind(config.model)
+    model = kind(sizes or config.model)
     model.checkpointing = config.checkpointing
     if path:
         state = read_checkpoint(path)
@@ -236,7 +250,13 @@ def _network(kind: type[WanTransformer], path: str, config: TrainConfig) -> WanT
     else:  # the output starts at zero: a random flow would have to be unlearnt first
         nn.init.zeros_(model.head.head.weight)
         nn.init.zeros_(model.head.head.bias)
-    return shard(model)
+    return shard(model.to(dtype), getattr(torch, config.compute))
+
+
+def _teacher(config: TrainConfig) -> BidirectionalWanModel:
+    """It never trains, so it is kept in what it computes in."""
+    dtype = getattr(torch, config.compute)
+    return _network(BidirectionalWanModel, config.teacher, config, config.teacher_model, dtype)
 
 
 def _state(stage: Stage) -> dict:

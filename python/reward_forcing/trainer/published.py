@@ -33,7 +33,7 @@ KEYS = {
     "same_step_across_blocks": "distill.same_exit",
     "last_step_only": "must be false",
     "image_or_video_shape": "frames and latent channels; the batch of the shape is not read",
-    "real_name": "not read: pass the teacher's checkpoint as `teacher`",
+    "real_name": "the teacher's architecture: Wan2.1-T2V-14B or 1.3B (its checkpoint: `teacher`)",
     "fake_name": "the student's and the critic's architecture: Wan2.1-T2V-1.3B",
     "generator_ckpt": "generator",
     "lr": "optimizer.lr",
@@ -54,7 +54,7 @@ KEYS = {
     "causal": "must be true",
     "i2v": "must be false",
     "gradient_checkpointing": "checkpointing",
-    "mixed_precision": "not read",
+    "mixed_precision": "compute: bfloat16 (on several ranks, or one of torchrun)",
     "sharding_strategy": "not read",
     "generator_fsdp_wrap_strategy": "not read",
     "real_score_fsdp_wrap_strategy": "not read",
@@ -81,6 +81,7 @@ KEYS = {
     "num_frames": "not read: image_or_video_shape says it",
 }
 _OBJECTIVES = {"rewardeddmd": "re_dmd", "dmd": "dmd", "sid": "sid"}
+_TEACHERS = {"Wan2.1-T2V-1.3B": ModelConfig.wan_1_3b, "Wan2.1-T2V-14B": ModelConfig.wan_14b}
 _FIXED = {
     "num_train_timestep": 1000,
     "denoising_loss_type": "flow",
@@ -116,6 +117,10 @@ def from_published(values: Mapping[str, Any]) -> TrainConfig:
         f"one of {list(_OBJECTIVES)}",
         repr(name),
     )
+    teacher = values.get("real_name", "Wan2.1-T2V-1.3B")
+    expect(
+        teacher in _TEACHERS, "the published file", "real_name", f"one of {list(_TEACHERS)}", repr(teacher)
+    )
     given = dict(values)
     model = given.get("model_kwargs", {})
     shift = float(given.get("timestep_shift", 5.0))
@@ -143,6 +148,8 @@ def from_published(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(
         stage="distill",
         model=ModelConfig.wan_1_3b(in_dim=channels, out_dim=channels),
+        teacher_model=_TEACHERS[teacher](in_dim=channels, out_dim=channels),
+        compute="bfloat16" if given.get("mixed_precision", False) else "float32",
         frames=frames,
         batch=given.get("batch_size", 1),
         accumulate=given.get("gradient_accumulation_steps", 1),

@@ -61,10 +61,14 @@ class Rollout:
         renoise_context: as published, the finished chunk is noised to the timestep ``context_noise`` before
             it is written into the cache (at timestep 0 the schedule still has sigma > 0); False writes it as
             it is, as ``StreamingPipeline`` does in inference.
+        cache: options of ``CausalWanModel.cache_spec``, where keys and values come in another dtype, or with
+            other heads, than the model's parameters say.
     """
 
-    def __init__(self, pipeline: StreamingPipeline, *, renoise_context: bool = False):
-        self.pipeline, self.renoise_context = pipeline, renoise_context
+    def __init__(
+        self, pipeline: StreamingPipeline, *, renoise_context: bool = False, cache: dict | None = None
+    ):
+        self.pipeline, self.renoise_context, self.cache = pipeline, renoise_context, cache or {}
 
     @property
     def model(self) -> CausalWanModel:
@@ -83,7 +87,7 @@ class Rollout:
             noise_source: the noise between steps, by purpose ("step 1", ..., "context") and chunk.
         """
         pieces = self._split(noise, exits)
-        cache = self.pipeline.new_cache(noise.shape[0], *noise.shape[3:])
+        cache = self._new_cache(noise)
         entries = []
         for index, (z, exit_step) in enumerate(zip(pieces, exits, strict=True)):
             with cache.chunk(z.shape[1]) as chunk:
@@ -107,7 +111,7 @@ class Rollout:
         expect(
             grad.shape == tape.x.shape, "Rollout.replay", "grad", str(tuple(tape.x.shape)), tuple(grad.shape)
         )
-        cache = self.pipeline.new_cache(grad.shape[0], *grad.shape[3:])
+        cache = self._new_cache(grad)
         parts = grad.split([entry.z.shape[1] for entry in tape.entries], dim=1)
         for index, (entry, part) in enumerate(zip(tape.entries, parts, strict=True)):
             with cache.chunk(entry.z.shape[1]) as chunk:
@@ -119,8 +123,7 @@ class Rollout:
     def graph(self, tape: Tape, context: Tensor) -> Tensor:
         """x of the tape ``[B, F, C, H, W]`` as one graph over all chunks: what ``replay`` is held against.
         Memory grows with the length. The past of every chunk is a constant, as in ``replay``."""
-        first = tape.entries[0].z
-        cache = self.pipeline.new_cache(first.shape[0], *first.shape[3:])
+        cache = self._new_cache(tape.entries[0].z)
         outputs = []
         for entry in tape.entries:
             with cache.chunk(entry.z.shape[1]) as chunk:
@@ -130,6 +133,9 @@ class Rollout:
         return torch.cat(outputs, dim=1)
 
     # ---- the steps of a chunk ------------------------------------------------------------------------------
+    def _new_cache(self, like: Tensor) -> rf.SinkWindowCache:
+        return self.pipeline.new_cache(like.shape[0], *like.shape[3:], **self.cache)
+
     def _split(self, noise: Tensor, exits: Sequence[int]) -> list[Tensor]:
         config = self.pipeline.config
         lengths = chunk_lengths(

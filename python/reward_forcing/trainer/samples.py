@@ -26,11 +26,11 @@ def write_sample(config: TrainConfig, weights: dict[str, Tensor], source: Source
     prompts = source.prompts(0, samples)
     frames = config.frames if teacher else 2 * config.frames
     noise = Draws(config.seed).normal("sample noise", 0, samples, (frames, *source.latent_shape))
-    context = source.embed(prompts)
+    context = source.embed(prompts).cpu()  # one network of a run on GPUs, averaged and gathered on the host
     model = (BidirectionalWanModel if teacher else CausalWanModel)(config.model).requires_grad_(False)
     model.load_state_dict(weights)
     if teacher:
-        uncond = source.no_text(_COUNT)
+        uncond = source.no_text(_COUNT).cpu()
         options = {"shift": config.stream.shift, "steps": config.teacher_steps, "guidance": 0.0}
         latents = sample_teacher(model, noise, context, uncond, **options)[0][-1]
     else:

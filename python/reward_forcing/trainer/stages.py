@@ -77,7 +77,7 @@ class Scores:
 def timesteps(draws: Draws, purpose: str, step: int, samples: Sequence[int], **options) -> Tensor:
     """One training timestep a sample, by counter: see ``losses.warp_timesteps``."""
     n = draws.integers(purpose, step, 1000, samples)
-    return losses.warp_timesteps(torch.tensor(n), **options)
+    return losses.warp_timesteps(torch.tensor(n, device=draws.device), **options)
 
 
 class FlowMatching:
@@ -86,7 +86,7 @@ class FlowMatching:
 
     def __init__(self, config: TrainConfig, model: BidirectionalWanModel, source: Source, draws: Draws):
         self.config, self.model, self.source, self.draws = config, model, source, draws
-        self.scheduler = FlowMatchScheduler(config.stream.shift)
+        self.scheduler = FlowMatchScheduler(config.stream.shift).to(draws.device)
 
     def loss(self, step: int, samples: Sequence[int]) -> Tensor:
         config, draws = self.config, self.draws
@@ -106,7 +106,7 @@ class TeacherForcing:
 
     def __init__(self, config: TrainConfig, model: TeacherForcedWan, source: Source, draws: Draws):
         self.config, self.model, self.source, self.draws = config, model, source, draws
-        self.scheduler = FlowMatchScheduler(config.stream.shift)
+        self.scheduler = FlowMatchScheduler(config.stream.shift).to(draws.device)
 
     def loss(self, step: int, samples: Sequence[int]) -> Tensor:
         config, draws = self.config, self.draws
@@ -143,7 +143,7 @@ class TrajectoryRegression:
     ):
         self.config, self.model, self.teacher = config, model, teacher.requires_grad_(False)
         self.source, self.draws = source, draws
-        self.scheduler = FlowMatchScheduler(config.stream.shift)
+        self.scheduler = FlowMatchScheduler(config.stream.shift).to(draws.device)
         stream = config.stream
         steps = list(stream.denoising_step_list)
         self.timesteps = self.scheduler.warp(steps) if stream.warp else [float(t) for t in steps]
@@ -163,11 +163,15 @@ class TrajectoryRegression:
             guidance=config.distill.real_guidance,
         )
         # The trajectory's state nearest to each denoising step, at the state's own noise level.
-        nearest = (sigmas[None] - torch.tensor(self.timesteps)[:, None] / 1000).abs().argmin(dim=1)
+        sigmas = sigmas.to(noise.device)
+        steps = torch.tensor(self.timesteps, device=noise.device)
+        nearest = (sigmas[None] - steps[:, None] / 1000).abs().argmin(dim=1)
         chunks = config.frames // stream.chunk_frames
         drawn = [draws.integers(f"step {c}", step, len(self.timesteps), samples) for c in range(chunks)]
-        picks = nearest[torch.tensor(drawn).T].repeat_interleave(stream.chunk_frames, dim=1)  # [B, F]
-        x_t = states[picks, torch.arange(len(samples))[:, None], torch.arange(config.frames)]
+        picks = nearest[torch.tensor(drawn, device=noise.device).T]
+        picks = picks.repeat_interleave(stream.chunk_frames, dim=1)  # [B, F]
+        rows, frames = (torch.arange(n, device=noise.device) for n in (len(samples), config.frames))
+        x_t = states[picks, rows[:, None], frames]
         sigma, clip = sigmas[picks], states[-1]
         flow = _forced_flow(self.model, clip, x_t, 1000 * sigma, context, config)
         x0 = x_t - sigma[..., None, None, None] * flow

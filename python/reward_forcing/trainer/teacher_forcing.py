@@ -151,4 +151,4 @@ class TeacherForcedWan(WanTransformer):
         tokens = torch.cat([self._patchify(clean), self._patchify(noisy)], dim=1)
         times = torch.cat([torch.full_like(t, t_context), t], dim=1)
         y = self._run(tokens, times, text, lambda layer: (rule,))
-        return self._unpatchify(y.chunk(2, dim=1)[1], (frames, *grid))
+        return self._unpatchify(y.chunk(2, dim=1)[1], (frames, *grid)).to(noisy.dtype)
