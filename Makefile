@@ -72,9 +72,9 @@ audit: ext
 gpu-suite: ext
 	$(PY) -m benchmarks.gpu_suite --out out/gpu
 
-## make tuning        variants of the Hopper attention kernel, for the GPU suite's stage of that name
+## make tuning        variants of the Hopper attention kernel, for the GPU suite (TRITON=1: times Triton's tiles)
 tuning: ext
-	$(PY) -m benchmarks.tuning.build_variants
+	$(PY) -m benchmarks.tuning.$(if $(TRITON),triton_configs,build_variants)
 
 ## make sanitize      the CPU backend under three sanitizers (SAMPLE=1: few configurations)
 sanitize: $(SETUP)

@@ -1,9 +1,13 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers", "chip.harness")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import helpers.quick_interpreter  # noqa: F401
 
 _GPU = (
     pytest.mark.gpu,

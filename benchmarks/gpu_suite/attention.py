@@ -17,6 +17,7 @@ from rf_kernels.ops.sink_window_attention import sink_window_attention
 from rf_kernels.reference.sink_window_attention import sink_window_attention as oracle
 
 from .. import floors
+from ..case import on_triton
 from ..sink_window_attention import ULPS, Shape
 from .jobs import Job, Options, disagreement, measured_roof, reason, run_jobs
 
@@ -85,6 +86,11 @@ def deterministic(q, k, v, split):
     return lambda: sink_window_attention(q, k, v, kv_tokens=k.shape[1], deterministic=True)
 
 
+def triton(q, k, v, split):
+    """Ours, in Triton."""
+    return on_triton(lambda: sink_window_attention(q, k, v, kv_tokens=k.shape[1]))
+
+
 #: name -> make(q, k, v, tokens of the sink) -> call
 PEERS = {
     "cudnn_sdpa": sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -93,6 +99,7 @@ PEERS = {
     "concatenated": concatenated,
     "flex_attention": flex,
     "flash_attention_3": fa3,
+    "triton": triton,
     f"{OURS}, deterministic": deterministic,
     **{f"flash_attention_3, {n or 'its own'} splits": partial(fa3, num_splits=n) for n in SPLITS},
 }

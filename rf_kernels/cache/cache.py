@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import ArgumentError, argument_error
+from .._backend import ArgumentError, argument_error, number
 from . import stream_file
 from .adopt import adopted
 from .chunk import Chunk
@@ -137,7 +137,9 @@ class SinkWindowCache:
         return k.to(wide, copy=True), v.to(wide, copy=True)
 
     # ---- a chunk -------------------------------------------------------------------------------------------
-    def chunk(self, frames: int, *, start: int | None = None, undo: bool = False) -> Chunk:
+    def chunk(
+        self, frames: int, *, start: int | None = None, position: float | None = None, undo: bool = False
+    ) -> Chunk:
         """The next chunk of ``frames`` latent frames, for a ``with`` block, at whose end it commits.
 
         With an exception in the block: a chunk that has written nothing is as if it had never been opened;
@@ -149,6 +151,8 @@ class SinkWindowCache:
                 from it. 0, or the frame that the stream began with, starts over. A frame of the window: the
                 chunk rewrites its frames, and those behind it are gone; the sink keeps what it has absorbed.
                 The (start, frames) of the chunk that is open: that chunk.
+            position: temporal position of the chunk's first frame; None for the frame's number. The others
+                follow it. A sink that moves along keeps its distance to the newest frame.
             undo: first save what the chunk will destroy (its slots, the sink, the sink's state). Needs
                 ``undo_frames >= frames`` in the spec.
         Raises:
@@ -156,9 +160,11 @@ class SinkWindowCache:
                 another chunk is still open, or there is no save area.
             StreamClosedError: a failed chunk has closed the stream.
         """
-        return self.open(frames, start=start, undo=undo)
+        return self.open(frames, start=start, position=position, undo=undo)
 
-    def open(self, frames: int, *, start: int | None = None, undo: bool = False) -> Chunk:
+    def open(
+        self, frames: int, *, start: int | None = None, position: float | None = None, undo: bool = False
+    ) -> Chunk:
         """As ``chunk``, for callers that cannot hold a ``with`` over an event loop: they end it with
         ``Chunk.commit`` or ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are
         saved)."""
@@ -168,7 +174,14 @@ class SinkWindowCache:
         if start is not None:
             if not is_integer(start) or not 0 <= start < stream_file.MOST_FRAMES:
                 raise argument_error(op, "start", "an integer in [0, 2**53), or None", repr(start))
+        if position is not None and not abs(number(op, "position", position)) < stream_file.MOST_FRAMES:
+            raise argument_error(op, "position", "a number within +-2**53, or None", repr(position))
+        if start is not None:
             if chunk is not None and (chunk.first_frame, chunk.frames) == (start, frames):
+                if position not in (None, chunk.plan.position):
+                    raise argument_error(
+                        op, "position", f"that of the open chunk, {chunk.plan.position}", position
+                    )
                 if undo and not chunk.undo:
                     raise argument_error(op, "undo", "that of the open chunk, False", undo)
                 return chunk
@@ -185,7 +198,15 @@ class SinkWindowCache:
             raise argument_error(op, "undo", f"at most undo_frames = {self.spec.undo_frames} frames", found)
         # Frames of the sink that are written again are frames of the stream again: nothing was absorbed.
         left = before.left and begin >= before.oldest
+        if position is not None and not is_integer(position):
+            position = float(position)
+        offset = 0 if position is None else position - before.origin - begin
+        offsets = dict(zip(before.held, before.offsets, strict=True)) | dict.fromkeys(
+            range(begin, end), offset
+        )
         shift = ring.shift(end) if self.sink.rephase else 0
+        if shift:
+            shift += offset - offsets.get(0, 0)
         sources = sink.sources(leaving)
         if sources is None and not leaving and before.phase not in (None, shift):
             sources = [[] for _ in range(ring.sink_frames)]  # the window went back: so do the sink's keys
@@ -197,6 +218,7 @@ class SinkWindowCache:
             left=left or bool(leaving),
             absorbed=before.absorbed or any(sources or ()),
             phase=(before.phase if sources is None else shift) if left or leaving else None,
+            offsets=tuple(offsets[f] for f in held),
         )
         slots, angles, axes, schedule, turns = self._buffers.views(frames)
         acts = sources is not None
@@ -212,6 +234,7 @@ class SinkWindowCache:
             moves=moves,
             fresh=begin == 0 and self._stream.frames > 0,
             after=after,
+            offsets=offsets,
             slots=slots,
             angles=angles,
             axes=axes,
@@ -254,6 +277,7 @@ class SinkWindowCache:
             moves=(),
             fresh=False,
             after=stream,
+            offsets=dict(zip(stream.held, stream.offsets, strict=True)),
             slots=slots,
             angles=angles,
             axes=axes,

@@ -181,7 +181,7 @@ class ChunkPlan:
     """What one chunk does, as its ops take it. ``chunk.plan``; the same for every forward of the chunk.
 
     Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens``
-    (length of the valid prefix to attend), ``shift`` (frames by which the sink's positions have moved),
+    (length of the valid prefix to attend), ``shift`` (by how much the sink's positions have moved),
     ``leaving`` (frames that leave the window), ``sources`` (for each sink frame those that it absorbs; None
     when the sink has nothing to do), ``first`` (this is the first chunk that makes a frame leave: the sink's
     state is then taken from its slots). ``leaving`` and ``sources`` count from the stream's first frame, as
@@ -204,6 +204,8 @@ class ChunkPlan:
     fresh: bool
     #: What the stream is once the chunk is committed.
     after: Stream = field(repr=False)
+    #: By how much the temporal position of each frame, counted in the stream, is beyond its number.
+    offsets: Mapping[int, float] = field(repr=False)
     slots: torch.Tensor = field(repr=False)
     angles: torch.Tensor | None = field(repr=False)
     axes: list[int] = field(repr=False)
@@ -222,6 +224,11 @@ class ChunkPlan:
     @property
     def end(self) -> int:
         return self.after.frames
+
+    @property
+    def position(self) -> float:
+        """Temporal position of the chunk's first frame."""
+        return self.t_begin + self.offsets.get(self.begin, 0)
 
     @property
     def prepares(self) -> bool:
@@ -332,7 +339,7 @@ class PlanBuffers:
         ints, floats = stage["ints"].numpy(), stage["floats"].numpy()
         ints[: plan.frames] = [plan.ring.slot(f) for f in range(plan.begin, plan.end)]
         if nt:
-            table = rope.temporal_table(range(plan.t_begin, plan.t_end)).reshape(-1, 2)
+            table = rope.temporal_table([plan.position + i for i in range(plan.frames)]).reshape(-1, 2)
             floats[self._temporal_row : self._temporal_row + len(table)] = table
         if sources is not None:
             S, E = ring.sink_frames, self.max_sources
@@ -346,7 +353,10 @@ class PlanBuffers:
                 turns[:, E] = rope.temporal_table([plan.shift])[0]
                 for j, frames in enumerate(sources):
                     if frames:
-                        turns[j, : len(frames)] = rope.temporal_table([j - e for e in frames])
+                        own = j + plan.offsets[j]
+                        turns[j, : len(frames)] = rope.temporal_table(
+                            [own - e - plan.offsets[e] for e in frames]
+                        )
         if stage["event"] is None:
             # Written through numpy, which autograd does not see: a graph that has saved such a view must find
             # out.

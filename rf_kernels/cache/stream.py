@@ -45,6 +45,7 @@ class Stream:
         left: whether any frame has left the window; from then on the sink's state is the sink.
         absorbed: whether the sink has absorbed any.
         phase: the shift at which the sink's keys lie in their slots; None while no policy has turned them.
+        offsets: by how much the temporal position of each frame of ``held`` is beyond its number.
     """
 
     origin: int = 0
@@ -52,7 +53,8 @@ class Stream:
     held: tuple[int, ...] = ()
     left: bool = False
     absorbed: bool = False
-    phase: int | None = None
+    phase: float | None = None
+    offsets: tuple[float, ...] = ()
 
     @classmethod
     def plain(cls, frames: int, ring: Ring, state: SinkState) -> Stream:
@@ -67,25 +69,33 @@ class Stream:
             left=left,
             absorbed=any(sources or ()),
             phase=ring.shift(frames) if sources is not None and state.policy.rephase else None,
+            offsets=(0,) * len(held),
         )
 
     def listed(self) -> dict:
         """In JSON types."""
-        return {**dataclasses.asdict(self), "held": list(self.held)}
+        return {**dataclasses.asdict(self), "held": list(self.held), "offsets": list(self.offsets)}
 
     @classmethod
     def of_listed(cls, listed, next_frame: int, ring: Ring) -> Stream | None:
         """What ``listed`` gave; None where no stream of so many frames can be like that."""
         fields = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(listed, dict) or set(listed) != fields or not isinstance(listed["held"], list):
+        if not isinstance(listed, dict) or set(listed) != fields:
             return None
-        origin, frames, phase, held = (listed[name] for name in ("origin", "frames", "phase", "held"))
-        numbers = [origin, frames, *held, *([] if phase is None else [phase])]
+        origin, frames, phase, held, offsets = (
+            listed[name] for name in ("origin", "frames", "phase", "held", "offsets")
+        )
+        if not isinstance(held, list) or not isinstance(offsets, list) or len(held) != len(offsets):
+            return None
+        places = [*offsets, *([] if phase is None else [phase])]
+        if not all(type(x) in (int, float) and abs(x) < 2**53 for x in places):
+            return None
+        numbers = [origin, frames, *held]
         if not all(type(x) is int and 0 <= x <= next_frame for x in numbers):
             return None
         if not all(type(listed[name]) is bool for name in ("left", "absorbed")) or len(held) > ring.length:
             return None
-        stream = cls(**listed | {"held": tuple(held)})
+        stream = cls(**listed | {"held": tuple(held), "offsets": tuple(offsets)})
         first = min(frames, ring.sink_frames)
         whole = held[:first] == list(range(first)) and len(set(held)) == len(held)
         fits = all(first <= f < frames for f in held[first:]) and (not frames or frames - 1 in held)

@@ -32,10 +32,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def token_positions(frames: list[int], grid: tuple[int, int]) -> Tensor:
+def token_positions(frames: list[float], grid: tuple[int, int]) -> Tensor:
     """(frame, row, column) of the tokens of some frames, frame-major: float64 ``[len(frames) * h * w,
     3]``."""
-    axes = [torch.tensor(frames), torch.arange(grid[0]), torch.arange(grid[1])]
+    axes = [torch.tensor(frames).double(), *(torch.arange(n).double() for n in grid)]
     return torch.cartesian_prod(*axes).reshape(-1, 3).double()
 
 
@@ -97,10 +97,12 @@ class StreamingReference:
         self.sink_kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.window_kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.t_begin = self.t_end = self.origin = 0
+        self.offsets: dict[int, float] = {}
 
-    def begin(self, frames: int, start: int | None = None) -> None:
+    def begin(self, frames: int, start: int | None = None, position: float | None = None) -> None:
         """Start the next chunk, or the one from frame ``start`` on: what no longer fits the window leaves,
-        and the sink absorbs it. For autograd all of the past is a constant."""
+        and the sink absorbs it. For autograd all of the past is a constant. ``position``: the temporal
+        position of its first frame, where it is not the frame's number."""
         if start is not None and (start in (0, self.origin) or self.t_end == self.origin):
             self.origin = self.t_end = start
         begin = (self.t_end if start is None else start) - self.origin
@@ -108,6 +110,8 @@ class StreamingReference:
             kept = {f: tuple(x.detach() for x in kv) for f, kv in held.items() if f < begin}
             held.clear()
             held.update(kept)
+        offset = 0 if position is None else position - self.origin - begin
+        self.offsets |= dict.fromkeys(range(begin, begin + frames), offset)
         self.t_begin, self.t_end = self.origin + begin, self.origin + begin + frames
         for e in sorted(f for f in self.window_kv if f < begin + frames - self.window_frames):
             leaving = self.window_kv.pop(e)
@@ -126,13 +130,17 @@ class StreamingReference:
             (self.sink_kv if frame < self.sink_frames else self.window_kv)[frame] = (frame_k, frame_v)
 
         shift = max(0, frames[-1] + 1 - self.sink_frames - self.window_frames) if self.rephase else 0
-        held = [(j + shift, kv) for j, kv in self.sink_kv.items()] + list(self.window_kv.items())
+        own = self.origin + self.offsets[frames[0]]
+        if shift:
+            shift += self.offsets[frames[0]] - self.offsets[0]
+        held = [(j + shift, j, kv) for j, kv in self.sink_kv.items()]
+        held += [(f, f, kv) for f, kv in self.window_kv.items()]
         keys = rotate(
-            torch.cat([kv[0] for _, kv in held], 1),
-            token_positions([self.origin + position for position, _ in held], self.grid),
+            torch.cat([kv[0] for _, _, kv in held], 1),
+            token_positions([self.origin + p + self.offsets[f] for p, f, _ in held], self.grid),
         )
-        values = torch.cat([kv[1] for _, kv in held], 1)
-        positions = token_positions(list(range(self.t_begin, self.t_end)), self.grid)
+        values = torch.cat([kv[1] for _, _, kv in held], 1)
+        positions = token_positions([own + f for f in frames], self.grid)
         return softmax_attention(rotate(q, positions), keys, values)
 
     def self_attention(self, x: Tensor, weights: dict[str, Tensor], heads: int, eps: float) -> Tensor:

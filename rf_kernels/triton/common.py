@@ -1,6 +1,12 @@
 """What the Triton kernels share: rounding to the storage type, tiles of pairs, and how a kernel is
 launched."""
 
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +49,39 @@ def warps(elements: int, each: int) -> int:
     return max(1, min(8, elements // (lanes() * each)))
 
 
+class Tile(NamedTuple):
+    """Of a memory-bound kernel: elements of a program's tile, and of a thread."""
+
+    elements: int
+    each: int
+
+
+def tuned_for() -> dict[str, str]:
+    """What a choice of tiles holds for, beside the kernel: it decides speed and bits."""
+    gpu = target()
+    return {"arch": f"{gpu.backend} {gpu.arch}" if gpu else "interpreter", "triton": triton.__version__}
+
+
+@functools.cache
+def tuned() -> dict[str, dict]:
+    """What `make tuning TRITON=1` found, kernel -> config, from the file that RF_TRITON_CONFIG names; nothing
+    without it."""
+    path = os.environ.get("RF_TRITON_CONFIG")
+    if not path:
+        return {}
+    found = json.loads(Path(path).read_text())
+    if found["for"] != tuned_for():
+        raise ValueError(
+            f"RF_TRITON_CONFIG: {path} is for {found['for']}, this is {tuned_for()}: tune again, or unset it"
+        )
+    return found["configs"]
+
+
+def config_of(kernel: str, fixed):
+    """The config of ``kernel``: ``fixed``, unless another was asked for."""
+    return type(fixed)(**tuned()[kernel]) if kernel in tuned() else fixed
+
+
 def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, *args, **constants) -> None:
     """Start ``kernel`` on the device of ``tensor``, on its current stream. Products are not contracted with
     sums unless ``constants`` says so: where a rounding happens is part of what an op promises."""
@@ -54,16 +93,26 @@ def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, *args, **constan
         kernel[grid](*args, **constants)
 
 
+# The interpreter's own casts between float32 and bfloat16 drop the low bits and get subnormal numbers wrong:
+# there both directions are done on the bits.
+
+
+@triton.jit
+def widen(value):
+    """A value in a storage type as float32; exact."""
+    if INTERPRET and value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
     """A float32 value in storage type ``dtype``, to nearest, ties to even."""
     if INTERPRET and dtype == tl.bfloat16:
-        # The interpreter's own cast to bfloat16 drops the low bits. Rounded by hand, they are zero before it
-        # does.
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(value == value, rounded, bits | 0x400000)
-        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
 
 
@@ -87,7 +136,7 @@ def load_pairs(row, head, first, second, mask, PAIRS: tl.constexpr, JOINED: tl.c
     else:
         x = tl.load(row + head[:, None] + (first + dim), mask=mask, other=0.0)
         y = tl.load(row + head[:, None] + (second + dim), mask=mask, other=0.0)
-    return x.to(tl.float32), y.to(tl.float32)
+    return widen(x), widen(y)
 
 
 @triton.jit

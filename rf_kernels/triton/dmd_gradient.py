@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import launch, round_to
+from .common import launch, round_to, widen
 
 _PUBLISHED, _MEAN = 0, 0  # codes of the registered op
 _TILE = 2048
@@ -32,9 +32,9 @@ def _broadcast(data, batch_stride, sizes, strides, b, i, mask):
 
 @triton.jit
 def _guided(cond, uncond, guidance, at, mask):
-    v = tl.load(cond + at, mask=mask, other=0.0).to(tl.float32)
+    v = widen(tl.load(cond + at, mask=mask, other=0.0))
     if uncond is not None:
-        u = tl.load(uncond + at, mask=mask, other=0.0).to(tl.float32)
+        u = widen(tl.load(uncond + at, mask=mask, other=0.0))
         v = v + guidance * (v - u)
     return v
 
@@ -50,7 +50,7 @@ def _estimates(
     if x_t is not None:
         data, batch_stride, sizes, strides = sigma
         s = _broadcast(data, batch_stride, sizes, strides, b, i, mask)
-        return s * (r - f), tl.load(x_t + at, mask=mask, other=0.0).to(tl.float32) - s * r
+        return s * (r - f), widen(tl.load(x_t + at, mask=mask, other=0.0)) - s * r
     return f - r, r
 
 
@@ -102,7 +102,7 @@ def _measure(
         peak = tl.maximum(peak, tl.max(tl.where(tl.abs(w) < float("inf"), 0, _magnitude(w))))
     tl.store(peaks + tl.program_id(0), peak)
     if NORMALIZE:
-        distance = tl.abs(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - estimate)
+        distance = tl.abs(widen(tl.load(x + at, mask=mask, other=0.0)) - estimate)
         tl.store(distances + tl.program_id(0), tl.sum(tl.where(mask, distance, 0.0).to(tl.float64)))
     if chosen is not None:
         c = _broadcast(chosen[0], chosen[1], chosen[2], chosen[3], b, i, mask)

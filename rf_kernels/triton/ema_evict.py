@@ -9,15 +9,24 @@ sum rounded to it."""
 import triton
 import triton.language as tl
 
-from .common import head_tile, launch, load_pairs, pair_mask, round_to, store_pairs, warps
+from .common import (
+    Tile,
+    config_of,
+    head_tile,
+    launch,
+    load_pairs,
+    pair_mask,
+    round_to,
+    store_pairs,
+    warps,
+    widen,
+)
 
 COMPENSATED, FLOAT32, PUBLISHED = (tl.constexpr(code) for code in range(3))
 
-# Elements of a program's tile, and of a thread: one access of 16 bytes in half precision. A program waits for
-# its sources one after the other (is the token finite?), so many threads with little each hide that better
-# than few with much.
-_TILE = 4096
-_EACH = 8
+# A thread has one access of 16 bytes in half precision. A program waits for its sources one after the other
+# (is the token finite?), so many threads with little each hide that better than few with much.
+TILE = Tile(4096, each=8)
 # Sources of one launch: a bit each says whether the token is fused. More go launch after launch; what the
 # state holds in between is what it is rounded to anyway, so the cut changes no bit.
 _GROUP = 32
@@ -44,22 +53,22 @@ def _join(hi, lo):
 @triton.jit
 def _low(value, dtype: tl.constexpr):
     """What is left of a float32 value besides its rounding; the difference is exact."""
-    return value - round_to(value, dtype).to(tl.float32)
+    return value - widen(round_to(value, dtype))
 
 
 @triton.jit
 def _fuse(state, x, keep, tail, take, STATE: tl.constexpr, dtype: tl.constexpr):
     """One eviction. The result is what the state's storage holds."""
     if STATE == PUBLISHED:
-        kept = round_to(state * keep, dtype).to(tl.float32)
-        taken = round_to(x * take, dtype).to(tl.float32)
-        return round_to(kept + taken, dtype).to(tl.float32)
+        kept = widen(round_to(state * keep, dtype))
+        taken = widen(round_to(x * take, dtype))
+        return widen(round_to(kept + taken, dtype))
     # alpha is keep + tail; tail * state is added to the small term first: there it is not rounded away.
     zero = tl.zeros_like(state)
     new = tl.fma(state, keep + zero, tl.fma(state, tail + zero, x * take))
     if STATE == COMPENSATED:
-        hi = round_to(new, dtype).to(tl.float32)
-        new = _join(hi, round_to(new - hi, dtype).to(tl.float32))
+        hi = widen(round_to(new, dtype))
+        new = _join(hi, widen(round_to(new - hi, dtype)))
     return new
 
 
@@ -159,9 +168,7 @@ def _nonfinite(
     found = tl.zeros((TILE, DIMS), tl.int32)
     for first in range(0, HEADS, TILE):
         head = first + tl.arange(0, TILE)[:, None]
-        x = tl.load(row + head * head_stride + dim, mask=(head < HEADS) & (dim < DIM), other=0.0).to(
-            tl.float32
-        )
+        x = widen(tl.load(row + head * head_stride + dim, mask=(head < HEADS) & (dim < DIM), other=0.0))
         found += tl.where(tl.abs(x) < float("inf"), 0, 1)
     return tl.sum(found)
 
@@ -380,6 +387,10 @@ def _evict(
                 tl.atomic_add(skipped, left_out, sem="relaxed")  # of integers: any order gives the same sum
 
 
+def kernel_name(heads: int, head_dim: int, dtype) -> str:
+    return f"ema_evict {dtype} {heads} x {head_dim}"
+
+
 def ema_evict(
     k_cache,
     v_cache,
@@ -400,7 +411,8 @@ def ema_evict(
     if k_cache.numel() == 0 or sink_frames == 0:
         return
     pairs = turns.shape[-2]
-    tile, dims = head_tile(heads, head_dim, _TILE)
+    config = config_of(kernel_name(heads, head_dim, k_cache.dtype), TILE)
+    tile, dims = head_tile(heads, head_dim, config.elements)
     constants = {
         "HEADS": heads,
         "DIM": head_dim,
@@ -413,7 +425,7 @@ def ema_evict(
         "TILE": tile,
         "DIMS": dims,
         "GROUP": _GROUP,
-        "num_warps": warps(tile * dims, _EACH),
+        "num_warps": warps(tile * dims, config.each),
     }
     plan = (
         schedule,

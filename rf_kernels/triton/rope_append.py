@@ -9,12 +9,22 @@ backend (no fused multiply-add). The angles of a token are read once for all of 
 import triton
 import triton.language as tl
 
-from .common import head_tile, launch, load_pairs, pair_mask, round_to, store_pairs, warps
+from .common import (
+    Tile,
+    config_of,
+    head_tile,
+    launch,
+    load_pairs,
+    pair_mask,
+    round_to,
+    store_pairs,
+    warps,
+    widen,
+)
 
-# Elements of a program's tile, and of a thread: two accesses of 16 bytes in half precision, so that x, its
-# weights and the angles of a thread fit in 64 registers. Wider tokens are taken tile by tile.
-_TILE = 4096
-_EACH = 16
+# A thread has two accesses of 16 bytes in half precision, so that x, its weights and its angles fit in 64
+# registers. Wider tokens are taken tile by tile.
+TILE = Tile(4096, each=16)
 
 
 @triton.constexpr_function
@@ -88,7 +98,7 @@ def _pairs(
 
 @triton.jit
 def _load(row, at, dim, mask):
-    return tl.load(row + at[:, None] + dim, mask=mask, other=0.0).to(tl.float32)
+    return widen(tl.load(row + at[:, None] + dim, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -186,7 +196,7 @@ def _token(
             value = tl.load(source + source_at[:, None] + rest, mask=mask)
             if weight is not None:
                 w = _load(weight, weight_at, rest, mask)
-                value = round_to(value.to(tl.float32) * scale[:, None] * w, target.dtype.element_ty)
+                value = round_to(widen(value) * scale[:, None] * w, target.dtype.element_ty)
             tl.store(target + target_at[:, None] + rest, value, mask=mask)
 
 
@@ -333,16 +343,21 @@ def _rotation(x, angles, axes, layout):
     return tables, {"AXES": tuple(axes[1::3]), "LAYOUT": layout}
 
 
+def kernel_name(heads: int, head_dim: int, dtype) -> str:
+    return f"rope_append {dtype} {heads} x {head_dim}"
+
+
 def _shape(x, norm):
     heads, head_dim = x.shape[2:]
-    tile, dims = head_tile(heads, head_dim, _TILE)
+    config = config_of(kernel_name(heads, head_dim, x.dtype), TILE)
+    tile, dims = head_tile(heads, head_dim, config.elements)
     return {
         "HEADS": heads,
         "DIM": head_dim,
         "NORM": norm,
         "TILE": tile,
         "DIMS": dims,
-        "num_warps": warps(tile * dims, _EACH),
+        "num_warps": warps(tile * dims, config.each),
     }
 
 

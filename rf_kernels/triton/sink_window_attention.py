@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRET, lanes, launch, next_power, round_to, target
+from .common import INTERPRET, config_of, lanes, launch, next_power, round_to, target, widen
 
 
 class Config(NamedTuple):
@@ -80,7 +80,7 @@ def _precision() -> str:
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRET:  # the interpreter multiplies the bit patterns of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        return tl.dot(widen(a), widen(b), acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -219,6 +219,13 @@ def _forward(
 
 
 @triton.jit
+def _load_lse(lse, at, mask):
+    """Infinite for a query without any weight (not -infinite: its p is 0) and for what is no query."""
+    value = tl.load(lse + at, mask=mask, other=float("inf"))
+    return tl.where(value == float("-inf"), float("inf"), value)
+
+
+@triton.jit
 def _grad_q_of(
     q,
     do,
@@ -299,10 +306,10 @@ def _backward_q(
     tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
     do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
     out_tile = _rows(out + b * out_b + h * out_h, row, out_t, end, DIM, DIMS)
-    delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    delta = tl.sum(widen(out_tile) * widen(do_tile), 1)
     at = (b * HEADS + h) * queries + row
     tl.store(deltas + at, delta, mask=row < end)
-    row_lse = tl.load(lse + at, mask=row < end, other=0.0)
+    row_lse = _load_lse(lse, at, row < end)
     sums = tl.zeros((QUERIES, DIMS), tl.float32)
     sums = _grad_q_of(
         tile,
@@ -402,21 +409,25 @@ def _backward_kv(
             mask = row < end
             queries_tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
             do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
-            row_lse = tl.load(lse + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
+            row_lse = _load_lse(lse, (b * HEADS + h) * queries + row, mask)
             delta = tl.load(deltas + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             zero = tl.zeros((KEYS, QUERIES), tl.float32)
-            # Transposed, [keys, queries]. Rows beyond the chunk are zero in q and do: p = 1 there, and adds
-            # nothing.
+            # Transposed, [keys, queries]. An infinite key times the zeros beyond the chunk is NaN.
             p = tl.exp(_dot(keys, tl.trans(queries_tile), zero, PRECISION) * scale - row_lse[None, :])
+            p = tl.where((row_lse < float("inf"))[None, :], p, 0.0)
             sum_v = _dot(round_to(p, do.dtype.element_ty), do_tile, sum_v, PRECISION)
             ds = p * (_dot(values, tl.trans(do_tile), zero, PRECISION) - delta[None, :])
             sum_k = _dot(round_to(ds, q.dtype.element_ty), queries_tile, sum_k, PRECISION)
     sum_k = sum_k * scale
     if ADD:
-        sum_k += _rows(gk, at, grad_t, last, DIM, DIMS).to(tl.float32)
-        sum_v += _rows(gv, at, grad_t, last, DIM, DIMS).to(tl.float32)
+        sum_k += _rows(gk, at, grad_t, last, DIM, DIMS)
+        sum_v += _rows(gv, at, grad_t, last, DIM, DIMS)
     _store_rows(gk, at, grad_t, last, sum_k, DIM, DIMS)
     _store_rows(gv, at, grad_t, last, sum_v, DIM, DIMS)
+
+
+def kernel_name(head_dim: int, dtype: torch.dtype, backward: bool) -> str:
+    return f"sink_window_attention{'_backward' if backward else ''} {dtype} {head_dim}"
 
 
 def _view(t):
@@ -424,7 +435,7 @@ def _view(t):
 
 
 def _constants(q, k, backward):
-    tile = config(q.shape[3], q.dtype, backward)
+    tile = config_of(kernel_name(q.shape[3], q.dtype, backward), config(q.shape[3], q.dtype, backward))
     constants = {
         "HEADS": q.shape[2],
         "GROUP": q.shape[2] // k.shape[2],

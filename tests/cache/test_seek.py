@@ -345,6 +345,9 @@ def test_a_stream_file_with_slots_of_its_own(tmp_path):
         {"origin": -1},
         {"origin": 1},
         {"left": 1},
+        {"offsets": listed["offsets"][:-1]},
+        {"offsets": [*listed["offsets"][:-1], "0"]},
+        {"offsets": [*listed["offsets"][:-1], float("nan")]},
         {"phase": "x"},
         {"more": 0},
     ):
@@ -360,3 +363,43 @@ def test_a_stream_file_with_slots_of_its_own(tmp_path):
             with pytest.raises(rf.ArgumentError, match="load_state_dict: argument `meta"):
                 other.load_state_dict({"meta": meta, "tensors": good["tensors"]})
     assert (fingerprint(*state_of(other)), other._stream) == before
+
+
+@pytest.mark.parametrize("seed, geometry", list(enumerate(GEOMETRIES)), ids=["2x3", "3x1"])
+@every_policy
+def test_positions_of_their_own(seed, geometry, name):
+    """An offset per shot, whole and broken, also inside the sink and the window; evictions, a chunk that
+    starts further back, a sink taken again, and a saved stream."""
+    sink, window = sizes(name)
+    cache = make(sink, window, policy=POLICIES[name], **geometry)
+    kind, rephase = name.split(",")[0], POLICIES[name].rephase
+    reference = [
+        StreamingReference(
+            grid=geometry["grid"],
+            policy=kind,
+            alpha=0.9,
+            rephase=rephase,
+            sink_frames=sink,
+            window_frames=window,
+        )
+        for _ in range(cache.spec.layers)
+    ]
+    shots = [0, 8, 8, 8, 16.5, 16.5, 16.5, 16.5, -3, -3, -3, 0]
+    for number, offset in enumerate(shots):
+        start = cache.next_frame - (number == 9)
+        frames, position = 1 + (number + seed) % 2, start + offset
+        with cache.chunk(frames, start=start, position=position) as chunk:
+            assert cache.open(frames, start=start, position=position) is chunk
+            for layer, one in enumerate(reference):
+                one.begin(frames, start, position)
+                data = tensors(cache, frames, 10 * number + layer)
+                assert relative_l2(chunk.attend(layer, *data), one.attend(*data)) < 1e-12
+        if number == 6:
+            cache.load_state_dict(cache.state_dict())
+        if number == 7:
+            cache.reset_sink()
+    with pytest.raises(rf.ArgumentError, match="argument `position`: expected a number"):
+        cache.open(1, position="x")
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(rf.ArgumentError, match="argument `position`: expected a number within"):
+            cache.open(1, position=wrong)

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu_suite import tuning
 from benchmarks.gpu_suite.report import read_rows
+from benchmarks.tuning import triton_configs
 from chip.faults import FAULTS
 from chip.harness import POLICIES, Case, check, make_inputs
 
@@ -128,3 +129,9 @@ def test_without_a_build_of_the_kernels_the_command_says_what_to_do(monkeypatch,
     monkeypatch.setattr(build_variants, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="make ext"):
         build_variants.own_command()
+
+
+def test_triton_is_tuned_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="tuning: (no GPU|triton is not installed)"):
+        triton_configs.main([])

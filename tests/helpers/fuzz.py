@@ -1,5 +1,4 @@
-"""Differential fuzzing: random configurations of every op, and of whole cache streams, against the float64
-oracle.
+"""Differential fuzzing: random configurations of every op and of whole streams, against a float64 oracle.
 
     python tests/helpers/fuzz.py                                   all ops, seeds 0:200
     python tests/helpers/fuzz.py --op rope_append --seeds 0:2000
@@ -8,8 +7,7 @@ oracle.
 A seed is one configuration: sizes, dtype, strides, options and numbers. Even seeds draw numbers that the op's
 arithmetic represents exactly, and demand equality; odd seeds draw from a normal distribution, and allow twice
 the error of eager PyTorch in the same dtype (testing.assert_within_eager). Tensors are views of larger
-buffers whose other elements are poison: they must come back unchanged. Whatever a configuration raises is a
-failure, running out of memory included.
+buffers whose other elements are poison: they must come back unchanged. Whatever is raised is a failure.
 """
 
 import argparse
@@ -38,6 +36,8 @@ from rf_kernels.testing import assert_equal_bits, assert_within_eager, max_error
 
 TRITON = os.environ.get("RF_BACKEND") == "triton"  # no float64; and small sizes, for its interpreter
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)[TRITON:]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import helpers.quick_interpreter  # noqa: F401
 
 
 class Draw:

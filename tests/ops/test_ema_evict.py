@@ -255,6 +255,19 @@ def test_alpha_one_keeps_and_alpha_zero_replaces(dtype, state):
     assert_equal_bits(replaced[1][:, 5:10], case.v[:, 20:25])
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_alpha_zero_takes_every_value_as_it_is(dtype):
+    """Every finite number of a half precision, subnormal ones among them (but zero: 0 * state + -0 is 0)."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every.where(every.isfinite() & (every != 0), 1.0).view(1, 1, 512, 128)
+    k, v = (torch.cat((torch.zeros_like(every), every), 1) for _ in range(2))
+    schedule, turns = torch.tensor([[0, 1, 1]], dtype=torch.int32), torch.zeros(1, 2, 0, 2)
+    options = dict(schedule=schedule, turns=turns, alpha=0.0, frame_tokens=1, state="published")
+    rf.ema_evict(k, v, None, None, None, **options)
+    assert_equal_bits(k[:, :1], every)
+    assert_equal_bits(v[:, :1], every)
+
+
 def test_no_temporal_pairs_means_no_turn():
     """Slot and state are the same bits, and the state of the keys can be left to the slot, as for values."""
     for dtype, state in itertools.product(DTYPES, STATES):

@@ -97,14 +97,16 @@ def test_memory_bound_ops(target, dtype):
 # and in wide heads. Float32 has three products where half precision has one, and their operands beside them.
 def spills_allowed(target, dtype, head_dim):
     if dtype == torch.float32:
-        return 64
+        return 64 if head_dim <= 128 else 160  # 16 x 16 tiles are the smallest that a dot product takes
     return 0 if target in ("sm_80", "sm_90", "sm_100") and head_dim <= 128 else 32
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
-    [(HALF, 64), (HALF, 128), (torch.float16, 128), (HALF, 256), (torch.float32, 64), (torch.float32, 128)],
+    [(HALF, d) for d in (64, 128, 256)]
+    + [(torch.float16, 128)]
+    + [(torch.float32, d) for d in (64, 128, 256)],
     ids=str,
 )
 @pytest.mark.parametrize("target", TARGETS)
