@@ -7,8 +7,9 @@ memory-bound ops; for the Hopper attention kernels also the shapes of their matr
 loads, register hand-over, registers at launch, and that softmax really overlaps the matrix product: the
 exponentials of a key tile stand between the two waits of the main loop (a source that says so is not enough:
 ptxas moves waits). The main loop's instructions are counted: all of them, those of a tile in which no row
-rescales, those between the wait for O and the next product, those before K is handed back. Exits 1 when
-something is not as intended, 2 when it cannot look.
+rescales, those between the wait for O and the next product, those before K is handed back. Of the merge of
+split tiles the loads in flight are counted; of the memory-bound ops the instructions for 16 bytes and the
+loads in flight (issue_model.py). Exits 1 when something is not as intended, 2 when it cannot look.
 """
 
 import argparse
@@ -196,19 +197,21 @@ def loop_figures(loop) -> LoopFigures:
 # Per instantiation of the attention kernel: registers at launch, matrix shapes (QK^T, PV), exponentials of a
 # tile per thread. 64 rows x tile_n scores over 128 threads are tile_n / 2 exponentials; 2 more rescale the
 # two rows. Of the loop at most: executed instructions, those between the wait for O and the next product,
-# those before K is handed back.
+# those before K is handed back. 16-byte loads of the merge of two parts of a tile that are under way at once.
 _ATTENTION = {
     128: {
         "registers": 168,
         "products": ("64x176x16", "64x128x16"),
         "exponentials": 176 // 2,
         "loop": (560, 120, 40),
+        "merge": 17,
     },
     64: {
         "registers": 128,
         "products": ("64x128x16", "64x64x16"),
         "exponentials": 128 // 2,
         "loop": (430, 100, 40),
+        "merge": 9,
     },
 }
 _ATTENTION_VARIANTS = 8  # bf16 and fp16, head dims 64 and 128, one end for all rows or rows of their own
@@ -229,6 +232,9 @@ def check_attention(kernel: Kernel) -> list[str]:
         )
     if kernel.count("USETMAXREG") != 2:
         wrong.append(f"{kernel.count('USETMAXREG')} register hand-overs, intended 2")
+    merge = issue_model.loads_in_flight([text for _, text in kernel.instructions])
+    if merge < intended["merge"]:
+        wrong.append(f"{merge} loads of the merge in flight, intended {intended['merge']}")
     loop = main_loop(kernel)
     if not loop:
         return [*wrong, "no main loop with both matrix products"]

@@ -84,6 +84,16 @@ def late_release(instructions):
     return [(a, "NOP" if a == arrival else t) for a, t in instructions]
 
 
+def waits_in_merge(instructions):
+    """Every load of the merge is used before the next is issued."""
+    out = []
+    for address, text in instructions:
+        out.append((address, text))
+        if text.startswith("LDG.E.128"):
+            out.append((address, f"FADD R0, {text.split()[1]} R0"))
+    return out
+
+
 FINDINGS = {
     "softmax outside the overlap": (hoist_second_wait, "exponentials between the two waits"),
     "a spill": (lambda x: [*x, (0xFFFF0, "STL [R1], R4")], "1 local-memory accesses"),
@@ -101,6 +111,7 @@ FINDINGS = {
     "a longer loop": (in_loop("NOP", "FMNMX"), "instructions executed per key tile"),
     "a product that starts late": (in_loop("NOP", "F2FP"), "from the wait for O to the next product"),
     "a late release": (late_release, "K handed back"),
+    "a merge that waits": (waits_in_merge, "1 loads of the merge in flight"),
     "no loop": (lambda x: [(a, t.replace("BRA", "NOP")) for a, t in x], "no main loop"),
 }
 

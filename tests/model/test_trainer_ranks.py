@@ -54,14 +54,17 @@ def start(path: Path, networks: tuple[str, ...]) -> str:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("text", [TEACHER, DISTILL], ids=["teacher", "distill"])
-def test_two_ranks_are_one_process(text, tmp_path):
-    """Two with activation checkpointing, one without."""
+@pytest.mark.parametrize(
+    ("text", "heads"), [(TEACHER, 1), (DISTILL, 1), (DISTILL, 2)], ids=["teacher", "distill", "heads"]
+)
+def test_two_ranks_are_one_process(text, heads, tmp_path):
+    """Two with activation checkpointing, one without. The two split the batch, or share samples by heads."""
     config = tmp_path / "run.yaml"
     text += start(tmp_path / "start.safetensors", ("teacher", "generator"))
     moments = {}
     for ranks in (1, 2):
-        config.write_text(text + f"checkpointing: {'true' if ranks == 2 else 'false'}\n")
+        two = f"checkpointing: true\nhead_parallel: {heads}\n"
+        config.write_text(text + (two if ranks == 2 else ""))
         done = launch(config, tmp_path / str(ranks), ranks)
         assert done.returncode == 0, done.stderr[-4000:]
         moments[ranks] = first_moments(tmp_path / str(ranks) / "step-00000001", tmp_path / f"{ranks}.pt")

@@ -18,6 +18,7 @@ import rf_kernels as rf
 
 from .._check import expect
 from ..config import ModelConfig
+from .head_parallel import HeadParallel
 
 #: Keys and values of the text, ``[B, text_len, heads, head_dim]`` each.
 TextKeys = tuple[Tensor, Tensor]
@@ -51,6 +52,9 @@ class Projections(nn.Module):
     """q, k, v and output projections of an attention, and the RMSNorm of q and k over the whole model
     width."""
 
+    #: Set by ``head_parallel.parallelize_heads``.
+    parallel: HeadParallel | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.head_dim, self.eps = config.num_heads, config.head_dim, config.eps
@@ -69,6 +73,10 @@ class Projections(nn.Module):
         """Projected, neither normalised nor rotated: the ops do both."""
         return self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
 
+    def normed_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected and normalised, not rotated: where this rank will not see all heads of a token."""
+        return self.split(self.norm_q(self.q(x))), self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
 
 class CausalSelfAttention(Projections):
     """Self-attention of one chunk over sink, window and itself, through one layer of a
@@ -77,6 +85,9 @@ class CausalSelfAttention(Projections):
     def forward(self, x: Tensor, layer: int, chunk: rf.Chunk) -> Tensor:
         """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into the cache's
         ``layer``."""
+        if self.parallel is not None:
+            q, k, v = (self.parallel.to_heads(t, chunk.frames) for t in self.normed_qkv(x))
+            return self.o(self.parallel.to_tokens(chunk.attend(layer, q, k, v), chunk.frames).flatten(2))
         q, k, v = self.raw_qkv(x)
         y = chunk.attend(layer, q, k, v, q_norm=self.norm_q, k_norm=self.norm_k, norm="model", eps=self.eps)
         return self.o(y.flatten(2))
@@ -86,7 +97,7 @@ class BidirectionalSelfAttention(Projections):
     """Self-attention over a whole sequence."""
 
     def _rotate(
-        self, x: Tensor, tokens: int, norm: nn.Module, angles: Tensor, axes: list[int], layout: str
+        self, x: Tensor, tokens: int, norm: nn.Module | None, angles: Tensor, axes: list[int], layout: str
     ) -> Tensor:
         weight = getattr(norm, "weight", None)
         y = rf.rope(
@@ -98,10 +109,16 @@ class BidirectionalSelfAttention(Projections):
         """x ``[B, N, dim]`` -> the same. Tokens from ``tokens`` on are padding: no query sees them, and they
         have no position.
         """
-        q, k, v = self.raw_qkv(x)
-        q = self._rotate(q, tokens, self.norm_q, angles, axes, layout)
-        k = self._rotate(k, tokens, self.norm_k, angles, axes, layout)
-        return self.o(rf.sink_window_attention(q, k, v, kv_tokens=tokens).flatten(2))
+        norm_q, norm_k = self.norm_q, self.norm_k
+        if self.parallel is None:
+            q, k, v = self.raw_qkv(x)
+        else:
+            q, k, v = (self.parallel.to_heads(t, 1) for t in self.normed_qkv(x))
+            norm_q = norm_k = None
+        q = self._rotate(q, tokens, norm_q, angles, axes, layout)
+        k = self._rotate(k, tokens, norm_k, angles, axes, layout)
+        y = rf.sink_window_attention(q, k, v, kv_tokens=tokens)
+        return self.o((y if self.parallel is None else self.parallel.to_tokens(y, 1)).flatten(2))
 
 
 class CrossAttention(Projections):
@@ -185,6 +202,8 @@ class WanTransformer(nn.Module):
     self_attention: type[Projections]
     #: Activation checkpointing, block by block.
     checkpointing: bool = False
+    #: Tokens and heads over ranks: ``head_parallel.parallelize_heads``.
+    parallel: HeadParallel | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -249,18 +268,26 @@ class WanTransformer(nn.Module):
         return embedding, self.time_projection(embedding).unflatten(-1, (6, self.config.dim))
 
     def _run(
-        self, tokens: Tensor, t: Tensor, text: list[TextKeys] | Tensor, attention: Callable[[int], tuple]
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        text: list[TextKeys] | Tensor,
+        attention: Callable[[int], tuple],
+        frames: int = 1,
     ) -> Tensor:
         """Blocks and head over embedded tokens ``[B, N, dim]``; ``attention(layer)``: what its self-attention
-        takes beside x.
+        takes beside x. ``frames``: parts of the sequence of which each rank takes its share.
         """
+        parallel = self.parallel
+        tokens = tokens if parallel is None else parallel.split(tokens, frames)
         embedding, projected = self._embed_time(t)
         text = [self._embed_text(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         for layer, block in enumerate(self.blocks):
             tokens = block(
                 tokens, projected, text[layer], *attention(layer), checkpointing=self.checkpointing
             )
-        return self.head(tokens, embedding)
+        y = self.head(tokens, embedding)
+        return y if parallel is None else parallel.gather(y, frames)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """Latent ``[B, C, F, H, W]`` -> embedded tokens ``[B, F * h * w, dim]``."""

@@ -90,5 +90,5 @@ class CausalWanModel(WanTransformer):
         self._expect(
             spec.layers == len(self.blocks), "chunk", f"a cache of {len(self.blocks)} layers", spec.layers
         )
-        y = self._run(self._patchify(x), t, text, lambda layer: (layer, chunk))
+        y = self._run(self._patchify(x), t, text, lambda layer: (layer, chunk), grid[0])
         return self._unpatchify(y, grid).to(x.dtype)

@@ -116,6 +116,8 @@ class TrainConfig:
         distill: distribution matching.
         teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from
             the teacher).
+        head_parallel: ranks that share a sample, by tokens and, in self-attention, by heads ("teacher" and
+            "distill").
         checkpointing: keep a block's input alone for backward, and compute the block again there.
         prompts: text file of the world's prompts, one a line; "" trains on all of them.
         save_every: steps between checkpoints; 0 saves at the end alone.
@@ -142,6 +144,7 @@ class TrainConfig:
     teacher: str = ""
     generator: str = ""
     critic: str = ""
+    head_parallel: int = 1
     checkpointing: bool = False
     prompts: str = ""
     save_every: int = 0
@@ -151,7 +154,9 @@ class TrainConfig:
         expect(self.stage in STAGES, "TrainConfig", "stage", f"one of {STAGES}", repr(self.stage))
         known = self.compute in COMPUTE
         expect(known, "TrainConfig", "compute", f"one of {COMPUTE}", repr(self.compute))
-        for name in ("frames", "batch", "accumulate", "steps", "teacher_steps"):
+        whole = self.head_parallel == 1 or self.stage in ("teacher", "distill")
+        expect(whole, "TrainConfig", "head_parallel", f"1 in the stage {self.stage}", self.head_parallel)
+        for name in ("head_parallel", "frames", "batch", "accumulate", "steps", "teacher_steps"):
             expect(getattr(self, name) >= 1, "TrainConfig", name, "at least 1", getattr(self, name))
         for name in ("ema", "text_dropout"):
             expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))

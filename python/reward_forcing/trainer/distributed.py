@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .._check import expect
 from ..models.blocks import WanTransformer
 
 
@@ -84,6 +85,14 @@ def shard(model: WanTransformer, compute_dtype: torch.dtype | None = None) -> Wa
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def heads_mesh(size: int) -> DeviceMesh:
+    """The ranks that share a sample with this one: ``size`` neighbours."""
+    fits = world_size() % size == 0 and dist.is_initialized()
+    expect(fits, "TrainConfig", "head_parallel", f"a divisor of {world_size()} ranks", size)
+    kind = "cuda" if on_gpus() else "cpu"
+    return init_device_mesh(kind, (world_size() // size, size), mesh_dim_names=("data", "heads"))["heads"]
 
 
 def settle(model: nn.Module) -> None:

@@ -23,12 +23,13 @@ from ..checkpoint import check_state, read_checkpoint
 from ..config import ModelConfig
 from ..models import BidirectionalWanModel, CausalWanModel
 from ..models.blocks import WanTransformer
+from ..models.head_parallel import parallelize_heads
 from ..pipeline import StreamingPipeline
 from . import checkpoint
 from .average import WeightAverage
 from .config import OptimizerConfig, TrainConfig
 from .data import Source, WorldSource, read_prompts
-from .distributed import full, on_gpus, process_group, rank, shard, world_size
+from .distributed import full, heads_mesh, on_gpus, process_group, rank, shard, world_size
 from .draws import Draws
 from .rollout import Rollout
 from .samples import write_sample
@@ -116,7 +117,8 @@ class DistillStage:
         if config.distill.objective == "re_dmd" and reward is None:
             reward = rewards.OpticalFlowDynamics()
         # Sharded parameters are float32 whatever the blocks compute in.
-        cache = {"dtype": getattr(torch, config.compute)}
+        heads = config.model.num_heads // config.head_parallel
+        cache = {"dtype": getattr(torch, config.compute), "heads": heads}
         rollout = Rollout(StreamingPipeline(generator, config.stream), cache=cache)
         self.distillation = Distillation(config, rollout, teacher, critic, source, draws, reward)
         distill = config.distill
@@ -205,16 +207,17 @@ def run(config: TrainConfig, out: str | Path) -> Path:
 # ---- parts -------------------------------------------------------------------------------------------------
 def _micro_steps(config: TrainConfig, loss: Callable[[list[int]], Tensor], backward: bool):
     """The micro-steps of one optimizer step: each takes its own part of the step's global sample indices."""
+    shares = max(1, world_size() // config.head_parallel)
     expect(
-        config.batch % world_size() == 0,
+        config.batch % shares == 0,
         "TrainConfig",
         "batch",
-        f"a multiple of {world_size()} ranks",
+        f"a multiple of {shares}, the ranks by head_parallel",
         config.batch,
     )
-    mine = config.batch // world_size()
+    mine = config.batch // shares
     for micro in range(config.accumulate):
-        first = micro * config.batch + rank() * mine
+        first = micro * config.batch + rank() // config.head_parallel * mine
         samples = list(range(first, first + mine))
 
         def run(samples=samples):
@@ -250,6 +253,8 @@ def _network(
     else:  # the output starts at zero: a random flow would have to be unlearnt first
         nn.init.zeros_(model.head.head.weight)
         nn.init.zeros_(model.head.head.bias)
+    if config.head_parallel > 1:
+        parallelize_heads(model, heads_mesh(config.head_parallel))
     return shard(model.to(dtype), getattr(torch, config.compute))
 
 

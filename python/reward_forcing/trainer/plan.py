@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import rf_kernels as rf
 
+from .._check import expect
 from ..config import ModelConfig
 from ..models import BidirectionalWanModel, CausalWanModel
 from ..models.blocks import WanTransformer
@@ -93,6 +94,8 @@ def plan(config: TrainConfig, ranks: int, *, height: int, width: int) -> dict:
         peak of activations, which come and go), ``cache``, and ``total``: all that stays, and the largest of
         what comes and goes.
     """
+    known = config.head_parallel == 1
+    expect(known, "plan", "head_parallel", "1: samples shared by ranks are not planned", config.head_parallel)
     dtype = getattr(torch, config.compute)
     samples = max(1, config.batch // ranks)
     found = {"ranks": ranks, "samples_per_rank": samples, "networks": {}, "cache": 0}

@@ -147,6 +147,7 @@ class TeacherForcedWan(WanTransformer):
         self._expect(
             same, "clean, t", f"{tuple(noisy.shape)} and [B, F]", (tuple(clean.shape), tuple(t.shape))
         )
+        self._expect(self.parallel is None, "self", "tokens and heads on one rank", "a head-parallel model")
         rule = StreamRule(stream, frames, tuple(grid), self.config.rope)
         tokens = torch.cat([self._patchify(clean), self._patchify(noisy)], dim=1)
         times = torch.cat([torch.full_like(t, t_context), t], dim=1)
