@@ -181,8 +181,8 @@ def test_longer_code_is_found(usual):
         assert issue_model.issue(longer, intended).instructions == pytest.approx(
             before + 900 / intended.turns
         )
-        at = 1 + max(i for i, (_, text) in enumerate(code) if text.startswith("BAR"))
-        longer = dataclasses.replace(kernel, instructions=[*code[:at], *padding, *code[at:]])
+        loop = [x for one in code for x in ([one, *padding] if one[1].startswith("BAR") else [one])]
+        longer = dataclasses.replace(kernel, instructions=loop)
         assert any("instructions, intended" in x for x in issue_model.check([longer])), intended.label
 
 
