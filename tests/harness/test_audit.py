@@ -36,7 +36,10 @@ def test_the_library_is_as_intended(hopper):
 
 def test_every_variant_of_attention_is_there(attention):
     assert sorted(map(audit.short_title, attention)) == [
-        f"sink_window_attention_fwd_sm90<{dtype}, D {d}>" for dtype in ("bf16", "f16") for d in (128, 64)
+        f"sink_window_attention_fwd_sm90<{keys}{dtype}, D {d}>"
+        for keys in ("", "rows, ")
+        for dtype in ("bf16", "f16")
+        for d in (128, 64)
     ]
 
 
