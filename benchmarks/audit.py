@@ -214,7 +214,7 @@ _ATTENTION = {
         "merge": 9,
     },
 }
-_ATTENTION_VARIANTS = 4  # bf16 and fp16, head dims 64 and 128
+_ATTENTION_VARIANTS = 8  # bf16 and fp16, head dims 64 and 128, one end for all rows or rows of their own
 
 
 def check_attention(kernel: Kernel) -> list[str]:
@@ -354,8 +354,12 @@ def short_title(kernel: Kernel) -> str:
     """The function's own name and what distinguishes its instantiation."""
     match = re.search(r"([A-Za-z_]\w*)(<.*)?$", kernel.title)
     arguments = match[2] or ""
-    marks = re.findall(r"bf16|f16|kFwdConfigHeadDim\d+|\bfloat\b|\bdouble\b|\(bool\)[01]|\b\d+\b", arguments)
-    marks = [m.replace("kFwdConfigHeadDim", "D ").replace("(bool)", "") for m in marks]
+    marks = re.findall(
+        r"Rows|bf16|f16|kFwdConfigHeadDim\d+|\bfloat\b|\bdouble\b|\(bool\)[01]|\b\d+\b", arguments
+    )
+    marks = [
+        m.replace("kFwdConfigHeadDim", "D ").replace("(bool)", "").replace("Rows", "rows") for m in marks
+    ]
     return match[1] + (f"<{', '.join(marks)}>" if marks else "")
 
 

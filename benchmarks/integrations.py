@@ -295,6 +295,7 @@ class LongLive2(Rig):
 
     def load(self):
         _stubs("transformers.models.x_clip.modeling_x_clip", "utils.dataset")
+        sys.modules["utils.dataset"].DEFAULT_SCENE_CUT_PREFIX = "The scene changes: "
         super().load()
         self.code._TRITON_ROPE_ENABLED = self.code._TRITON_ADALN_ENABLED = False
         self.code._FREQS_I_CACHE_ENABLED = False

@@ -33,12 +33,13 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
   define("sink_window_attention",
          "(Tensor q, Tensor k, Tensor v, SymInt? kv_tokens, float softmax_scale, "
-         "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, bool deterministic=False) -> "
-         "(Tensor out, Tensor lse)");
+         "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, bool deterministic=False, "
+         "Tensor? row_kv_tokens=None, Tensor? kv_bias=None) -> (Tensor out, Tensor lse)");
   m.def(
       "sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "
-      "int? num_window_tokens) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "int? num_window_tokens, Tensor? row_kv_tokens=None, Tensor? kv_bias=None) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   define("rope",
          "(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps) -> "
          "Tensor");
@@ -67,12 +68,13 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
   m.def(
       "triton_sink_window_attention(Tensor q, Tensor k, Tensor v, int? kv_tokens, float softmax_scale, "
-      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, Tensor(a!) out, Tensor(b!) lse) -> "
-      "()");
+      "int[]? chunk_ends, int num_sink_tokens, int? num_window_tokens, Tensor? row_kv_tokens, "
+      "Tensor? kv_bias, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "triton_sink_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, int? kv_tokens, float softmax_scale, int[]? chunk_ends, int num_sink_tokens, "
-      "int? num_window_tokens, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
+      "int? num_window_tokens, Tensor? row_kv_tokens, Tensor? kv_bias, Tensor(a!) grad_q, "
+      "Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
   m.def(
       "triton_rope(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps, "
       "Tensor(a!) out) -> ()");

@@ -58,7 +58,7 @@ def attention(dtype, head_dim, device, tokens, heads) -> Iterator[Problem]:
         torch.randn(1, 3 * tokens, heads, head_dim, device=device).to(dtype) for _ in "1234"
     )
     lse = torch.empty(1, heads, tokens, device=device)
-    options = (3 * tokens, head_dim**-0.5, None, 0, None)
+    options = (3 * tokens, head_dim**-0.5, None, 0, None, None, None)
 
     def forward():
         op.sink_window_attention(q, k, v, *options, out, lse)

@@ -74,6 +74,11 @@ RF_DEVICE void increase_registers() {
   cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
+// Makes this thread's ordinary stores to shared memory visible to TMA and wgmma.
+RF_DEVICE void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Nothing that x depends on is scheduled below this point. ptxas moves a wgmma wait above the arithmetic in
 // front of it, and empty asm statements do not reach ptxas; a predicated store that never happens (x >= 0)
 // does, and it stays put.

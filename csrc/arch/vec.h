@@ -27,6 +27,23 @@ RF_DEVICE void global_store(void* p, const uint32_t (&v)[4]) {
 RF_DEVICE void global_store(float* p, float v) {
   *p = v;
 }
+RF_DEVICE void shared_store(void* p, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// Of memory that nobody writes while the kernel runs.
+RF_DEVICE int32_t global_load(const int32_t* p) {
+  return __ldg(p);
+}
+RF_DEVICE float global_load(const float* p) {
+  return __ldg(p);
+}
+RF_DEVICE void global_load(const float* p, float (&v)[2]) {
+  const float2 pair = __ldg(reinterpret_cast<const float2*>(p));
+  v[0] = pair.x;
+  v[1] = pair.y;
+}
 
 // ---- partial results between CTAs: through the L2 only (no stale L1 lines), ordered by a flag
 RF_DEVICE void partial_store(float* p, const float* v) {

@@ -53,8 +53,8 @@ struct Units {
 
 struct Config {
   int32_t vector;      // elements of one access: 16 bytes' worth, or 1
-  int32_t threads;     // of a CTA; a CTA serves one row
-  bool held;           // a row stays in registers
+  int32_t threads;     // of a CTA
+  bool held;           // rows stay in registers (held.h); a CTA then serves kHeldRows tokens, else one
   const char* reason;  // why this `vector`
   Units units;
 };
@@ -62,8 +62,10 @@ struct Config {
 // Sources of a row that one launch serves.
 constexpr int kGroup = 32;
 
-// Two units a lane keep a row in registers: 192 threads for 12 heads of 128 in half precision, 640 for 40.
-constexpr int kUnitsHeld = 2;
+// Where rows are held, a lane has one unit of the keys and one of the values: 192 lanes for 12 heads of 128
+// in half precision, 640 for 40. Tokens that share what a lane knows of its place: with more, an H200 would
+// have too few CTAs for the usual call (780 for 3 frames of 1,560 tokens; two or three fit on an SM at once).
+constexpr int kHeldRows = 6;
 
 // Of a CTA: what the registers that a thread needs without a spill leave (96, 128, 168).
 RF_HD constexpr int max_threads(EmaState state, bool held) {
@@ -101,11 +103,11 @@ inline Config choose_config(const Params& p) {
   config.reason = vectors ? "16-byte vectors"
                           : "scalar: an address, a stride or the head's layout is no multiple of 16 bytes";
   config.units = Units(p, config.vector);
-  const int64_t wanted = (int64_t{config.units.total} + kUnitsHeld - 1) / kUnitsHeld;
-  const int64_t lanes = (wanted + 31) / 32 * 32;
+  const int64_t keys = config.units.padded + config.units.plain - config.units.filled;
+  const int64_t lanes = (keys + 31) / 32 * 32;
   const bool one_vector = config.units.inside || config.units.paired == 0;
-  config.held = vectors && p.sources <= 1 && one_vector && config.units.padded <= lanes &&
-                lanes <= max_threads(p.state, true);
+  config.held =
+      vectors && p.sources <= 1 && one_vector && p.k_state != nullptr && lanes <= max_threads(p.state, true);
   config.threads =
       static_cast<int32_t>(config.held ? lanes : std::min<int64_t>(lanes, max_threads(p.state, false)));
   return config;

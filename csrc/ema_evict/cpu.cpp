@@ -39,7 +39,7 @@ void rows(const Params& p) {
     const int64_t t = row % p.frame_tokens, j = row / p.frame_tokens % p.sink_frames;
     const int64_t b = row / p.frame_tokens / p.sink_frames;
     for (int first = 0; first == 0 || first < p.sources; first += kGroup)
-      evict_row<T, kState, N, false>(p, units, b, j, t, first, OneLane{});
+      evict_row<T, kState, N>(p, units, b, j, t, first, OneLane{});
   });
 }
 

@@ -78,14 +78,14 @@ struct Place {
 };
 
 // What a lane reads of a unit before anything is decided: the state and one source.
-template <typename T, int N, int kVecs>
+template <typename T, int N>
 struct Data {
-  Vec<T, N> hi[kVecs], lo[kVecs], x[kVecs];
-  Vec<float, N> f32[kVecs];
+  Vec<T, N> hi[2], lo[2], x[2];
+  Vec<float, N> f32[2];
 };
 
-// A unit of a row: at `at`, of one stream. kVecs: vectors that it has at most.
-template <typename T, EmaState kState, int N, int kVecs>
+// A unit of a row: at `at`, of one stream.
+template <typename T, EmaState kState, int N>
 struct UnitOf {
   using A = acc_t<T>;
   const Params& p;
@@ -116,14 +116,13 @@ struct UnitOf {
     return at.kind == Unit::kIdle || (!separate && !group.init && !fuses);
   }
 
-  RF_HD void load_source(int i, Data<T, N, kVecs>& d) const {
+  RF_HD void load_source(int i, Data<T, N>& d) const {
     if (at.kind == Unit::kIdle) return;
     const T* source = frame0 + group.source[i] * stride_f;
     d.x[0] = load_vec<N>(source + at.dim[0]);
-    if constexpr (kVecs == 2)
-      if (at.kind == Unit::kAcross) d.x[1] = load_vec<N>(source + at.dim[1]);
+    if (at.kind == Unit::kAcross) d.x[1] = load_vec<N>(source + at.dim[1]);
   }
-  RF_HD void load_state(int q, Data<T, N, kVecs>& d) const {
+  RF_HD void load_state(int q, Data<T, N>& d) const {
     if (kState == EmaState::kFloat32 && !group.init) {
       d.f32[q] = load_vec<N>(f32 + at.dim[q]);
       return;
@@ -131,13 +130,13 @@ struct UnitOf {
     d.hi[q] = load_vec<N>(group.init || !separate ? slot(q) : hi + at.dim[q]);
     if (kState == EmaState::kCompensated && !group.init) d.lo[q] = load_vec<N>(lo + at.dim[q]);
   }
-  RF_HD void load_state(Data<T, N, kVecs>& d) const {
+  RF_HD void load_state(Data<T, N>& d) const {
     load_state(0, d);
-    if (kVecs == 2 && at.kind == Unit::kAcross) load_state(kVecs - 1, d);
+    if (at.kind == Unit::kAcross) load_state(1, d);
   }
-  RF_HD bool finite(const Data<T, N, kVecs>& d) const {
+  RF_HD bool finite(const Data<T, N>& d) const {
     if (at.kind == Unit::kIdle) return true;
-    if (kVecs == 2 && at.kind == Unit::kAcross && !all_finite(d.x[kVecs - 1])) return false;
+    if (at.kind == Unit::kAcross && !all_finite(d.x[1])) return false;
     return all_finite(d.x[0]);
   }
 
@@ -163,7 +162,7 @@ struct UnitOf {
     }
   }
 
-  RF_HD void state_of(const Data<T, N, kVecs>& d, int q, A (&s)[N]) const {
+  RF_HD void state_of(const Data<T, N>& d, int q, A (&s)[N]) const {
     if (kState == EmaState::kFloat32 && !group.init) {
       RF_UNROLL
       for (int e = 0; e < N; ++e) s[e] = d.f32[q].v[e];
@@ -198,17 +197,16 @@ struct UnitOf {
     }
   }
 
-  // kHeld: d.x is the group's one source; else sources are read here.
-  template <Unit kUnit, bool kHeld>
-  RF_HD void finish_as(Data<T, N, kVecs>& d) const {
+  template <Unit kUnit>
+  RF_HD void finish_as(Data<T, N>& d) const {
     constexpr int kUsed = kUnit == Unit::kAcross ? 2 : 1;
     A s[kUsed][N];
     RF_UNROLL
     for (int q = 0; q < kUsed; ++q) state_of(d, q, s[q]);
     RF_NO_UNROLL
-    for (int i = 0; i < (kHeld ? 1 : group.size); ++i) {
+    for (int i = 0; i < group.size; ++i) {
       if ((group.fuse >> i & 1u) == 0) continue;
-      if constexpr (!kHeld) load_source(i, d);
+      load_source(i, d);
       A x[kUsed][N];
       RF_UNROLL
       for (int q = 0; q < kUsed; ++q) vec_to_acc(d.x[q], x[q]);
@@ -225,26 +223,18 @@ struct UnitOf {
     RF_UNROLL
     for (int q = 0; q < kUsed; ++q) store_global(slot(q), vec_from_acc<T>(s[q]));
   }
-  // kTurns: whether it may have pairs inside of its vector.
-  template <bool kHeld, bool kTurns>
-  RF_HD void finish(Data<T, N, kVecs>& d) const {
+  RF_HD void finish(Data<T, N>& d) const {
     if (untouched(group.fuse != 0)) return;
-    if (N > 1 && kTurns && at.kind == Unit::kInside)
-      return finish_as<(N > 1 ? Unit::kInside : Unit::kPlain), kHeld>(d);
-    if constexpr (kVecs == 2)
-      if (at.kind == Unit::kAcross) return finish_as<Unit::kAcross, kHeld>(d);
-    finish_as<Unit::kPlain, kHeld>(d);
+    if (N > 1 && at.kind == Unit::kInside) return finish_as<(N > 1 ? Unit::kInside : Unit::kPlain)>(d);
+    if (at.kind == Unit::kAcross) return finish_as<Unit::kAcross>(d);
+    finish_as<Unit::kPlain>(d);
   }
 };
 
 // Sources first .. first + 31 of row (b, j, t). A source outside the frames after the sink is left out: on
 // the GPU, where nobody has looked at the schedule, it would be a read out of bounds or of a slot that
 // another row writes.
-//
-// kHeld: at most one source a row, kUnitsHeld units a lane, no unit of two vectors, and none with pairs among
-// the second ones (choose_config). Then all reads are under way before the vote and
-// none is repeated. As a kernel of its own, because both in one spill.
-template <typename T, EmaState kState, int N, bool kHeld, typename Lanes>
+template <typename T, EmaState kState, int N, typename Lanes>
 RF_HD void evict_row(const Params& p, const Units& units, int64_t b, int64_t j, int64_t t, int first,
                      const Lanes& lanes) {
   const int32_t* entry = p.schedule + b * p.schedule_stride_b + j * (2 + p.sources);
@@ -285,57 +275,36 @@ RF_HD void evict_row(const Params& p, const Units& units, int64_t b, int64_t j, 
   group.last = first + group.size == count;
   group.fuse = 0;
   const auto inside = [&](int i) { return group.source[i] >= p.sink_frames && group.source[i] < p.frames; };
-  using Body = UnitOf<T, kState, N, kHeld ? 1 : 2>;
+  using Body = UnitOf<T, kState, N>;
   int skipped = 0;
 
-  if constexpr (kHeld) {
-    const Place first_place(p, units, lanes.lane), second_place(p, units, lanes.lane + lanes.lanes);
-    const Body one(p, group, k, v, first_place), two(p, group, k, v, second_place);
-    Data<T, N, kHeld ? 1 : 2> one_data, two_data;
-    const bool fuses = group.size == 1 && inside(0);
-    if (fuses) {
-      one.load_source(0, one_data);
-      two.load_source(0, two_data);
-    }
-    if (!one.untouched(fuses)) one.load_state(one_data);
-    if (!two.untouched(fuses)) two.load_state(two_data);
-    if (fuses) {
-      if (!p.skip_nonfinite || lanes.all(one.finite(one_data) && two.finite(two_data)))
-        group.fuse = 1;
-      else
-        skipped = 1;
-    }
-    one.template finish<true, true>(one_data);
-    two.template finish<true, false>(two_data);
-  } else {
-    RF_NO_UNROLL
-    for (int i = 0; i < group.size; ++i) {
-      if (!inside(i)) continue;
-      bool finite = true;
-      if (p.skip_nonfinite) {
-        RF_NO_UNROLL
-        for (int u = lanes.lane; u < units.total; u += lanes.lanes) {
-          const Place place(p, units, u);
-          const Body body(p, group, k, v, place);
-          Data<T, N, kHeld ? 1 : 2> data;
-          body.load_source(i, data);
-          finite = finite && body.finite(data);
-        }
-        finite = lanes.all(finite);
+  RF_NO_UNROLL
+  for (int i = 0; i < group.size; ++i) {
+    if (!inside(i)) continue;
+    bool finite = true;
+    if (p.skip_nonfinite) {
+      RF_NO_UNROLL
+      for (int u = lanes.lane; u < units.total; u += lanes.lanes) {
+        const Place place(p, units, u);
+        const Body body(p, group, k, v, place);
+        Data<T, N> data;
+        body.load_source(i, data);
+        finite = finite && body.finite(data);
       }
-      if (finite)
-        group.fuse |= 1u << i;
-      else
-        ++skipped;
+      finite = lanes.all(finite);
     }
-    RF_NO_UNROLL
-    for (int u = lanes.lane; u < units.total; u += lanes.lanes) {
-      const Place place(p, units, u);
-      const Body body(p, group, k, v, place);
-      Data<T, N, kHeld ? 1 : 2> data;
-      if (!body.untouched(group.fuse != 0)) body.load_state(data);
-      body.template finish<false, true>(data);
-    }
+    if (finite)
+      group.fuse |= 1u << i;
+    else
+      ++skipped;
+  }
+  RF_NO_UNROLL
+  for (int u = lanes.lane; u < units.total; u += lanes.lanes) {
+    const Place place(p, units, u);
+    const Body body(p, group, k, v, place);
+    Data<T, N> data;
+    if (!body.untouched(group.fuse != 0)) body.load_state(data);
+    body.finish(data);
   }
   if (skipped != 0 && p.skipped != nullptr) lanes.count(p.skipped, skipped);
 }

@@ -41,22 +41,25 @@ RF_HD A ema_tail(A value, A hi) {
   return add_rn(value, -hi);
 }
 
+// alpha * state + (1 - alpha) * x in eager PyTorch: both products and the sum are rounded to T.
+template <typename T, int N>
+RF_HD Vec<T, N> ema_fuse_published(const EmaWeights<acc_t<T>>& w, const acc_t<T> (&state)[N],
+                                   const acc_t<T> (&x)[N]) {
+  acc_t<T> a[N], b[N];
+  RF_UNROLL
+  for (int e = 0; e < N; ++e) a[e] = mul_rn(w.keep, state[e]), b[e] = mul_rn(w.take, x[e]);
+  return vec_add(vec_from_acc<T>(a), vec_from_acc<T>(b));
+}
+
 // One eviction of N elements. `state` and the result are what the state's storage holds, so that keeping it
 // in a register over several evictions and storing it after each of them give the same bits.
 template <typename T, EmaState kState, int N>
 RF_HD void ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> (&state)[N], const acc_t<T> (&x)[N]) {
   using A = acc_t<T>;
-  A a[N], b[N];
   if constexpr (kState == EmaState::kPublished) {
-    // alpha * state + (1 - alpha) * x in eager PyTorch: both products and the sum are rounded to T.
-    RF_UNROLL
-    for (int e = 0; e < N; ++e) a[e] = mul_rn(w.keep, state[e]), b[e] = mul_rn(w.take, x[e]);
-    vec_to_acc(vec_from_acc<T>(a), a);
-    vec_to_acc(vec_from_acc<T>(b), b);
-    RF_UNROLL
-    for (int e = 0; e < N; ++e) a[e] = add_rn(a[e], b[e]);
-    vec_to_acc(vec_from_acc<T>(a), state);
+    vec_to_acc(ema_fuse_published<T>(w, state, x), state);
   } else {
+    A a[N], b[N];
     // keep_tail * state is added to the small term first: there it is not rounded away.
     RF_UNROLL
     for (int e = 0; e < N; ++e)
@@ -78,15 +81,24 @@ RF_HD void ema_fuse(const EmaWeights<acc_t<T>>& w, acc_t<T> (&state)[N], const a
   }
 }
 
-// (x, y) turned by the angle of (cosine, sine); the angle zero changes no bit (x * 1 - y * 0 would, in the
-// sign of a zero and beside an infinity).
+// Whether the angle of (cosine, sine) is not zero.
 template <typename A>
-RF_HD void turn_pair(A cosine, A sine, A& x, A& y) {
-  const bool identity = cosine == A(1) && sine == A(0);
+RF_HD bool turns(A cosine, A sine) {
+  return !(cosine == A(1) && sine == A(0));
+}
+
+// (x, y) turned by the angle of (cosine, sine). `turned` = turns(cosine, sine): the angle zero changes no bit
+// (x * 1 - y * 0 would, in the sign of a zero and beside an infinity).
+template <typename A>
+RF_HD void turn_pair(bool turned, A cosine, A sine, A& x, A& y) {
   const A tx = fma_rn(x, cosine, -mul_rn(y, sine));
   const A ty = fma_rn(x, sine, mul_rn(y, cosine));
-  x = identity ? x : tx;
-  y = identity ? y : ty;
+  x = turned ? tx : x;
+  y = turned ? ty : y;
+}
+template <typename A>
+RF_HD void turn_pair(A cosine, A sine, A& x, A& y) {
+  turn_pair(turns(cosine, sine), cosine, sine, x, y);
 }
 
 }  // namespace rf

@@ -92,6 +92,28 @@ RF_HD void store_global(T* p, const Vec<T, N>& value) {
   store_vec(p, value);
 }
 
+// The same where `active`: under a predicate, not a branch.
+template <int N, typename T>
+RF_HD void store_global_if(bool active, T* p, const Vec<T, N>& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(value) % 16 == 0) {
+    RF_UNROLL
+    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
+      uint4 raw;
+      memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
+      asm volatile(
+          "{ .reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.wb.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(
+              static_cast<uint32_t>(active)),
+          "l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i)), "r"(raw.x), "r"(raw.y), "r"(raw.z),
+          "r"(raw.w)
+          : "memory");
+    }
+    return;
+  }
+#endif
+  if (active) store_vec(p, value);
+}
+
 // Whether all are finite. Half precision two at a time: of an exponent of ones, one more is a carry into the
 // sign's place.
 template <typename T, int N>
@@ -158,6 +180,37 @@ RF_HD Vec<T, N> vec_from_acc(const A (&x)[N]) {
     for (int e = 0; e < N; ++e) out.v[e] = from_acc<T>(x[e]);
   }
   return out;
+}
+
+// The sums, each rounded to T. In half precision the GPU adds two to an instruction: rounded once, which
+// gives what the sum in float32 and then rounded gives (24 bits are twice the 11 of fp16 and two more).
+template <typename T, int N>
+RF_HD Vec<T, N> vec_add(const Vec<T, N>& x, const Vec<T, N>& y) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    Vec<T, N> out;
+    RF_UNROLL
+    for (int e = 0; e < N; e += 2) {
+      uint32_t a, b, sum;
+      memcpy(&a, &x.v[e], sizeof(a));
+      memcpy(&b, &y.v[e], sizeof(b));
+      if constexpr (std::is_same_v<T, bf16>)  // sm_80 has no addition, but x * 1 + y
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+      else
+        asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+      memcpy(&out.v[e], &sum, sizeof(sum));
+    }
+    return out;
+  } else
+#endif
+  {
+    acc_t<T> a[N], b[N];
+    vec_to_acc(x, a);
+    vec_to_acc(y, b);
+    RF_UNROLL
+    for (int e = 0; e < N; ++e) a[e] = add_rn(a[e], b[e]);
+    return vec_from_acc<T>(a);
+  }
 }
 
 }  // namespace rf

@@ -83,14 +83,27 @@ void run_units(bool single, const F& f) {
 
 // ---- One interval of keys. The kernels take [B, H, S, D] by strides: a transposed view, no copy.
 
-Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, double softmax_scale) {
+// The kernel's mask, added to the logits: float, or double where that is the dtype of q. It broadcasts.
+KeyBias mask_of(const KeyBias& bias, const Tensor& q) {
+  if (!bias.has_value()) return {};
+  Tensor mask = torch::stable::to(*bias, lse_dtype(q));
+  mask = torch::stable::unsqueeze(mask, 1);
+  return torch::stable::unsqueeze(mask, 1);
+}
+KeyBias sample(const KeyBias& bias, int64_t b) {
+  return bias.has_value() ? KeyBias(sample(*bias, b)) : KeyBias();
+}
+
+Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, const KeyBias& bias,
+                     double softmax_scale) {
   const Tensor q = pad_rows(queries, 1);
   const int64_t batch = q.size(0), heads = q.size(2), rows = queries.size(1);
   if (!samples_align(q) || !samples_align(k)) {
     const Attended all{new_empty(queries, queries.sizes()),
                        new_empty(queries, {batch, heads, rows}, lse_dtype(queries))};
     for (int64_t b = 0; b < batch; ++b) {
-      const Attended one = attend_keys(sample(queries, b), sample(k, b), sample(v, b), softmax_scale);
+      const Attended one =
+          attend_keys(sample(queries, b), sample(k, b), sample(v, b), sample(bias, b), softmax_scale);
       set_sample(all.out, b, one.out);
       set_sample(all.lse, b, one.lse);
     }
@@ -100,22 +113,23 @@ Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, do
   run_units(batch * heads == 1 && q.size(1) == kMinQueries, [&] {
     result = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", 2, transpose(align(q), 1, 2),
                        transpose(align(k), 1, 2), transpose(align(v), 1, 2),
-                       /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::optional<Tensor>(),
+                       /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/mask_of(bias, q),
                        std::optional<double>(softmax_scale));
   });
   return {slice(transpose(result[0], 1, 2), 1, 0, rows), slice(result[1], 2, 0, rows)};
 }
 
 Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& k, const Tensor& v,
-                   const Attended& whole, double softmax_scale) {
+                   const KeyBias& bias, const Attended& whole, double softmax_scale) {
   const Tensor q = repeat_last_row(queries, 1);
   const int64_t batch = q.size(0), rows = queries.size(1);
   if (!samples_align(q) || !samples_align(k)) {
     const Gradients all{new_empty(queries, queries.sizes()), new_empty(k, k.sizes()),
                         new_empty(v, v.sizes())};
     for (int64_t b = 0; b < batch; ++b) {
-      const Gradients one = backward(sample(grad_out, b), sample(queries, b), sample(k, b), sample(v, b),
-                                     {sample(whole.out, b), sample(whole.lse, b)}, softmax_scale);
+      const Gradients one =
+          backward(sample(grad_out, b), sample(queries, b), sample(k, b), sample(v, b), sample(bias, b),
+                   {sample(whole.out, b), sample(whole.lse, b)}, softmax_scale);
       set_sample(all.q, b, one.q);
       set_sample(all.k, b, one.k);
       set_sample(all.v, b, one.v);
@@ -128,7 +142,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& 
                      transpose(align(pad_rows(grad_out, 1)), 1, 2), transpose(align(q), 1, 2),
                      transpose(align(k), 1, 2), transpose(align(v), 1, 2),
                      transpose(pad_rows(whole.out, 1), 1, 2), repeat_last_row(whole.lse, 2),
-                     /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::optional<Tensor>(),
+                     /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/mask_of(bias, q),
                      std::optional<double>(softmax_scale));
   });
   return {slice(transpose(grad[0], 1, 2), 1, 0, rows), transpose(grad[1], 1, 2), transpose(grad[2], 1, 2)};
@@ -166,40 +180,45 @@ void for_each_row(const Tensor& t, const F& f) {
 // Whether every logit of a query is -inf, the kernel having said that their softmax is empty or has lse = 0:
 // in the latter case the largest logit is in [-log(keys), 0].
 template <typename T>
-bool sees_nothing(const T* q, const Rows<const T>& k, int64_t b, int64_t head, int64_t keys, int64_t dim,
-                  double softmax_scale) {
+bool sees_nothing(const T* q, const Rows<const T>& k, const float* bias, int64_t b, int64_t head,
+                  int64_t keys, int64_t dim, double softmax_scale) {
   using A = acc_t<T>;
   for (int64_t t = 0; t < keys; ++t) {
     const T* key = k.at(b, t, head);
     A logit = 0;
     for (int64_t d = 0; d < dim; ++d) logit += to_acc(q[d]) * to_acc(key[d]);
-    if (logit * static_cast<A>(softmax_scale) > A(-1e6)) return false;
+    if (logit * static_cast<A>(softmax_scale) + (bias == nullptr ? A(0) : A(bias[t])) > A(-1e6)) return false;
   }
   return true;
 }
 
 // The kernel gives a query whose logits are all -inf out = 0, which is right, and lse = 0: that becomes -inf.
 template <typename T>
-void mark_empty(const Tensor& queries, const Tensor& keys, double softmax_scale, const Attended& result) {
+void mark_empty(const Tensor& queries, const Tensor& keys, const KeyBias& bias, double softmax_scale,
+                const Attended& result) {
   using A = acc_t<T>;
   const int64_t heads = queries.size(2), dim = queries.size(3), group = heads / keys.size(2);
   const auto q = read_rows<T>(queries), k = read_rows<T>(keys), out = read_rows<T>(result.out);
   const auto lse = write_rows<A>(result.lse);
+  const auto* of_keys = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   for_each_row(queries, [&](int64_t b, int64_t n) {
+    const float* own = of_keys == nullptr ? nullptr : of_keys + b * bias->stride(0);
     for (int64_t h = 0; h < heads; ++h) {
       if (*lse.at(b, h, n) != A(0)) continue;
       const T* y = out.at(b, n, h);
       bool zero = true;
       for (int64_t d = 0; d < dim && zero; ++d) zero = to_acc(y[d]) == A(0);
-      if (zero && sees_nothing(q.at(b, n, h), k, b, h / group, keys.size(1), dim, softmax_scale))
+      if (zero && sees_nothing(q.at(b, n, h), k, own, b, h / group, keys.size(1), dim, softmax_scale))
         *lse.at(b, h, n) = -std::numeric_limits<A>::infinity();
     }
   });
 }
 
-Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
-  const Attended result = attend_keys(q, k, v, softmax_scale);
-  with_dtype(checked_dtype(kOp, "q", q), [&]<typename T>() { mark_empty<T>(q, k, softmax_scale, result); });
+Attended forward(const Tensor& q, const Tensor& k, const Tensor& v, const KeyBias& bias,
+                 double softmax_scale) {
+  const Attended result = attend_keys(q, k, v, bias, softmax_scale);
+  with_dtype(checked_dtype(kOp, "q", q),
+             [&]<typename T>() { mark_empty<T>(q, k, bias, softmax_scale, result); });
   return result;
 }
 

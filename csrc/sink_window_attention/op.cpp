@@ -46,13 +46,15 @@ void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 // Every query sees the first kv_tokens keys.
 std::vector<QueryChunk> dense_prefix(const Tensor& q, const Tensor& k, std::optional<int64_t> kv_tokens,
-                                     int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
+                                     const std::optional<Tensor>& row_kv_tokens, int64_t num_sink_tokens,
+                                     std::optional<int64_t> num_window_tokens) {
   RF_CHECK_ARG(num_sink_tokens == 0, kOp, "num_sink_tokens", "0 without `chunk_ends`", num_sink_tokens);
   RF_CHECK_ARG(!num_window_tokens.has_value(), kOp, "num_window_tokens", "None without `chunk_ends`",
                *num_window_tokens);
-  RF_CHECK_ARG(kv_tokens.has_value(), kOp, "kv_tokens",
-               "the number of valid tokens at the start of k and v, or `chunk_ends`", "None");
-  const int64_t tokens = k.size(1), valid = *kv_tokens;
+  RF_CHECK_ARG(kv_tokens.has_value() != row_kv_tokens.has_value(), kOp, "kv_tokens",
+               "the number of valid tokens at the start of k and v, or `chunk_ends`",
+               kv_tokens.has_value() ? "two of them" : "None");
+  const int64_t tokens = k.size(1), valid = kv_tokens.value_or(tokens);
   RF_CHECK_ARG(valid >= 0 && valid <= tokens, kOp, "kv_tokens",
                concat("0 to T = ", tokens, ", the tokens of k"), valid);
   KeyIntervals keys;
@@ -60,13 +62,54 @@ std::vector<QueryChunk> dense_prefix(const Tensor& q, const Tensor& k, std::opti
   return {{0, q.size(1), keys}};
 }
 
+// Rows of their own: a length for each. Their values are seen on the CPU alone; elsewhere the host would wait
+// for the device, and the kernels clamp them.
+std::optional<Tensor> checked_rows(const Tensor& q, const Tensor& k, const std::optional<Tensor>& rows) {
+  if (!rows.has_value()) return {};
+  constexpr const char* kLayout = "int32 [B], a number of valid tokens for each row";
+  check_dim(kOp, "kv_tokens", *rows, 1, kLayout);
+  check_dtype(kOp, "kv_tokens", *rows, ScalarType::Int);
+  check_same_device(kOp, "kv_tokens", *rows, q);
+  check_size(kOp, "kv_tokens", *rows, 0, q.size(0), kLayout);
+  const Tensor dense = torch::stable::contiguous(*rows);
+  if (dense.is_cpu()) {
+    const int64_t tokens = k.size(1);
+    const auto* valid = static_cast<const int32_t*>(dense.const_data_ptr());
+    for (int64_t b = 0; b < dense.size(0); ++b)
+      RF_CHECK_ARG(valid[b] >= 0 && valid[b] <= tokens, kOp, "kv_tokens",
+                   concat("0 to T = ", tokens, ", the tokens of k"), valid[b], " in row ", b);
+  }
+  return dense;
+}
+
+// As [B, T].
+std::optional<Tensor> checked_bias(const Tensor& q, const Tensor& k, const std::optional<Tensor>& bias,
+                                   bool whole_sequence) {
+  if (!bias.has_value()) return {};
+  RF_CHECK_ARG(!whole_sequence, kOp, "kv_bias", "None with `chunk_ends`", "a tensor");
+  RF_CHECK_ARG(bias->dim() == 1 || bias->dim() == 2, kOp, "kv_bias", "1 or 2 dimensions, [T] or [B, T]",
+               shape_text(*bias));
+  check_dtype(kOp, "kv_bias", *bias, ScalarType::Float);
+  check_same_device(kOp, "kv_bias", *bias, q);
+  const int64_t last = bias->dim() - 1, batch = q.size(0), tokens = k.size(1);
+  check_size(kOp, "kv_bias", *bias, last, tokens, "[T] or [B, T]");
+  if (last == 1) check_size(kOp, "kv_bias", *bias, 0, batch, "[B, T]");
+  const Tensor dense = bias->stride(last) == 1 ? *bias : torch::stable::contiguous(*bias);
+  if (last == 1) return dense;
+  const int64_t size[] = {batch, tokens};
+  return call_aten("aten::expand", "", 1, dense, torch::headeronly::HeaderOnlyArrayRef<int64_t>(size, 2),
+                   /*implicit=*/false)[0];
+}
+
 // Every chunk of queries sees the sink and its own window.
 std::vector<QueryChunk> whole_sequence(const Tensor& q, const Tensor& k, std::optional<int64_t> kv_tokens,
+                                       const std::optional<Tensor>& row_kv_tokens,
                                        const std::vector<int64_t>& chunk_ends, int64_t num_sink_tokens,
                                        std::optional<int64_t> num_window_tokens) {
   const int64_t tokens = q.size(1);
   check_size(kOp, "k", k, 1, tokens, "k with `chunk_ends` (a key per query)");
   RF_CHECK_ARG(!kv_tokens.has_value(), kOp, "kv_tokens", "None with `chunk_ends`", *kv_tokens);
+  RF_CHECK_ARG(!row_kv_tokens.has_value(), kOp, "kv_tokens", "None with `chunk_ends`", "a tensor");
   RF_CHECK_ARG(num_sink_tokens >= 0, kOp, "num_sink_tokens", "at least 0", num_sink_tokens);
   const int64_t window = num_window_tokens.value_or(tokens);
   RF_CHECK_ARG(window >= 0, kOp, "num_window_tokens", "at least 0", window);
@@ -84,15 +127,22 @@ std::vector<QueryChunk> whole_sequence(const Tensor& q, const Tensor& k, std::op
 }
 
 Problem check(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<int64_t> kv_tokens,
+              const std::optional<Tensor>& row_kv_tokens, const std::optional<Tensor>& kv_bias,
               double softmax_scale, const std::optional<std::vector<int64_t>>& chunk_ends,
               int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens) {
   check_tensors(q, k, v);
   RF_CHECK_ARG(std::isfinite(softmax_scale) && softmax_scale > 0, kOp, "softmax_scale",
                "a finite number above 0", softmax_scale);
-  return {q, k, v, softmax_scale,
-          chunk_ends.has_value()
-              ? whole_sequence(q, k, kv_tokens, *chunk_ends, num_sink_tokens, num_window_tokens)
-              : dense_prefix(q, k, kv_tokens, num_sink_tokens, num_window_tokens)};
+  return {
+      q,
+      k,
+      v,
+      softmax_scale,
+      chunk_ends.has_value()
+          ? whole_sequence(q, k, kv_tokens, row_kv_tokens, *chunk_ends, num_sink_tokens, num_window_tokens)
+          : dense_prefix(q, k, kv_tokens, row_kv_tokens, num_sink_tokens, num_window_tokens),
+      checked_rows(q, k, row_kv_tokens),
+      checked_bias(q, k, kv_bias, chunk_ends.has_value())};
 }
 
 const Backend& choose_cpu(const Problem& problem) {
@@ -106,7 +156,7 @@ const Backend& choose_cuda(const Problem& problem, const char* reason) {
   RF_CHECK_ARG(dtype != ScalarType::Double, kOp, "q",
                "dtype float32, bfloat16 or float16 on CUDA (no CUDA attention kernel computes in float64)",
                dtype_text(dtype));
-  if (dtype == ScalarType::Float) {
+  if (dtype == ScalarType::Float || problem.row_kv_tokens.has_value() || problem.kv_bias.has_value()) {
     record_fallback(kOp, "torch_efficient", reason);
     return cuda_efficient_backend;
   }
@@ -139,7 +189,7 @@ std::optional<Attended> forward_triton(const Problem& p, std::optional<int64_t> 
       torch::stable::new_empty(p.q, p.q.sizes()),
       torch::stable::new_empty(p.q, {p.q.size(0), p.q.size(2), p.q.size(1)}, lse_dtype(p.q))};
   call_triton(kOp, p.q, p.k, p.v, kv_tokens, p.softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens,
-              whole.out, whole.lse);
+              p.row_kv_tokens, p.kv_bias, whole.out, whole.lse);
   return whole;
 }
 
@@ -147,9 +197,10 @@ std::optional<Attended> forward_triton(const Problem& p, std::optional<int64_t> 
 std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
                                        double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
                                        int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
-                                       bool deterministic) {
-  const Problem problem =
-      check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+                                       bool deterministic, std::optional<Tensor> row_kv_tokens,
+                                       std::optional<Tensor> kv_bias) {
+  const Problem problem = check(q, k, v, kv_tokens, row_kv_tokens, kv_bias, softmax_scale, chunk_ends,
+                                num_sink_tokens, num_window_tokens);
   if (const auto result =
           forward_triton(problem, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens, nullptr))
     return {result->out, result->lse};
@@ -162,9 +213,10 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, std::option
 std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optional<int64_t> kv_tokens,
                                         double softmax_scale, std::optional<std::vector<int64_t>> chunk_ends,
                                         int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
-                                        bool deterministic) {
-  const Problem problem =
-      check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+                                        bool deterministic, std::optional<Tensor> row_kv_tokens,
+                                        std::optional<Tensor> kv_bias) {
+  const Problem problem = check(q, k, v, kv_tokens, row_kv_tokens, kv_bias, softmax_scale, chunk_ends,
+                                num_sink_tokens, num_window_tokens);
   if (const auto result = forward_triton(problem, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens,
                                          torch_problem(q)))
     return {result->out, result->lse};
@@ -187,8 +239,10 @@ std::tuple<Tensor, Tensor> forward_traced(Tensor q, Tensor k, Tensor v, std::opt
                                           double softmax_scale,
                                           std::optional<std::vector<int64_t>> chunk_ends,
                                           int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
-                                          bool deterministic) {
-  check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+                                          bool deterministic, std::optional<Tensor> row_kv_tokens,
+                                          std::optional<Tensor> kv_bias) {
+  check(q, k, v, kv_tokens, row_kv_tokens, kv_bias, softmax_scale, chunk_ends, num_sink_tokens,
+        num_window_tokens);
   return {q, q};
 }
 
@@ -197,10 +251,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
                                             Tensor lse, std::optional<int64_t> kv_tokens,
                                             double softmax_scale,
                                             std::optional<std::vector<int64_t>> chunk_ends,
-                                            int64_t num_sink_tokens,
-                                            std::optional<int64_t> num_window_tokens) {
-  const Problem problem =
-      check(q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens);
+                                            int64_t num_sink_tokens, std::optional<int64_t> num_window_tokens,
+                                            std::optional<Tensor> row_kv_tokens,
+                                            std::optional<Tensor> kv_bias) {
+  const Problem problem = check(q, k, v, kv_tokens, row_kv_tokens, kv_bias, softmax_scale, chunk_ends,
+                                num_sink_tokens, num_window_tokens);
   for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
     check_dim(kOp, name, *t, 4, kQueryLayout);
     for (int64_t i = 0; i < 4; ++i) check_size(kOp, name, *t, i, q.size(i), kQueryLayout);
@@ -219,7 +274,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
     const Gradients grad{torch::stable::new_zeros(q, q.sizes()), torch::stable::new_zeros(k, k.sizes()),
                          torch::stable::new_zeros(v, v.sizes())};
     call_triton("sink_window_attention_backward", grad_out, q, k, v, out, lse, kv_tokens, softmax_scale,
-                chunk_ends, num_sink_tokens, num_window_tokens, grad.q, grad.k, grad.v);
+                chunk_ends, num_sink_tokens, num_window_tokens, problem.row_kv_tokens, problem.kv_bias,
+                grad.q, grad.k, grad.v);
     return {grad.q, grad.k, grad.v};
   }
   const Gradients grad = attend_backward(grad_out, problem, whole, choose(problem));

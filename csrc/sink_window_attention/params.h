@@ -34,6 +34,15 @@ struct SinkWindowAttentionParams {
   const int32_t* chunk_ends;
   int num_sink_tokens, num_window_tokens;
 
+  // Rows of their own: sample b sees keys [0, row_kv_tokens[b]), clamped to [0, kv_tokens]; device memory,
+  // int32 [B]. Null: all see kv_tokens. Not in whole-sequence mode.
+  const int32_t* row_kv_tokens;
+
+  // Added to the logits of a key: float [B, kv_tokens] with this stride between samples, device memory, pairs
+  // aligned to 8 bytes. Null: nothing is. Not in whole-sequence mode.
+  const float* kv_bias;
+  int64_t kv_bias_stride;
+
   // Cuts no query tile over several CTAs: the bits of a result then depend on its own keys alone.
   bool deterministic;
 

@@ -25,6 +25,11 @@ struct Problem {
   Tensor q, k, v;  // [B, Nq, Hq, D], [B, T, Hkv, D] twice: strided views
   double softmax_scale;
   std::vector<QueryChunk> chunks;  // ascending, covering [0, Nq)
+  // Rows of their own: sample b sees keys [0, row_kv_tokens[b]), int32 [B] without gaps. `chunks` is then one
+  // chunk over all keys. On the CPU the values have been checked; on CUDA nobody has seen them.
+  std::optional<Tensor> row_kv_tokens;
+  // Added to the logits of a key: float [B, T] with a unit stride in T. One chunk alone.
+  std::optional<Tensor> kv_bias;
 };
 
 struct Attended {
@@ -34,21 +39,25 @@ struct Gradients {
   Tensor q, k, v;  // of the shapes of q, k, v
 };
 
+// Float [B, T], added to the logits of a key. Optional.
+using KeyBias = std::optional<Tensor>;
+
 // What a device gives: dense attention of q over all of k and v, and the two reductions around it. A query
 // whose logits are all -inf gets out = 0 and lse = -inf, as one that sees no key.
 struct Backend {
-  Attended (*forward)(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale);
+  Attended (*forward)(const Tensor& q, const Tensor& k, const Tensor& v, const KeyBias& bias,
+                      double softmax_scale);
   // With the LSE and output of *all* keys, each interval's gradients are its share of the whole: they add up.
   Gradients (*backward)(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Attended& whole, double softmax_scale);
+                        const KeyBias& bias, const Attended& whole, double softmax_scale);
   // rows <- the two parts merged. Neither part is empty.
   void (*merge)(const Attended& first, const Attended& second, const Attended& rows);
   void (*accumulate)(const Tensor& sum, const Tensor& term);  // sum += term, in the dtype of sum
 };
 
 extern const Backend cpu_backend;
-extern const Backend cuda_flash_backend;      // half precision
-extern const Backend cuda_efficient_backend;  // float
+extern const Backend cuda_flash_backend;      // half precision; takes no bias
+extern const Backend cuda_efficient_backend;  // float, and what has a bias
 
 Attended attend(const Problem& problem, const Backend& backend);
 Gradients attend_backward(const Tensor& grad_out, const Problem& problem, const Attended& whole,

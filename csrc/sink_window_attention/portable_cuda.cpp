@@ -64,7 +64,8 @@ Attended efficient_result(const Tensor& out, const Tensor& lse) {
           where(empty, none, lse)};
 }
 
-Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
+Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, const KeyBias& bias,
+                       double softmax_scale) {
   // -> output, softmax_logsumexp, rng_state, unused, debug_attn_mask.
   // (aten::_scaled_dot_product_flash_attention returns numbers among its tensors, and torch_call_dispatcher
   // mixes up the types of such results.)
@@ -77,7 +78,7 @@ Attended forward_flash(const Tensor& q, const Tensor& k, const Tensor& v, double
 }
 
 Gradients backward_flash(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                         const Attended& whole, double softmax_scale) {
+                         const KeyBias& bias, const Attended& whole, double softmax_scale) {
   const Tensor no_dropout = new_empty(q, {0}, ScalarType::Long);
   const Tensor undefined;  // no cumulative lengths: equal lengths in the batch
   const auto grad =
@@ -108,19 +109,31 @@ Tensor sum_heads(const Tensor& grad, int64_t kv_heads) {
                             HeaderOnlyArrayRef<int64_t>(group_dim, 1));
 }
 
-Attended forward_efficient(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
+// A bias of keys as the [B, H, Nq, T] that the kernels take: in the dtype of q, one row for all heads and
+// queries, its memory a multiple of 16 elements long.
+KeyBias bias_view(const KeyBias& bias, const Tensor& q) {
+  if (!bias.has_value()) return {};
+  constexpr int64_t kBiasElements = 16;
+  const Tensor padded = pad_to_multiple(torch::stable::to(*bias, q.scalar_type()), 1, kBiasElements);
+  const Tensor keys = unsqueeze(unsqueeze(slice(padded, 1, 0, bias->size(1)), 1), 1);
+  const int64_t size[] = {q.size(0), q.size(2), q.size(1), bias->size(1)};
+  return call_aten("aten::expand", "", 1, keys, HeaderOnlyArrayRef<int64_t>(size, 4), /*implicit=*/false)[0];
+}
+
+Attended forward_efficient(const Tensor& q, const Tensor& k, const Tensor& v, const KeyBias& bias,
+                           double softmax_scale) {
   const int64_t heads = q.size(2);
   // -> output, log_sumexp, philox_seed, philox_offset
   const auto result = call_aten("aten::_scaled_dot_product_efficient_attention", "", 4, kernel_view(q),
                                 kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
-                                /*attn_bias=*/std::optional<Tensor>(), /*compute_log_sumexp=*/true,
+                                /*attn_bias=*/bias_view(bias, q), /*compute_log_sumexp=*/true,
                                 /*dropout_p=*/0.0, /*is_causal=*/false, std::optional<double>(softmax_scale));
   const Tensor lse = slice(result[1], 2, 0, q.size(1));  // it has padded rows
   return efficient_result(library_view(result[0], q.size(3)), lse);
 }
 
 Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const Attended& whole, double softmax_scale) {
+                             const KeyBias& bias, const Attended& whole, double softmax_scale) {
   constexpr int64_t kLseRows = 32;  // rows of the LSE come in blocks of 32 (kAlignLSE of the kernel)
   const int64_t heads = q.size(2), kv_heads = k.size(2), dim = q.size(3);
   const Tensor no_dropout = new_empty(q, {}, ScalarType::Long);
@@ -129,8 +142,9 @@ Gradients backward_efficient(const Tensor& grad_out, const Tensor& q, const Tens
   const auto grad =
       call_aten("aten::_scaled_dot_product_efficient_attention_backward", "", 4, kernel_view(grad_out),
                 kernel_view(q), kernel_view(repeat_heads(k, heads)), kernel_view(repeat_heads(v, heads)),
-                /*attn_bias=*/undefined, kernel_view(whole.out), pad_to_multiple(whole.lse, 2, kLseRows),
-                no_dropout, no_dropout, /*dropout_p=*/0.0, HeaderOnlyArrayRef<bool>(wanted, 4),
+                /*attn_bias=*/bias_view(bias, q).value_or(undefined), kernel_view(whole.out),
+                pad_to_multiple(whole.lse, 2, kLseRows), no_dropout, no_dropout, /*dropout_p=*/0.0,
+                HeaderOnlyArrayRef<bool>(wanted, 4),
                 /*is_causal=*/false, std::optional<double>(softmax_scale));
   return {library_view(grad[0], dim), sum_heads(library_view(grad[1], dim), kv_heads),
           sum_heads(library_view(grad[2], dim), kv_heads)};

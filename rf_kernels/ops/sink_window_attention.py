@@ -3,7 +3,17 @@ chunk."""
 
 import torch
 
-from .._backend import flag, integer, integers, invoke, number, ops, register_fake
+from .._backend import (
+    argument_error,
+    flag,
+    integer,
+    integers,
+    invoke,
+    number,
+    ops,
+    refuse_grad,
+    register_fake,
+)
 from ..profiling import nvtx_annotated, when_imported
 
 _OP = "sink_window_attention"
@@ -15,24 +25,25 @@ def sink_window_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    kv_tokens: int | None = None,
+    kv_tokens: int | torch.Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     chunk_ends: list[int] | tuple[int, ...] | None = None,
     num_sink_tokens: int = 0,
     num_window_tokens: int | None = None,
     deterministic: bool | None = None,
+    kv_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention without a mask over the keys that a query's chunk may see.
 
     For a query ``i`` with the set ``K(i)`` of visible keys::
 
-        lse[i] = log sum_{j in K(i)} exp(softmax_scale * q[i] . k[j])
-        out[i] = sum_{j in K(i)} exp(softmax_scale * q[i] . k[j] - lse[i]) v[j]
+        lse[i] = log sum_{j in K(i)} exp(softmax_scale * q[i] . k[j] + kv_bias[j])
+        out[i] = sum_{j in K(i)} exp(softmax_scale * q[i] . k[j] + kv_bias[j] - lse[i]) v[j]
 
-    *Dense prefix* (streaming, the default): ``K(i) = [0, kv_tokens)`` for every query. The cache keeps sink
-    and window in one buffer whose valid slots are a prefix, and softmax does not care about the order of
-    keys.
+    *Dense prefix* (streaming, the default): ``K(i) = [0, kv_tokens)`` for every query, or ``[0,
+    kv_tokens[b])`` for those of sample ``b``. The cache keeps sink and window in one buffer whose valid slots
+    are a prefix, and softmax does not care about the order of keys.
 
     *Whole sequence* (``chunk_ends``; diffusion-forced training): the queries of the chunk that ends at token
     ``t`` see the sink ``[0, min(S, t))`` and their window ``[max(S, t - W), t)``, with ``S =
@@ -48,7 +59,8 @@ def sink_window_attention(
             is copied.
         kv_tokens: number of valid tokens at the start of k and v, ``0 .. T``; required without
             ``chunk_ends``. Tokens behind it are never read and get zero gradient. With 0, ``out`` is 0 and
-            ``lse`` is ``-inf``.
+            ``lse`` is ``-inf``. An int32 tensor ``[B]`` on the device of q gives each sample its own number.
+            On CUDA its values are not read on the host: one out of range counts as the nearest in range.
         softmax_scale: factor on the logits, above 0 (default ``D ** -0.5``).
         return_lse: also return the log-sum-exp.
         chunk_ends: ends of the chunks in tokens, ascending; the last is ``Nq = T``. Whole-sequence mode.
@@ -60,6 +72,9 @@ def sink_window_attention(
             batch nor on the GPU's size, at the price of the balanced schedule
             (docs/sink_window_attention_sm90.md). None: as ``torch.are_deterministic_algorithms_enabled()``.
             Other backends always behave as with True.
+        kv_bias: float32 ``[T]`` or ``[B, T]`` on the device of q, added to the logits of a key: the logarithm
+            of a factor on its weight. ``-inf`` hides a key; NaN and ``inf`` give NaN. Not with
+            ``chunk_ends``, and without a gradient of its own.
 
     Returns:
         ``out [B, Nq, Hq, D]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``,
@@ -78,6 +93,17 @@ def sink_window_attention(
     if softmax_scale is None:
         known = isinstance(q, torch.Tensor) and q.dim() > 0 and q.shape[-1] > 0
         softmax_scale = q.shape[-1] ** -0.5 if known else 1.0
+    rows = None
+    if isinstance(kv_tokens, torch.Tensor) and kv_tokens.dim() > 0:
+        if kv_tokens.dtype == torch.int32:
+            rows, kv_tokens = kv_tokens, None
+            # The operator's own check of devices would name its own argument.
+            if isinstance(q, torch.Tensor) and rows.device != q.device:
+                raise argument_error(_OP, "kv_tokens", f"a tensor on {q.device}", rows.device)
+        elif kv_tokens.numel() != 1:
+            expected = "an integer, or an int32 tensor [B] with the valid tokens of each row"
+            raise argument_error(_OP, "kv_tokens", expected, f"{kv_tokens.dtype} {list(kv_tokens.shape)}")
+    refuse_grad(_OP, "the op has no gradient for it", kv_bias=kv_bias)
     out, lse = invoke(
         ops.sink_window_attention.default,
         q,
@@ -91,6 +117,8 @@ def sink_window_attention(
         torch.are_deterministic_algorithms_enabled()
         if deterministic is None
         else flag(_OP, "deterministic", deterministic),
+        rows,
+        kv_bias,
     )
     return (out, lse) if return_lse else out
 
@@ -111,18 +139,19 @@ def _fake_backward(grad_out, q, k, v, out, lse, *options):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.options, _deterministic = inputs
+    q, k, v, *ctx.options, _deterministic, rows, bias = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, rows, bias)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, _grad_lse):
-    options = (len(ctx.options) + 1) * (None,)
+    options = (len(ctx.options) + 3) * (None,)
     if grad_out is None:
         return None, None, None, *options
-    grads = ops.sink_window_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    *tensors, rows, bias = ctx.saved_tensors
+    grads = ops.sink_window_attention_backward(grad_out, *tensors, *ctx.options, rows, bias)
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *options
 
 
@@ -140,10 +169,11 @@ torch.library.register_autograd("rf_kernels::sink_window_attention_backward", _r
 
 
 def _flops(q, k, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens) -> int:
-    """Of the two matrix products over the visible (query, key) pairs, 2 per multiply-add. q, k: shapes."""
+    """Of the two matrix products over the visible (query, key) pairs, 2 per multiply-add. q, k: shapes. Rows
+    of their own count as full: the counter shows no values."""
     batch, queries, heads, dim = q
     if chunk_ends is None:
-        pairs = queries * kv_tokens
+        pairs = queries * (k[1] if kv_tokens is None else kv_tokens)
     else:
         pairs = begin = 0
         for end in chunk_ends:
@@ -163,7 +193,7 @@ def _register_flops(counter) -> None:
 
     @counter.register_flop_formula(ops.sink_window_attention_backward)
     def backward(
-        grad, q, k, v, out, lse, kv_tokens, scale, ends, sink_tokens, window_tokens, *, out_shape=None
+        grad, q, k, v, out, lse, kv_tokens, scale, ends, sink_tokens, window_tokens, *_, out_shape=None
     ) -> int:
         return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens) * 5 // 2
 

@@ -2,9 +2,10 @@
 its gradients.
 
 A launch serves the queries of one chunk, which all see the same keys: [0, sink_end) and [window_begin,
-window_end). The dense prefix is one chunk with one interval; a whole sequence is a launch a chunk. Every sum
-has one order: a query tile walks its keys, a key tile (in the backward) the queries that see it, and chunks
-that see a key add to its gradient launch after launch. No atomics.
+window_end). The dense prefix is one chunk with one interval, whose end a row may have of its own; a whole
+sequence is a launch a chunk. Every sum has one order: a query tile walks its keys, a key tile (in the
+backward) the queries that see it, and chunks that see a key add to its gradient launch after launch. No
+atomics.
 
     p = exp(scale q k - lse),   dv = p^T do,   ds = p (do v - delta),   dq = scale ds k,   dk = scale ds^T q,
     delta = sum(out do)
@@ -113,6 +114,7 @@ def _attend(
     k_t,
     v,
     v_t,
+    bias,
     begin,
     end,
     scale,
@@ -120,6 +122,7 @@ def _attend(
     DIMS: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Adds the keys [begin, end) to the softmax of a query tile."""
     for first in range(begin, end, KEYS):
@@ -133,6 +136,8 @@ def _attend(
             )
             * scale
         )
+        if BIAS:
+            logits += tl.load(bias + at, mask=at < end, other=0.0)[None, :]
         logits = tl.where((at < end)[None, :], logits, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -147,6 +152,12 @@ def _attend(
         )
         largest = new
     return acc, total, largest
+
+
+@triton.jit
+def _row_end(row, end):
+    """The number of keys that a row of its own sees, between 0 and the capacity."""
+    return tl.minimum(tl.maximum(tl.load(row), 0), end)
 
 
 @triton.jit
@@ -168,6 +179,9 @@ def _forward(
     out_t,
     out_h,
     lse,
+    rows,
+    bias,
+    bias_b,
     queries,
     begin,
     end,
@@ -182,16 +196,38 @@ def _forward(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    if ROWS:
+        sink_end = _row_end(rows + b, sink_end)
+    if BIAS:
+        bias += b * bias_b
     k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
     tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
     acc = tl.zeros((QUERIES, DIMS), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
     acc, total, largest = _attend(
-        tile, acc, total, largest, k_at, k_t, v_at, v_t, 0, sink_end, scale, DIM, DIMS, KEYS, PRECISION
+        tile,
+        acc,
+        total,
+        largest,
+        k_at,
+        k_t,
+        v_at,
+        v_t,
+        bias,
+        0,
+        sink_end,
+        scale,
+        DIM,
+        DIMS,
+        KEYS,
+        PRECISION,
+        BIAS,
     )
     acc, total, largest = _attend(
         tile,
@@ -202,6 +238,7 @@ def _forward(
         k_t,
         v_at,
         v_t,
+        bias,
         window_begin,
         window_end,
         scale,
@@ -209,6 +246,7 @@ def _forward(
         DIMS,
         KEYS,
         PRECISION,
+        BIAS,
     )
     none = total == 0.0  # no key at all: out is 0, lse is -inf
     total = tl.where(none, 1.0, total)
@@ -236,6 +274,7 @@ def _grad_q_of(
     k_t,
     v,
     v_t,
+    bias,
     begin,
     end,
     scale,
@@ -243,13 +282,17 @@ def _grad_q_of(
     DIMS: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
         keys = _rows(k, at, k_t, end, DIM, DIMS)
         values = _rows(v, at, v_t, end, DIM, DIMS)
         zero = tl.zeros((q.shape[0], KEYS), tl.float32)
-        p = tl.exp(_dot(q, tl.trans(keys), zero, PRECISION) * scale - row_lse[:, None])
+        logits = _dot(q, tl.trans(keys), zero, PRECISION) * scale
+        if BIAS:
+            logits += tl.load(bias + at, mask=at < end, other=0.0)[None, :]
+        p = tl.exp(logits - row_lse[:, None])
         ds = tl.where(
             (at < end)[None, :], p * (_dot(do, tl.trans(values), zero, PRECISION) - delta[:, None]), 0.0
         )
@@ -285,6 +328,9 @@ def _backward_q(
     grad_h,
     lse,
     deltas,
+    rows,
+    bias,
+    bias_b,
     queries,
     begin,
     end,
@@ -299,9 +345,15 @@ def _backward_q(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    if ROWS:
+        sink_end = _row_end(rows + b, sink_end)
+    if BIAS:
+        bias += b * bias_b
     k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
     tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
     do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
@@ -321,6 +373,7 @@ def _backward_q(
         k_t,
         v_at,
         v_t,
+        bias,
         0,
         sink_end,
         scale,
@@ -328,6 +381,7 @@ def _backward_q(
         DIMS,
         KEYS,
         PRECISION,
+        BIAS,
     )
     sums = _grad_q_of(
         tile,
@@ -339,6 +393,7 @@ def _backward_q(
         k_t,
         v_at,
         v_t,
+        bias,
         window_begin,
         window_end,
         scale,
@@ -346,6 +401,7 @@ def _backward_q(
         DIMS,
         KEYS,
         PRECISION,
+        BIAS,
     )
     _store_rows(grad + b * grad_b + h * grad_h, row, grad_t, end, sums * scale, DIM, DIMS)
 
@@ -375,6 +431,9 @@ def _backward_kv(
     grad_h,
     lse,
     deltas,
+    rows,
+    bias,
+    bias_b,
     queries,
     begin,
     end,
@@ -389,16 +448,20 @@ def _backward_kv(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """A tile of keys: of the sink, or, behind its tiles, of the window. ADD: chunks before this one have left
     their part."""
-    sink_tiles = tl.cdiv(sink_end, KEYS)
     tile, kv_heads = tl.program_id(0), HEADS // GROUP
+    b, kv = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    if ROWS:  # tiles behind the end are of an empty window: nothing is read or written
+        sink_end = _row_end(rows + b, sink_end)
+    sink_tiles = tl.cdiv(sink_end, KEYS)
     in_window = tile >= sink_tiles
     at = tl.where(in_window, window_begin + (tile - sink_tiles) * KEYS, tile * KEYS) + tl.arange(0, KEYS)
     last = tl.where(in_window, window_end, sink_end)
-    b, kv = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     keys = _rows(k + b * k_b + kv * k_h, at, k_t, last, DIM, DIMS)
     values = _rows(v + b * v_b + kv * v_h, at, v_t, last, DIM, DIMS)
     gk, gv = grad_k + b * grad_b + kv * grad_h, grad_v + b * grad_b + kv * grad_h
@@ -413,7 +476,10 @@ def _backward_kv(
             delta = tl.load(deltas + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             zero = tl.zeros((KEYS, QUERIES), tl.float32)
             # Transposed, [keys, queries]. An infinite key times the zeros beyond the chunk is NaN.
-            p = tl.exp(_dot(keys, tl.trans(queries_tile), zero, PRECISION) * scale - row_lse[None, :])
+            logits = _dot(keys, tl.trans(queries_tile), zero, PRECISION) * scale
+            if BIAS:
+                logits += tl.load(bias + b * bias_b + at, mask=at < last, other=0.0)[:, None]
+            p = tl.exp(logits - row_lse[None, :])
             p = tl.where((row_lse < float("inf"))[None, :], p, 0.0)
             sum_v = _dot(round_to(p, do.dtype.element_ty), do_tile, sum_v, PRECISION)
             ds = p * (_dot(values, tl.trans(do_tile), zero, PRECISION) - delta[None, :])
@@ -434,7 +500,7 @@ def _view(t):
     return t, *t.stride()[:3]
 
 
-def _constants(q, k, backward):
+def _constants(q, k, backward, rows=None, bias=None):
     tile = config_of(kernel_name(q.shape[3], q.dtype, backward), config(q.shape[3], q.dtype, backward))
     constants = {
         "HEADS": q.shape[2],
@@ -444,6 +510,8 @@ def _constants(q, k, backward):
         "QUERIES": tile.queries,
         "KEYS": tile.keys,
         "PRECISION": _precision(),
+        "ROWS": rows is not None,
+        "BIAS": bias is not None,
         "num_warps": tile.warps * 32 // lanes(),
         "num_stages": tile.stages,
         "enable_fp_fusion": True,  # no rounding in here is promised
@@ -452,12 +520,12 @@ def _constants(q, k, backward):
 
 
 def sink_window_attention(
-    q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, out, lse
+    q, k, v, kv_tokens, softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, rows, bias, out, lse
 ):
     batch, queries, heads, _ = q.shape
     if out.numel() == 0:
         return
-    tile, constants = _constants(q, k, False)
+    tile, constants = _constants(q, k, False, rows, bias)
     for chunk in chunks_of(queries, kv_tokens, k.shape[1], chunk_ends, num_sink_tokens, num_window_tokens):
         grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
         launch(
@@ -469,6 +537,9 @@ def sink_window_attention(
             *_view(v),
             *_view(out),
             lse,
+            rows,
+            bias,
+            0 if bias is None else bias.stride(0),
             queries,
             *chunk,
             softmax_scale,
@@ -488,6 +559,8 @@ def sink_window_attention_backward(
     chunk_ends,
     num_sink_tokens,
     num_window_tokens,
+    rows,
+    bias,
     grad_q,
     grad_k,
     grad_v,
@@ -504,7 +577,7 @@ def sink_window_attention_backward(
         sum_k, sum_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    tile, constants = _constants(q, k, True)
+    tile, constants = _constants(q, k, True, rows, bias)
     inputs = (*_view(q), *_view(k), *_view(v))
     for chunk in chunks:
         key_tiles = triton.cdiv(chunk.sink_end, tile.keys) + triton.cdiv(
@@ -512,7 +585,8 @@ def sink_window_attention_backward(
         )
         if key_tiles == 0:
             continue
-        span = (lse, delta, queries, *chunk, softmax_scale)
+        bias_stride = 0 if bias is None else bias.stride(0)
+        span = (lse, delta, rows, bias, bias_stride, queries, *chunk, softmax_scale)
         grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
         launch(
             _backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants

@@ -1,6 +1,6 @@
 // One instantiation of the attention kernel for the model. Compiled several times: CHIP_NAME, CHIP_ELEMENT,
-// CHIP_CONFIG say which. A planted fault is this file with one header of csrc replaced and -Drf=<name>, so
-// that its symbols are its own.
+// CHIP_CONFIG, CHIP_TRAITS say which. A planted fault is this file with one header of csrc replaced and
+// -Drf=<name>, so that its symbols are its own.
 #include <cstddef>
 
 #include "csrc/arch/tensor_map.h"
@@ -20,7 +20,7 @@ namespace {
 namespace op = rf::sink_window_attention;
 
 constexpr const op::FwdConfig& kConfig = op::CHIP_CONFIG;
-using Traits = op::FwdTraitsSm90<rf::CHIP_ELEMENT, kConfig>;
+using Traits = op::CHIP_TRAITS<rf::CHIP_ELEMENT, kConfig>;
 using Smem = Traits::Smem;
 
 struct State {
@@ -70,7 +70,7 @@ void thread(const void* memory) {
 }
 
 const chip_tests::Registration registration({CHIP_NAME, Traits::kHeadDim,
-                                             std::is_same_v<rf::CHIP_ELEMENT, rf::f16>, sizeof(State), setup,
-                                             thread});
+                                             std::is_same_v<rf::CHIP_ELEMENT, rf::f16>, Traits::kRows,
+                                             sizeof(State), setup, thread});
 
 }  // namespace

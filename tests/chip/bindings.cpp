@@ -60,6 +60,7 @@ static py::dict stats_of(const chip::LaunchStats& s) {
 static py::dict attention(const std::string& name, const Array16& q, const Array16& k, const Array16& v,
                           Array16& out, py::array_t<float>& lse, int kv_tokens, float softmax_scale,
                           const std::vector<int32_t>& chunk_ends, int num_sink_tokens, int num_window_tokens,
+                          const std::vector<int32_t>& row_kv_tokens, const py::array_t<float>& kv_bias,
                           bool deterministic, int num_sms, int policy, uint32_t seed, int resident) {
   const auto found = variants().find(name);
   if (found == variants().end()) throw py::value_error("no variant named " + name);
@@ -87,6 +88,11 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
   p.chunk_ends = chunk_ends.data();
   p.num_sink_tokens = num_sink_tokens;
   p.num_window_tokens = num_window_tokens;
+  const bool rows = !row_kv_tokens.empty(), bias = kv_bias.size() > 0;
+  if ((rows || bias) != variant.rows) throw py::value_error("for calls of their kind: the variants _rows");
+  p.row_kv_tokens = rows ? row_kv_tokens.data() : nullptr;
+  p.kv_bias = bias ? kv_bias.data() : nullptr;
+  p.kv_bias_stride = bias ? kv_bias.strides(0) / 4 : 0;
   p.deterministic = deterministic;
   p.num_sms = num_sms;
   if (p.head_dim != variant.head_dim) throw py::value_error("variant of another head_dim");
@@ -114,6 +120,10 @@ static py::dict attention(const std::string& name, const Array16& q, const Array
         {shape.fields[i].name, shape.fields[i].offset, shape.fields[i].bytes, shape.fields[i].count});
   o.global = {buffer_of("q", q), buffer_of("k", k), buffer_of("v", v), buffer_of("out", out),
               buffer_of("lse", lse)};
+  if (rows)
+    o.global.push_back(
+        {"row_kv_tokens", const_cast<int32_t*>(row_kv_tokens.data()), 4 * row_kv_tokens.size()});
+  if (bias) o.global.push_back(buffer_of("kv_bias", kv_bias));
   if (p.workspace != nullptr) o.global.push_back({"workspace", p.workspace, shape.workspace_bytes});
   py::dict stats = stats_of(chip::launch(o, [&] { variant.thread(state.data()); }));
   stats["workspace"] = shape.workspace_bytes;
@@ -221,8 +231,8 @@ PYBIND11_MODULE(_chip, m) {
   m.def("attention", &attention, py::arg("variant"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out").noconvert(), py::arg("lse").noconvert(), py::kw_only(), py::arg("kv_tokens"),
         py::arg("softmax_scale"), py::arg("chunk_ends"), py::arg("num_sink_tokens"),
-        py::arg("num_window_tokens"), py::arg("deterministic"), py::arg("num_sms"), py::arg("policy"),
-        py::arg("seed"), py::arg("resident"));
+        py::arg("num_window_tokens"), py::arg("row_kv_tokens"), py::arg("kv_bias"), py::arg("deterministic"),
+        py::arg("num_sms"), py::arg("policy"), py::arg("seed"), py::arg("resident"));
   py::class_<ScheduleCache>(m, "ScheduleCache")
       .def(py::init<>())
       .def("__len__", &ScheduleCache::size)

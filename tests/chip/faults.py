@@ -206,6 +206,46 @@ FAULTS = (
         "return range + 1 < s.ranges && s.cut[range].tile == tile;",
         "many",
     ),
+    # ---- rows of their own
+    fault(
+        "rows_not_cleared", MAINLOOP, "clear_rows(smem.v[stage(it)], run.valid,", "static_cast<void>(", "rows"
+    ),
+    fault(
+        "rows_cleared_from_the_next",
+        MAINLOOP,
+        "int i = valid * 8 + thread;",
+        "int i = valid * 8 + 8 + thread;",
+        "rows",
+    ),
+    fault(
+        "rows_half_cleared",
+        MAINLOOP,
+        "i < Traits::kTileN * 8; i += kThreads)",
+        "i < Traits::kTileN * 8; i += 2 * kThreads)",
+        "rows",
+    ),
+    fault("rows_without_fence", MAINLOOP, "fence_proxy_async_shared();", "", "rows"),
+    fault("rows_without_barrier", MAINLOOP, "named_barrier_sync(kRowsCleared, kThreads);", "", "rows"),
+    fault("rows_of_another_sample", TRAITS, "p.row_kv_tokens + w.batch", "p.row_kv_tokens", "rows"),
+    fault(
+        "rows_beyond_the_capacity",
+        TRAITS,
+        "min_of(max_of(tokens, 0), p.map.kv_tokens)",
+        "max_of(tokens, 0)",
+        "rows",
+    ),
+    fault("rows_count_from_the_capacity", TRAITS, "w.first + w.count - empty", "w.first + w.count", "rows"),
+    fault("rows_phase_of_empty_segments", KERNEL, "if (work.count == 0) q_phase ^= 1;", ";", "rows"),
+    fault("rows_empty_segments_load", MAINLOOP, "if (work.count == 0) continue;", ";", "rows"),
+    fault("bias_of_the_first_tile", MAINLOOP, "bias -= Traits::kTileN", "bias", "bias"),
+    fault("bias_of_another_column", MAINLOOP, "run.row + t % 4 * 2;", "run.row;", "bias"),
+    fault(
+        "bias_of_another_sample", MAINLOOP, "work.batch * p.kv_bias_stride", "0 * p.kv_bias_stride", "bias"
+    ),
+    fault(
+        "bias_in_other_units", TRAITS, "k.bias_scale = 1.f / p.softmax_scale;", "k.bias_scale = 1.f;", "bias"
+    ),
+    fault("bias_beyond_the_end", MAINLOOP, "if (8 * i + c < limit) {", "{", "bias"),
     # ---- merge
     fault(
         "signal_without_release",

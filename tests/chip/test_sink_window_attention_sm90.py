@@ -7,7 +7,20 @@ import pytest
 import torch
 
 from chip import build
-from chip.harness import DENSE, POLICIES, WHOLE, Case, Inputs, check, make_inputs, oracle, run
+from chip.harness import (
+    BIAS,
+    DENSE,
+    POLICIES,
+    ROWS,
+    WHOLE,
+    Case,
+    Inputs,
+    check,
+    make_inputs,
+    oracle,
+    rows_of,
+    run,
+)
 from rf_kernels.testing import assert_equal_bits
 
 
@@ -34,6 +47,61 @@ def test_whole_sequence(name):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_whole_sequence_under_every_policy(policy):
     check(make_inputs(WHOLE["sink and window"]), policy=policy, seed=4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_their_own(name, policy):
+    """What lies behind a row's end is NaN."""
+    check(make_inputs(ROWS[name]), policy=policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", BIAS)
+def test_a_bias_of_keys(name, policy):
+    """Some are -inf, and NaN lies behind a row's end."""
+    check(make_inputs(BIAS[name]), policy=policy)
+
+
+def test_a_bias_of_zero_changes_no_bit():
+    inputs = make_inputs(DENSE["waves and a split rest"])
+    case = dataclasses.replace(inputs.case, variant="bf16_128_rows")
+    zeros = torch.zeros(case.batch, case.kv_tokens)
+    for a, b in zip(
+        run(inputs)[:2], run(dataclasses.replace(inputs, case=case, kv_bias=zeros))[:2], strict=True
+    ):
+        assert_equal_bits(a, b)
+
+
+def test_a_query_whose_keys_are_all_hidden_is_the_empty_sum():
+    inputs = make_inputs(BIAS["a bias at odd ends"])
+    inputs.kv_bias[0] = float("-inf")
+    out, lse, _ = run(inputs)
+    assert not out[0].any() and (lse[0] == float("-inf")).all() and lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ends of all kinds", "grouped heads", "head_dim 64", *BIAS])
+def test_a_deterministic_row_has_the_bits_of_the_row_alone(name):
+    """In the plain kernel."""
+    inputs = make_inputs(dataclasses.replace((ROWS | BIAS)[name], deterministic=True))
+    out, lse, _ = run(inputs)
+    for b, row in enumerate(rows_of(inputs)):
+        if row.case.kv_tokens == 0:
+            assert not out[b].any() and (lse[b] == float("-inf")).all()
+            continue
+        alone = run(row)
+        assert_equal_bits(out[b : b + 1], alone[0])
+        assert_equal_bits(lse[b : b + 1], alone[1])
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("-inf"), 3e38])
+def test_what_lies_behind_a_row_changes_no_bit(poison):
+    clean = make_inputs(ROWS["an empty row between"])
+    other = dataclasses.replace(clean, k=clean.k.clone(), v=clean.v.clone())
+    for b, n in enumerate(clean.case.valid):
+        other.k[b, n:], other.v[b, n:] = poison, poison
+    for a, b in zip(run(clean)[:2], run(other)[:2], strict=True):
+        assert_equal_bits(a, b)
 
 
 def test_whole_sequence_of_one_chunk_is_dense():

@@ -20,9 +20,9 @@ struct GridShape {
 };
 
 struct Variant {
-  const char* name;  // "bf16_128", ..., or the name of a planted fault
+  const char* name;  // "bf16_128", "bf16_128_rows", ..., or the name of a planted fault
   int head_dim;
-  bool fp16;
+  bool fp16, rows;
   size_t state_bytes;
   // Plans, and builds tensor maps and kernel parameters from a SinkWindowAttentionParams; returns why the
   // kernel refuses, or null. Called a second time when it asks for a workspace.

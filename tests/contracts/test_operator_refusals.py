@@ -41,7 +41,7 @@ def arguments_of(function, monkeypatch) -> dict:
 def backward_arguments(monkeypatch) -> dict:
     forward = arguments_of("sink_window_attention", monkeypatch)
     forward.pop("deterministic", None)
-    out, lse = ops.sink_window_attention(*forward.values())
+    out, lse = ops.sink_window_attention(**forward)
     q, k, v, *options = forward.values()
     names = [argument.name for argument in ops.sink_window_attention_backward.default._schema.arguments]
     return dict(zip(names, (torch.ones_like(out), q, k, v, out, lse, *options), strict=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rf_kernels as rf
-from chip.harness import DENSE, WHOLE, eager, make_inputs, oracle
+from chip.harness import BIAS, DENSE, ROWS, WHOLE, eager, make_inputs, oracle
 from rf_kernels.testing import assert_equal_bits, assert_within_eager
 
 
@@ -17,10 +17,10 @@ from rf_kernels.testing import assert_equal_bits, assert_within_eager
     reason="needs a Hopper GPU",
 )
 @pytest.mark.parametrize("variant", ["bf16_128", "fp16_128", "bf16_64", "fp16_64"])
-@pytest.mark.parametrize("name", [*DENSE, *WHOLE])
+@pytest.mark.parametrize("name", [*DENSE, *WHOLE, *ROWS, *BIAS])
 def test_on_the_chip(name, variant):
     """The same cases through the public op on a Hopper GPU: the model's claims, checked."""
-    inputs = make_inputs(dataclasses.replace((DENSE | WHOLE)[name], variant=variant))
+    inputs = make_inputs(dataclasses.replace((DENSE | WHOLE | ROWS | BIAS)[name], variant=variant))
     case = inputs.case
     window = dict(
         chunk_ends=list(case.chunk_ends),
@@ -28,7 +28,13 @@ def test_on_the_chip(name, variant):
         num_window_tokens=case.num_window_tokens,
     )
     options = window if case.chunk_ends else dict(kv_tokens=case.kv_tokens)
-    tokens = case.kv_tokens if case.chunk_ends else None  # in whole-sequence mode there is a key per query
+    own = case.row_kv_tokens
+    if own:
+        options = dict(kv_tokens=torch.tensor(own, dtype=torch.int32).cuda())
+    if inputs.kv_bias is not None:
+        options["kv_bias"] = inputs.kv_bias.cuda()
+    # In whole-sequence mode there is a key per query; a bias is for all keys, and rows may end at the last.
+    tokens = case.kv_tokens if case.chunk_ends or own or case.bias else None
     tensors = (inputs.q, inputs.k[:, :tokens], inputs.v[:, :tokens])
     for deterministic in (False, True):
         results = [

@@ -36,7 +36,10 @@ def test_the_library_is_as_intended(hopper):
 
 def test_every_variant_of_attention_is_there(attention):
     assert sorted(map(audit.short_title, attention)) == [
-        f"sink_window_attention_fwd_sm90<{dtype}, D {d}>" for dtype in ("bf16", "f16") for d in (128, 64)
+        f"sink_window_attention_fwd_sm90<{keys}{dtype}, D {d}>"
+        for keys in ("", "rows, ")
+        for dtype in ("bf16", "f16")
+        for d in (128, 64)
     ]
 
 
@@ -170,11 +173,31 @@ def test_every_usual_call_has_its_kernel(usual):
 
 
 def test_longer_code_is_found(usual):
+    """In the loop all of it counts, before it a share."""
     for intended, kernel in usual:
-        code = kernel.instructions
-        padding = [(-1 - n, "NOP") for n in range(400)]
+        code, before = kernel.instructions, issue_model.issue(kernel, intended).instructions
+        padding = [(-1 - n, "NOP") for n in range(900)]
         longer = dataclasses.replace(kernel, instructions=[code[0], *padding, *code[1:]])
+        assert issue_model.issue(longer, intended).instructions == pytest.approx(
+            before + 900 / intended.turns
+        )
+        loop = [x for one in code for x in ([one, *padding] if one[1].startswith("BAR") else [one])]
+        longer = dataclasses.replace(kernel, instructions=loop)
         assert any("instructions, intended" in x for x in issue_model.check([longer])), intended.label
+
+
+def test_a_loop_counts_with_its_turns():
+    """Four instructions into a loop of seven, of which three are a loop of sums, and one out of it."""
+    code = ["MOV R1, RZ", "MOV R2, RZ", "MOV R3, RZ", "MOV R4, RZ"]
+    code += ["LDG.E.128 R4, [R2.64]", *["LDS R8, [R1]"] * 4, "BRA 0x50", "STG.E.128 [R2.64], R4", "BRA 0x40"]
+    code += ["EXIT"]
+    kernel = audit.Kernel("k", "sm_90a", [(0x10 * i, t) for i, t in enumerate(code)])
+    kernel.predicated = {0x90, 0xB0}
+    call = issue_model.Usual("k", "k", 1, 1, turns=2, most=99, in_flight=1, sums=(3,))
+    # the loop's 8, twice more the 5 of the sums, half of 5 before (its first instruction too) and 1 behind
+    assert issue_model.issue(kernel, call).instructions == 8 + 2 * 5 + (5 + 1) / 2
+    assert issue_model.issue(kernel, dataclasses.replace(call, sums=())).instructions == 8 + 3
+    assert issue_model.issue(kernel, dataclasses.replace(call, loads=2)) is None
 
 
 def test_the_longest_path_goes_around_a_loop_once():

@@ -53,9 +53,11 @@ def make_case(dtype, case, seed=0):
 
 
 def visible(queries, tokens, kv_tokens=None, chunk_ends=None, num_sink_tokens=0, num_window_tokens=None):
-    """The mask [Nq, T] written from the definition, independent of the oracle and of
-    csrc/math/key_intervals.h."""
+    """The mask [Nq, T], or [B, Nq, T] of rows of their own, written from the definition, independent of the
+    oracle and of csrc/math/key_intervals.h."""
     key = torch.arange(tokens)
+    if isinstance(kv_tokens, torch.Tensor):
+        return (key < kv_tokens[:, None, None]).expand(-1, queries, -1)
     if chunk_ends is None:
         return (key < (tokens if kv_tokens is None else kv_tokens)).expand(queries, tokens)
     end = torch.tensor([next(e for e in chunk_ends if i < e) for i in range(queries)]).view(-1, 1)

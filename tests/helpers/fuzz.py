@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import rf_kernels as rf
-from helpers.attention_case import HALF_LSE
+from helpers.attention_case import HALF_LSE, INF, visible
 from helpers.dmd_gradient_case import gradient_of, loss_of
 from rf_kernels.reference import ema_evict as ref_ema
 from rf_kernels.reference import rope_append as ref_rope
@@ -342,6 +342,11 @@ def fuzz_sink_window_attention(draw):
             ),
             "num_window_tokens": window,
         }
+    elif draw.chance():  # rows of their own, and a bias of keys
+        own = [draw.integer(0, tokens) for _ in range(batch)]
+        options["kv_tokens"] = draw.choice((options["kv_tokens"], torch.tensor(own, dtype=torch.int32)))
+        if not draw.exact:
+            options["kv_bias"] = torch.randn(batch, tokens, generator=draw.generator)
     q, k, v = (
         draw.numbers((batch, rows, h, head_dim))
         for rows, h in ((queries, heads), (tokens, kv_heads), (tokens, kv_heads))
@@ -370,13 +375,16 @@ def fuzz_sink_window_attention(draw):
             grads = [torch.zeros_like(t) for t in leaves]
         return [out.detach(), lse.detach(), *grads]
 
-    def eager(q, k, v, *, softmax_scale, return_lse, **options):
+    def eager(q, k, v, *, softmax_scale, return_lse, kv_bias=None, **options):
         """What eager PyTorch computes in the dtype of its inputs; its LSE is private: see lse_bound."""
-        mask = visible(queries, tokens, **options)
+        mask = visible(queries, tokens, **options).reshape(-1, 1, queries, tokens)
+        seen = mask.any(-1).transpose(1, 2)[..., None]
+        if kv_bias is not None:
+            mask = torch.where(mask, kv_bias.expand(batch, -1)[:, None, None], -INF).to(q.dtype)
         k, v = (t.repeat_interleave(heads // kv_heads, 2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(1, 2)
-        return torch.where(mask.any(1)[:, None, None], out, 0.0), exact[1].to(ours[1].dtype)
+        return torch.where(seen, out, 0.0), exact[1].to(ours[1].dtype)
 
     ours = run(rf.sink_window_attention, (q, k, v))
     exact = run(ref_attention, (q.double(), k.double(), v.double()))
@@ -422,16 +430,6 @@ def fuzz_sink_window_attention(draw):
     error = (ours[1].double() - exact[1])[~infinite].abs()
     assert not error.numel() or float(error.max()) <= lse_bound, f"lse: {float(error.max())} > {lse_bound}"
     draw.check_surroundings()
-
-
-def visible(queries, tokens, kv_tokens=None, chunk_ends=None, num_sink_tokens=0, num_window_tokens=None):
-    """The mask [Nq, T], written from the definition."""
-    key = torch.arange(tokens)
-    if chunk_ends is None:
-        return (key < (tokens if kv_tokens is None else kv_tokens)).expand(queries, tokens)
-    end = torch.tensor([next(e for e in chunk_ends if i < e) for i in range(queries)]).view(-1, 1)
-    window = tokens if num_window_tokens is None else num_window_tokens
-    return (key < end) & ((key < num_sink_tokens) | (key >= end - window))
 
 
 def fuzz_dmd_gradient(draw):

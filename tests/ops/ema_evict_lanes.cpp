@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/ema_evict/kernel.h"
+#include "csrc/ema_evict/held.h"
 
 namespace rf::ema_evict {
 namespace {
@@ -37,7 +37,7 @@ struct HostLanes {
 };
 
 // False if some lanes came to a vote and others did not: on the GPU, a deadlock.
-template <typename T, EmaState kState, int N, bool kHeld>
+template <typename T, EmaState kState, int N>
 bool run_row(const Params& p, const Units& units, int64_t row, int first, const std::vector<int>& order) {
   const int64_t t = row % p.frame_tokens, j = row / p.frame_tokens % p.sink_frames;
   const int64_t b = row / p.frame_tokens / p.sink_frames;
@@ -50,7 +50,7 @@ bool run_row(const Params& p, const Units& units, int64_t row, int first, const 
     for (const int lane : order) {
       size_t votes = 0;
       try {
-        evict_row<T, kState, N, kHeld>(p, units, b, j, t, first, HostLanes{lane, lanes, ballot, votes});
+        evict_row<T, kState, N>(p, units, b, j, t, first, HostLanes{lane, lanes, ballot, votes});
       } catch (const Stopped&) {
       }
     }
@@ -61,12 +61,49 @@ bool run_row(const Params& p, const Units& units, int64_t row, int first, const 
   }
 }
 
-template <typename T, EmaState kState, int N, bool kHeld>
+// Rows in registers, as evict_held_kernel of launch.cu goes through them: each step by all lanes, in order.
+template <typename T, EmaState kState, int N>
+void run_held(const Params& p, const Units& units, int64_t b, int64_t j, int64_t begin,
+              const std::vector<int>& order) {
+  std::vector<HeldLane<T, kState, N>> lanes;
+  for (const int lane : order) lanes.emplace_back(p, units, b, j, begin, lane);
+  const int64_t end = std::min(begin + kHeldRows, p.frame_tokens);
+  for (int64_t t = begin; t < end; ++t) {
+    const bool usual = lanes[0].usual();
+    bool finite = true;
+    for (auto& lane : lanes) {
+      if (usual)
+        lane.template read<true>();
+      else
+        lane.template read<false>();
+      if (lane.votes()) finite &= lane.finite();
+    }
+    for (auto& lane : lanes) {
+      if (usual && finite)
+        lane.template write<true>(true);
+      else
+        lane.template write<false>(lane.fuses() && finite);
+      lane.advance();
+    }
+    if (!finite && p.skipped != nullptr) ++*p.skipped;
+  }
+}
+
+template <typename T, EmaState kState, int N>
+bool run_held(const Params& p, const Units& units, const std::vector<int>& order) {
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t j = 0; j < p.sink_frames; ++j)
+      for (int64_t t = 0; t < p.frame_tokens; t += kHeldRows)
+        run_held<T, kState, N>(p, units, b, j, t, order);
+  return true;
+}
+
+template <typename T, EmaState kState, int N>
 bool run(const Params& p, const Units& units, const std::vector<int>& order) {
   bool together = true;
   for (int first = 0; first == 0 || first < p.sources; first += kGroup)
     for (int64_t row = 0; row < p.batch * p.sink_frames * p.frame_tokens; ++row)
-      together &= run_row<T, kState, N, kHeld>(p, units, row, first, order);
+      together &= run_row<T, kState, N>(p, units, row, first, order);
   return together;
 }
 
@@ -81,10 +118,10 @@ int run(const Params& p, int lanes, bool reversed) {
     constexpr int kVector = 16 / sizeof(T);
     bool together = false;
     if (config.vector != kVector)
-      together = run<T, kState, 1, false>(p, config.units, order);
+      together = run<T, kState, 1>(p, config.units, order);
     else
-      together = held ? run<T, kState, kVector, true>(p, config.units, order)
-                      : run<T, kState, kVector, false>(p, config.units, order);
+      together = held ? run_held<T, kState, kVector>(p, config.units, order)
+                      : run<T, kState, kVector>(p, config.units, order);
     return !together ? -1 : held ? 2 * config.vector : config.vector;
   });
 }

@@ -7,40 +7,83 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/rope_append/kernel.h"
+#include "csrc/rope_append/held.h"
 
 namespace rf::rope_append {
 namespace {
 
 constexpr unsigned char kGuard = 0xA5;
 
-template <typename T, int V, bool kHeld>
-bool run(const Params& p, const Config& config, bool reversed) {
-  constexpr size_t kGuardBytes = 64;
-  std::vector<typename Token<T, V, kHeld>::Registers> registers(config.threads);
-  std::vector<int32_t> order(config.threads);
-  std::iota(order.begin(), order.end(), 0);
-  if (reversed) std::reverse(order.begin(), order.end());
-  unsigned char* shared =
-      static_cast<unsigned char*>(std::aligned_alloc(64, (config.shared_bytes / 64 + 2) * 64));
-  bool guarded = true;
+constexpr size_t kGuardBytes = 64;
+
+struct Shared {
+  explicit Shared(int64_t bytes)
+      : bytes(bytes), data(static_cast<unsigned char*>(std::aligned_alloc(64, (bytes / 64 + 2) * 64))) {}
+  ~Shared() { std::free(data); }
+  void reset() {
+    std::fill_n(data, bytes, 0xFF);  // NaN, float or double
+    std::fill_n(data + bytes, kGuardBytes, kGuard);
+  }
+  bool whole() const {
+    return std::all_of(data + bytes, data + bytes + kGuardBytes, [](unsigned char c) { return c == kGuard; });
+  }
+  int64_t bytes;
+  unsigned char* data;
+};
+
+template <typename T, int V>
+bool run(const Params& p, const Config& config, const std::vector<int32_t>& order) {
+  std::vector<typename Token<T, V>::Registers> registers(order.size());
+  Shared shared(config.shared_bytes);
+  bool whole = true;
   for (int64_t row = 0; row < p.batch * p.tokens; ++row) {
     const auto token = [&](int32_t lane) {
-      return Token<T, V, kHeld>(p, config, shared, row / p.tokens, static_cast<int32_t>(row % p.tokens), lane,
-                                config.threads);
+      return Token<T, V>(p, config, shared.data, row / p.tokens, static_cast<int32_t>(row % p.tokens), lane,
+                         static_cast<int32_t>(order.size()));
     };
-    std::fill_n(shared, config.shared_bytes, 0xFF);  // NaN, float or double
-    std::fill_n(shared + config.shared_bytes, kGuardBytes, kGuard);
+    shared.reset();
     for (const int32_t lane : order) token(lane).read(registers[lane]);
     if (p.q.weight != nullptr || p.k.weight != nullptr) {
       for (const int32_t lane : order) token(lane).sum_heads();
       for (const int32_t lane : order) token(lane).scale_heads();
     }
     for (const int32_t lane : order) token(lane).write(registers[lane]);
-    for (size_t i = 0; i < kGuardBytes; ++i) guarded &= shared[config.shared_bytes + i] == kGuard;
+    whole &= shared.whole();
   }
-  std::free(shared);
-  return guarded;
+  return whole;
+}
+
+// As rope_append_held_kernel of launch.cu, but for one thing: what a group of tokens leaves in shared memory
+// is there for the next, angles included, as on the GPU.
+template <typename T, int V, bool kUsual>
+bool run_held(const Params& p, const Config& config, const std::vector<int32_t>& order) {
+  Shared shared(config.shared_bytes);
+  bool whole = true;
+  const int32_t n = frame_tokens(p);
+  for (int64_t batch = 0; batch < p.batch; ++batch)
+    for (int32_t first = 0; first < p.tokens; first += n)
+      for (int32_t begin = 0; begin < n; begin += kHeldTokens) {
+        shared.reset();
+        std::vector<HeldTokens<T, V, kUsual>> lanes;
+        for (const int32_t lane : order)
+          lanes.emplace_back(p, config, shared.data, batch, first / n, first + begin, lane,
+                             static_cast<int32_t>(order.size()));
+        const int32_t count = std::min(kHeldTokens, n - begin);
+        for (int32_t t = 0; t < count; t += kHeldTogether) {
+          const int together = std::min(kHeldTogether, count - t);
+          for (auto& lane : lanes) lane.read(together);
+          if (p.q.weight != nullptr || p.k.weight != nullptr) {
+            for (auto& lane : lanes) lane.sum_heads();
+            for (auto& lane : lanes) lane.scale_heads();
+          }
+          for (auto& lane : lanes) {
+            lane.write(together);
+            lane.advance();
+          }
+        }
+        whole &= shared.whole();
+      }
+  return whole;
 }
 
 HeadRows rows(const void* data, const int64_t*& strides) {
@@ -61,7 +104,8 @@ MutableHeadRows mutable_rows(void* data, const int64_t*& strides) {
 // T,
 //        angles batch stride, layout, number of axes, [length, pairs, offset] of each.
 // strides: batch, token, head of q, q_out, k, k_cache, v, v_cache. threads: of a CTA, 0 for the chosen
-// number. Returns the elements of one access, or -1 if a lane wrote beyond its shared memory.
+// number. Returns the elements of one access (ten times that where tokens are held, a hundred times on the
+// straight way), or -1 if a lane wrote beyond its shared memory.
 extern "C" int rope_append_lanes(const int64_t* sizes, const int64_t* strides, void* const* data, double eps,
                                  int threads, int reversed) {
   using namespace rf;
@@ -101,14 +145,17 @@ extern "C" int rope_append_lanes(const int64_t* sizes, const int64_t* strides, v
   }
   Config config = choose_config(p);
   const bool held = config.held && (threads == 0 || threads >= config.threads);
-  if (threads > 0) config.threads = threads;
-  const bool guarded = with_dtype(p.dtype, [&]<typename T>() {
+  std::vector<int32_t> order(static_cast<size_t>(threads > 0 ? threads : config.threads));
+  std::iota(order.begin(), order.end(), 0);
+  if (reversed != 0) std::reverse(order.begin(), order.end());
+  const bool whole = with_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
-    if (config.vector != kVector) return run<T, 1, false>(p, config, reversed != 0);
-    return held ? run<T, kVector, true>(p, config, reversed != 0)
-                : run<T, kVector, false>(p, config, reversed != 0);
+    if (config.vector != kVector) return run<T, 1>(p, config, order);
+    if (!held) return run<T, kVector>(p, config, order);
+    return config.usual ? run_held<T, kVector, true>(p, config, order)
+                        : run_held<T, kVector, false>(p, config, order);
   });
-  return guarded ? config.vector : -1;
+  return !whole ? -1 : config.vector * (held ? config.usual ? 100 : 10 : 1);
 }
 
 // Bytes that vector accesses have moved since the last question.

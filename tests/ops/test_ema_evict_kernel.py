@@ -215,15 +215,18 @@ ONE_SOURCE = {
 @all_precisions
 @pytest.mark.parametrize("name", ONE_SOURCE)
 @pytest.mark.parametrize("layout", ["adjacent", "adjacent_tail", "none", "all_adjacent"])
-def test_a_row_in_registers(lanes, layout, name, dtype, state):
-    """One source a sink frame, pairs inside of a vector: two units a lane."""
+def test_rows_in_registers(lanes, layout, name, dtype, state):
+    """One source a sink frame, pairs inside of a vector: several tokens a block. Here a block that is full,
+    and one with a single token; alpha differs from token to token."""
     rope = LAYOUTS.get(layout) or rf.RoPE((8,), (1e4,), "adjacent")
-    case = Case(dtype, state, rope=rope, schedule=ONE_SOURCE[name], heads=6, n=3)
-    case.k[0, 3 * 3 + 1, 2, 7] = NAN  # source 3: skipped where it is one
+    case = Case(dtype, state, rope=rope, schedule=ONE_SOURCE[name], heads=6, n=7)
+    case.options["alpha"] = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    case.k[0, 3 * 7 + 1, 2, 7] = NAN  # source 3: skipped where it is one
+    case.v[0, 3 * 7 + 6, 5, 15] = INF
     for on_nonfinite in ("skip", "propagate"):
         expected = case.run(on_nonfinite=on_nonfinite)
         lanes.moved_bytes()
-        found, width = run_lanes(lanes, case, threads=0, on_nonfinite=on_nonfinite)
+        found, width = run_lanes(lanes, case, threads=0, on_nonfinite=on_nonfinite, reverse=name == "none")
         assert width == 2 * 16 // dtype.itemsize
         if on_nonfinite == "skip":
             equal(found, expected)
@@ -236,9 +239,9 @@ def test_a_row_in_registers(lanes, layout, name, dtype, state):
 @pytest.mark.parametrize("threads", [0, 7], ids=["held", "not held"])
 def test_a_held_row_reads_nothing_twice(lanes, threads):
     """With the check for non-finite tokens: bytes as predicted, which a row that is not held exceeds."""
-    case = Case(torch.bfloat16, "compensated", schedule=[[0, 1, 3], [0, 1, 4]], n=2, heads=6)
+    case = Case(torch.bfloat16, "compensated", schedule=[[0, 1, 3], [0, 1, 4]], n=2, heads=16)  # no idle lane
     lanes.moved_bytes()
     run_lanes(lanes, case, threads=threads)
-    shape = dict(batch=2, frame_tokens=2, heads=6, head_dim=16, dtype=torch.bfloat16, state="compensated")
+    shape = dict(batch=2, frame_tokens=2, heads=16, head_dim=16, dtype=torch.bfloat16, state="compensated")
     predicted = traffic.ema_evict(**shape, counts=[1, 1])["rows"]
     assert (lanes.moved_bytes() == predicted) == (threads == 0)

@@ -32,6 +32,11 @@ def attention(dtype):
     return rf.sink_window_attention, tuple(tensors), {"kv_tokens": 7, "return_lse": True}
 
 
+def attention_rows(dtype):
+    function, tensors, options = attention(dtype)
+    return function, tensors, options | {"kv_tokens": torch.tensor([7, 0], dtype=torch.int32)}
+
+
 def whole_sequence(dtype):
     tensors = (strided(2, 6, heads, 8, dtype=dtype) for heads in (4, 2, 2))
     return (
@@ -58,7 +63,9 @@ def described(results):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("call", [rope_append, rope, attention, whole_sequence, dmd_gradient, dmd_loss])
+@pytest.mark.parametrize(
+    "call", [rope_append, rope, attention, attention_rows, whole_sequence, dmd_gradient, dmd_loss]
+)
 def test_fake_results_are_described_as_they_come(call, dtype):
     function, arguments, options = call(dtype)
     with FakeTensorMode() as mode:

@@ -18,23 +18,23 @@ from rf_kernels.testing import assert_within_eager
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for CUDA where there is none")
 
 
-def attention(q, k, v, scale):
+def attention(q, k, v, scale, bias=0.0):
     """[B, H, S, D], grouped heads: output in the dtype of q and natural-log LSE in float."""
     q64, k64, v64 = (t.double() for t in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    logits = q64 @ k64.repeat_interleave(group, 1).transpose(-1, -2) * scale
+    logits = q64 @ k64.repeat_interleave(group, 1).transpose(-1, -2) * scale + bias
     out = torch.softmax(logits, -1) @ v64.repeat_interleave(group, 1)
     return out.to(q.dtype), logits.logsumexp(-1).float()
 
 
-def attention_backward(grad_out, q, k, v, out, lse, scale):
+def attention_backward(grad_out, q, k, v, out, lse, scale, bias=0.0):
     """The formula of the flash backward: P from the LSE that it is given, whoever computed it."""
     batch, kv_heads, tokens, dim = k.shape
     group = q.shape[1] // kv_heads
     g, q64, o = (t.double() for t in (grad_out, q, out))
     k64, v64 = (t.double().repeat_interleave(group, 1) for t in (k, v))
     assert not bool((lse == -INF).any()), "exp(-inf + inf) is NaN"
-    p = torch.exp(q64 @ k64.transpose(-1, -2) * scale - lse.double().unsqueeze(-1))
+    p = torch.exp(q64 @ k64.transpose(-1, -2) * scale + bias - lse.double().unsqueeze(-1))
     ds = p * (g @ v64.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
     dk, dv = (
         t.view(batch, kv_heads, group, tokens, dim).sum(2)
@@ -73,16 +73,24 @@ def flash_backward(
     return attention_backward(grad_out, q, k, v, out, lse, scale)
 
 
-def check_efficient(q, k, v):
-    assert q.dtype == k.dtype == v.dtype == torch.float32
-    assert q.shape[3] % 4 == 0 and q.shape[1] == k.shape[1] == v.shape[1]  # no grouped heads
-    assert all(t.stride(3) == 1 and t.stride(2) % 4 == 0 for t in (q, k, v))
+def check_efficient(q, k, v, bias):
+    """Returns the bias in float64. Its rows are aligned to 16 bytes, as the kernels demand."""
+    assert q.dtype == k.dtype == v.dtype and (bias is not None or q.dtype == torch.float32)
+    aligned = 16 // q.itemsize
+    assert q.shape[3] % aligned == 0 and q.shape[1] == k.shape[1] == v.shape[1]  # no grouped heads
+    assert all(t.stride(3) == 1 and t.stride(2) % aligned == 0 for t in (q, k, v))
+    if bias is None:
+        return 0.0
+    assert bias.shape == (*q.shape[:3], k.shape[2]) and bias.dtype == q.dtype
+    assert bias.stride(3) == 1 and all(bias.stride(d) % aligned == 0 for d in range(3))
+    assert not k.isnan().any() and not v.isnan().any() and not (bias == -INF).all(-1).any()
+    return bias.double()
 
 
 def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
-    check_efficient(q, k, v)
-    assert bias is None and compute_log_sumexp and dropout_p == 0 and not is_causal
-    out, lse = attention(q, k, v, scale)
+    bias = check_efficient(q, k, v, bias)
+    assert compute_log_sumexp and dropout_p == 0 and not is_causal
+    out, lse = attention(q, k, v, scale, bias)
     padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), float("inf"))
     padded[:, :, : lse.shape[2]] = lse
     return out, padded, torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
@@ -91,10 +99,11 @@ def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
 def efficient_backward(
     grad_out, q, k, v, bias, out, lse, seed, offset, dropout_p, wanted, is_causal=False, *, scale=None
 ):
-    check_efficient(q, k, v)
-    assert bias is None and dropout_p == 0 and not is_causal and list(wanted) == [True, True, True, False]
+    bias = check_efficient(q, k, v, bias)
+    assert dropout_p == 0 and not is_causal and list(wanted) == [True, True, True, False]
     assert lse.shape[2] % 32 == 0 and lse.shape[2] - q.shape[2] < 32 and lse.is_contiguous()
-    return *attention_backward(grad_out, q, k, v, out, lse[:, :, : q.shape[2]], scale), torch.empty(0)
+    grads = attention_backward(grad_out, q, k, v, out, lse[:, :, : q.shape[2]], scale, bias)
+    return *grads, torch.empty(0)
 
 
 KERNELS = {
@@ -146,6 +155,9 @@ def on_cuda(*tensors):
 def backward(grad_out, q, k, v, out, lse, options):
     """The backward op as autograd calls it (its engine refuses CUDA tensors where there is no CUDA)."""
     o = {"kv_tokens": None, "chunk_ends": None, "num_sink_tokens": 0, "num_window_tokens": None, **options}
+    rows, tokens = o["kv_tokens"], None
+    if not isinstance(rows, torch.Tensor):
+        rows, tokens = None, rows
     return torch.ops.rf_kernels.sink_window_attention_backward(
         grad_out,
         q,
@@ -153,11 +165,13 @@ def backward(grad_out, q, k, v, out, lse, options):
         v,
         out,
         lse,
-        o["kv_tokens"],
+        tokens,
         q.shape[-1] ** -0.5,
         o["chunk_ends"],
         o["num_sink_tokens"],
         o["num_window_tokens"],
+        rows,
+        o.get("kv_bias"),
     )
 
 
@@ -188,6 +202,60 @@ def test_values_and_gradients_within_eager(case, dtype):
     _, exact_lse = oracle(*(t.double() for t in inputs), **options, return_lse=True)
     _, eager_lse = oracle(*inputs, **options, return_lse=True)
     assert_within_eager(lse.inner, exact_lse, eager_lse.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(2, 2, 13), (4, 2, 128)], ids=str)
+def test_rows_of_their_own(heads, dtype):
+    """Masked, with zeros for what lies behind a row's end; the host sees no length, which is clamped."""
+    inputs = make(dtype, 5, 9, 21, *heads)
+    own = torch.tensor([4, 0, 21, -3, 30], dtype=torch.int32)
+    clamped = own.clamp(0, 21)
+    for b, n in enumerate(clamped.tolist()):
+        inputs[1][b, n:], inputs[2][b, n:] = float("nan"), INF
+    grad_out = torch.randn_like(inputs[0])
+    options = {"kv_tokens": clamped}
+    exact = run_with_grads(oracle, [t.double() for t in inputs], options, grad_out)
+    eager = run_with_grads(oracle, inputs, options, grad_out)
+    q, k, v, rows, grad = on_cuda(*inputs, own, grad_out)
+    out, lse = rf.sink_window_attention(q, k, v, kv_tokens=rows, return_lse=True)
+    assert rf.last_dispatch()[:3] == ("sink_window_attention", "torch_efficient", True)
+    grads = backward(grad, q, k, v, out, lse, {"kv_tokens": rows})
+    for ours, truth, theirs in zip((out, *grads), exact, eager, strict=True):
+        assert ours.is_contiguous()
+        assert_within_eager(ours.inner, truth, theirs)
+    _, exact_lse = oracle(*(t.double() for t in inputs), **options, return_lse=True)
+    _, eager_lse = oracle(*inputs, **options, return_lse=True)
+    assert_within_eager(lse.inner, exact_lse, eager_lse.float())
+    for b, n in enumerate(clamped.tolist()):
+        assert not any(g.inner[b, n:].any() for g in grads[1:])
+    assert not {"aten::_local_scalar_dense", "aten::item"} & set(OnCuda.calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [17, (4, 0, 21)], ids=str)
+def test_a_bias_of_keys(tokens, dtype):
+    """One row of it has no key that is not hidden."""
+    inputs = make(dtype, 3, 9, 21, 4, 2, 24)
+    bias = torch.randn(3, 21)
+    bias[:, 3], bias[2] = -INF, -INF
+    if isinstance(tokens, tuple):
+        tokens = torch.tensor(tokens, dtype=torch.int32)
+    grad_out, options = torch.randn_like(inputs[0]), {"kv_tokens": tokens, "kv_bias": bias}
+    exact = run_with_grads(oracle, [t.double() for t in inputs], options, grad_out)
+    eager = run_with_grads(oracle, inputs, options | {"kv_bias": bias.to(dtype)}, grad_out)
+    q, k, v, device_bias, grad = on_cuda(*inputs, bias, grad_out)
+    given = {
+        "kv_tokens": OnCuda(tokens) if isinstance(tokens, torch.Tensor) else tokens,
+        "kv_bias": device_bias,
+    }
+    out, lse = rf.sink_window_attention(q, k, v, **given, return_lse=True)
+    assert rf.last_dispatch()[:3] == ("sink_window_attention", "torch_efficient", True)
+    grads = backward(grad, q, k, v, out, lse, given)
+    for ours, truth, theirs in zip((out, *grads), exact, eager, strict=True):
+        assert ours.is_contiguous()
+        assert_within_eager(ours.inner, truth, theirs)
+    assert not out.inner[2].any() and (lse.inner[2] == -INF).all()
 
 
 def test_keys_of_a_model_are_not_copied():

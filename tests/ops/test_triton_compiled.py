@@ -113,7 +113,7 @@ def spills_allowed(target, dtype, head_dim):
 def test_attention(target, dtype, head_dim):
     q, out, grad_q = (torch.empty(1, N, 12, head_dim, dtype=dtype) for _ in range(3))
     k, v, grad_k, grad_v = (torch.empty(1, 3 * N, 12, head_dim, dtype=dtype) for _ in range(4))
-    lse, options = torch.empty(1, 12, N), (3 * N, head_dim**-0.5, None, 0, None)
+    lse, options = torch.empty(1, 12, N), (3 * N, head_dim**-0.5, None, 0, None, None, None)
     found = compiled(target, "sink_window_attention", q, k, v, *options, out, lse)
     backward = (out, q, k, v, out, lse, *options, grad_q, grad_k, grad_v)
     found |= compiled(target, "sink_window_attention", *backward, name="sink_window_attention_backward")

@@ -47,6 +47,8 @@ RF_DEVICE void consume(typename Traits::Smem& smem, const FwdKernelParams& p, in
               lane = t % kWarpThreads;
     walk.current(p.schedule, segment);
     const FwdWork work = fwd_work<Traits>(p, segment);
+    if constexpr (Traits::kRows)
+      if (work.count == 0) q_phase ^= 1;  // its queries were not loaded: the phase stays
     if (!segment.owner()) {
       Epilogue::contribute(p, walk.range, warp, lane, fragment);
       continue;

@@ -49,18 +49,24 @@ CudaStatus launch(const SinkWindowAttentionParams& p, const FwdConfig& config, v
                        kSharedBytes, stream, map_q, map_k, map_v, kernel_params);
 }
 
+template <template <class, const FwdConfig&> class Traits>
+CudaStatus launch_as(const SinkWindowAttentionParams& p, void* stream) {
+  const bool half = p.dtype == AttentionDtype::fp16;
+  if (p.head_dim == 128)
+    return half ? launch<Traits<rf::f16, kFwdConfigHeadDim128>>(p, kFwdConfigHeadDim128, stream)
+                : launch<Traits<rf::bf16, kFwdConfigHeadDim128>>(p, kFwdConfigHeadDim128, stream);
+  return half ? launch<Traits<rf::f16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream)
+              : launch<Traits<rf::bf16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream);
+}
+
 }  // namespace
 
 CudaStatus run_sm90(const SinkWindowAttentionParams& p, void* stream) {
   if (unsupported_sm90(p) != nullptr || p.schedule == nullptr ||
       (p.workspace == nullptr && p.schedule->cuts_tiles()))
     return {cudaErrorNotSupported, "sink_window_attention on Hopper"};
-  const bool half = p.dtype == AttentionDtype::fp16;
-  if (p.head_dim == 128)
-    return half ? launch<FwdTraitsSm90<rf::f16, kFwdConfigHeadDim128>>(p, kFwdConfigHeadDim128, stream)
-                : launch<FwdTraitsSm90<rf::bf16, kFwdConfigHeadDim128>>(p, kFwdConfigHeadDim128, stream);
-  return half ? launch<FwdTraitsSm90<rf::f16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream)
-              : launch<FwdTraitsSm90<rf::bf16, kFwdConfigHeadDim64>>(p, kFwdConfigHeadDim64, stream);
+  return p.row_kv_tokens == nullptr && p.kv_bias == nullptr ? launch_as<FwdTraitsSm90>(p, stream)
+                                                            : launch_as<FwdRowsTraitsSm90>(p, stream);
 }
 
 int num_sms_sm90(int device_index) {

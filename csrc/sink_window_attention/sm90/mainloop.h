@@ -57,7 +57,9 @@ struct MainloopFwdSm90 {
     uint32_t q_phase = 1;
     Segment segment;
     for (SegmentWalk walk(p.schedule, range); walk.current(p.schedule, segment); walk.advance(p.schedule)) {
-      const FwdWork work = fwd_work<Traits>(p, segment);
+      const FwdWork work = fwd_work<Traits, false>(p, segment);
+      if constexpr (Traits::kRows)
+        if (work.count == 0) continue;
       // K of a tile before V of the one before it: the order in which the consumers need them. The first K
       // does not wait for the buffers of Q.
       const KeyRun high = key_run(work.keys, 0, work.first, work.count, Traits::kTileN);
@@ -140,6 +142,46 @@ struct MainloopFwdSm90 {
       if ((i / 4) * 8 + (i & 1) >= limit) s[i] = -std::numeric_limits<float>::infinity();
   }
 
+  // A bias of keys, in units of the scores. `bias` points to that of the thread's first column, whose tile is
+  // full, or not.
+  static RF_DEVICE void add_bias(float (&s)[kScores], const float* bias, float bias_scale) {
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      float b[2];
+      arch::global_load(bias + 8 * i, b);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[4 * i + e] += b[e & 1] * bias_scale;
+    }
+  }
+  static RF_DEVICE void add_bias(float (&s)[kScores], const float* bias, float bias_scale, int valid, int t) {
+    const int limit = valid - t % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (8 * i + c < limit) {
+          const float b = arch::global_load(bias + 8 * i + c) * bias_scale;
+          s[4 * i + c] += b;
+          s[4 * i + 2 + c] += b;
+        }
+  }
+
+  // Rows [valid, kTileN) of a V tile become zeros, for every consumer: the weights of those keys are 0, but 0
+  // * NaN is NaN, and they lie in the cache behind the row's end, where anything may be. `thread` counts the
+  // consumers' threads.
+  static RF_DEVICE void clear_rows(char* tile, int valid, int thread) {
+    using namespace arch;
+    constexpr int kThreads = Traits::kWarpgroups * kWarpgroupThreads;
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int i = valid * 8 + thread; i < Traits::kTileN * 8; i += kThreads)
+#pragma unroll
+      for (int block = 0; block < Traits::kHeadDim / 64; ++block)
+        shared_store(tile + block * Traits::kTileN * 128 + i * 16, zeros);
+    fence_proxy_async_shared();  // the products read through the asynchronous proxy
+    named_barrier_sync(kRowsCleared, kThreads);
+  }
+
   // What the softmax of a thread's two rows carries from tile to tile: `base` follows the rows' references.
   struct Softmax {
     float base[2], factor[2];
@@ -212,10 +254,14 @@ struct MainloopFwdSm90 {
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) f.o[i] = 0.f;
     f.row[0] = f.row[1] = softmax_empty();
+    if constexpr (Traits::kRows)
+      if (work.count == 0) return;
     mbarrier_wait(&smem.q_full[w], q_phase);
     KeyRun run = key_run(work.keys, 0, work.first, work.count, Traits::kTileN);
     KeyRun next = key_run(work.keys, 1, work.first, work.count, Traits::kTileN);
     if (run.count == 0) run = next, next.count = 0;
+    const float* bias = nullptr;  // of this thread's first key of the tile
+    if constexpr (Traits::kRows) bias = p.kv_bias + work.batch * p.kv_bias_stride + run.row + t % 4 * 2;
 #pragma unroll 1
     for (;;) {
       wait_k(it);
@@ -224,11 +270,18 @@ struct MainloopFwdSm90 {
       pin_registers(s);
       release(&smem.k_empty[stage(it)]);
       if (next.count == 0 && run.count == 1) release(&smem.q_empty[w]);
+      if constexpr (Traits::kRows)
+        if (p.kv_bias != nullptr) add_bias(s, bias, p.bias_scale, run.valid, t);
       if (run.valid < Traits::kTileN) mask_columns(s, run.valid, t);
       bool exceeds = raise(s, f.row, softmax, scale);
       weigh(s, f.row, softmax, scale);
       to_operand(s, probs);
       if (exceeds) rescale(f.o, softmax);
+      if constexpr (Traits::kRows)
+        if (run.valid < Traits::kTileN) {
+          wait_v(it);
+          clear_rows(smem.v[stage(it)], run.valid, w * kWarpgroupThreads + t);
+        }
 
       const int last =
           next.count == 0 ? 1 : 0;  // of n, at the last Q K^T of the query tile; 0: not in this interval
@@ -246,6 +299,8 @@ struct MainloopFwdSm90 {
         release(&smem.k_empty[stage(it + 1)]);
         if (n == last) release(&smem.q_empty[w]);  // the next query rows may come while this tile finishes
         // ... this warpgroup does the softmax of this tile.
+        if constexpr (Traits::kRows)
+          if (p.kv_bias != nullptr) add_bias(s, bias -= Traits::kTileN, p.bias_scale);
         exceeds = raise(s, f.row, softmax, scale);
         weigh(s, f.row, softmax, scale);
         order_before(f.row[0].sum + f.row[1].sum);

@@ -26,6 +26,19 @@ bool fits_int(const Tensor& t) {
   return true;
 }
 
+// The kernel reads the bias of two keys at once, at even keys: a copy with rows of an even length where that
+// would not be aligned.
+Tensor in_pairs(const Tensor& bias) {
+  const bool aligned = reinterpret_cast<uintptr_t>(bias.const_data_ptr()) % 8 == 0 &&
+                       (bias.size(0) == 1 || bias.stride(0) % 2 == 0);
+  if (aligned) return bias;
+  const int64_t tokens = bias.size(1);
+  Tensor even = torch::stable::new_empty(bias, {bias.size(0), tokens + tokens % 2});
+  Tensor keys = slice(even, 1, 0, tokens);
+  torch::stable::copy_(keys, bias);
+  return keys;
+}
+
 // A call in the kernel's terms, without outputs and workspace.
 struct Request {
   SinkWindowAttentionParams params{};
@@ -62,6 +75,12 @@ Request request(const Problem& problem, const Sm90Options& options) {
   } else {
     const KeyIntervals& keys = problem.chunks.front().keys;  // [0, kv_tokens), or none
     p.kv_tokens = keys.count == 0 ? 0 : static_cast<int>(keys.end[0]);
+    if (problem.row_kv_tokens.has_value())
+      p.row_kv_tokens = static_cast<const int32_t*>(problem.row_kv_tokens->const_data_ptr());
+  }
+  if (problem.kv_bias.has_value()) {
+    p.kv_bias = static_cast<const float*>(problem.kv_bias->const_data_ptr());
+    p.kv_bias_stride = problem.kv_bias->stride(0);
   }
   p.chunk_ends = r.chunk_ends.data();
   return r;
@@ -81,7 +100,9 @@ const char* refused_by_sm90(const Problem& problem, const Sm90Options& options) 
   return unsupported_sm90(p);
 }
 
-Attended forward_sm90(const Problem& problem, const Sm90Options& options) {
+Attended forward_sm90(const Problem& checked, const Sm90Options& options) {
+  Problem problem = checked;
+  if (problem.kv_bias.has_value()) problem.kv_bias = in_pairs(*problem.kv_bias);
   const Tensor& q = problem.q;
   const int32_t device = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

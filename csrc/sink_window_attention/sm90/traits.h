@@ -6,13 +6,14 @@
 #include <type_traits>
 
 #include "csrc/arch/platform.h"
+#include "csrc/arch/vec.h"
 #include "csrc/math/tile_schedule.h"
 #include "csrc/sink_window_attention/sm90/config.h"
 
 namespace rf::sink_window_attention {
 
 // The turn of consumer warpgroup w to issue its products is barrier kTurn + w; 0 is __syncthreads.
-enum NamedBarrierSm90 { kTurn = 1 };
+enum NamedBarrierSm90 { kTurn = 1, kRowsCleared = 4 };
 
 template <class Element_, const FwdConfig& kConfig>
 struct FwdTraitsSm90 {
@@ -23,6 +24,7 @@ struct FwdTraitsSm90 {
   static constexpr int kConsumerRegisters = kConfig.consumer_registers;
   static constexpr int kPolynomialBlocks = std::is_same_v<Element, bf16> ? kConfig.polynomial_blocks : 0;
   static constexpr int kPartialFloats = kConfig.partial_floats();
+  static constexpr bool kRows = false;
 
   static constexpr int kStages = 2;  // stage and phase of a tile are bits of its number
   static constexpr int kQBytes = 64 * kHeadDim * 2, kKvBytes = kTileN * kHeadDim * 2;
@@ -53,6 +55,13 @@ struct FwdTraitsSm90 {
                 "setmaxnreg.inc would wait for ever");
 };
 
+// The same kernel for rows of their own and a bias of keys (FwdKernelParams::row_kv_tokens, kv_bias). An
+// instantiation apart: the others keep their machine code.
+template <class Element_, const FwdConfig& kConfig>
+struct FwdRowsTraitsSm90 : FwdTraitsSm90<Element_, kConfig> {
+  static constexpr bool kRows = true;
+};
+
 // Travels as one __grid_constant__ argument.
 struct FwdKernelParams {
   char* out;
@@ -65,6 +74,11 @@ struct FwdKernelParams {
   float scale_log2;  // softmax_scale * log2(e)
   TileMap map;
   TileSchedule schedule;
+  // Of FwdRowsTraitsSm90 alone. Either may be null.
+  const int32_t* row_kv_tokens;  // [batch]
+  const float* kv_bias;          // [batch][keys]
+  int64_t kv_bias_stride;
+  float bias_scale;  // 1 / softmax_scale: scores are what the scale is multiplied with
 };
 static_assert(sizeof(FwdKernelParams) + 3 * 128 <= 4096, "kernel parameters");
 
@@ -87,6 +101,10 @@ inline FwdKernelParams fwd_kernel_params(const SinkWindowAttentionParams& p, con
   k.q_heads = p.q_heads;
   k.heads_per_kv_head = p.q_heads / p.kv_heads;
   k.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  k.row_kv_tokens = p.row_kv_tokens;
+  k.kv_bias = p.kv_bias;
+  k.kv_bias_stride = p.kv_bias_stride;
+  k.bias_scale = 1.f / p.softmax_scale;
   return k;
 }
 
@@ -98,7 +116,9 @@ struct FwdWork {
   bool complete;     // to the tile's last unit
 };
 
-template <class Traits>
+// kWholeWarp: all lanes of the warp are here. What comes from memory is then known to be the same in each,
+// and with it the main loop's addresses.
+template <class Traits, bool kWholeWarp = true>
 RF_DEVICE FwdWork fwd_work(const FwdKernelParams& p, const Segment& segment) {
   const TilePlace place = locate(p.map, segment.tile, Traits::kTileM);
   FwdWork w;
@@ -112,6 +132,18 @@ RF_DEVICE FwdWork fwd_work(const FwdKernelParams& p, const Segment& segment) {
   w.first = segment.first;
   w.count = min_of(segment.limit, units) - segment.first;
   w.complete = segment.limit >= units;
+  if constexpr (Traits::kRows) {
+    // The schedule is of the capacity. Units are numbered from the last key tile down: those behind the row's
+    // end come first, and are empty. A segment of nothing else has a count of 0.
+    int tokens = p.map.kv_tokens;
+    if (p.row_kv_tokens != nullptr) tokens = arch::global_load(p.row_kv_tokens + w.batch);
+    if constexpr (kWholeWarp) tokens = arch::warp_uniform(tokens);
+    w.keys = {{0, min_of(max_of(tokens, 0), p.map.kv_tokens)}, {0, 0}};
+    const int empty = units - w.keys.units(Traits::kTileN);
+    const int last = max_of(w.first + w.count - empty, 0);
+    w.first = max_of(w.first - empty, 0);
+    w.count = last - w.first;
+  }
   return w;
 }
 

@@ -36,6 +36,19 @@ RF_DEVICE void flag_wait(uint32_t* flag) {
 RF_DEVICE uint32_t take_ticket(uint32_t* counter) {
   return chip::atomic_add(counter, 1);
 }
+RF_DEVICE float global_load(const float* p) {
+  float v;
+  chip::global_load(p, &v, 4);
+  return v;
+}
+RF_DEVICE void global_load(const float* p, float (&v)[2]) {
+  chip::global_load(p, v, 8);
+}
+RF_DEVICE int32_t global_load(const int32_t* p) {
+  int32_t v;
+  chip::global_load(p, &v, 4);
+  return v;
+}
 RF_DEVICE void shared_store(void* p, const uint32_t (&v)[4]) {
   chip::shared_store(p, v, 16);
 }

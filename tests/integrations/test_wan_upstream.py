@@ -1,0 +1,28 @@
+"""``integrations.wan.patch`` on real modules and pipelines, where `RF_UPSTREAM_DIR` has their checkouts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.integrations import SYSTEMS
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = os.environ.get("RF_UPSTREAM_DIR")
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not FOLDER, reason="RF_UPSTREAM_DIR names no folder of checkouts")
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_real_pipeline_streams_the_same(name):
+    if not (Path(FOLDER) / SYSTEMS[name].checkout).is_dir():
+        pytest.skip(f"{FOLDER} has no {SYSTEMS[name].checkout}")
+    command = [sys.executable, "-m", "benchmarks.integrations", FOLDER, "--json", "--system", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["float32"] <= 4e-6
+    assert found["bf16_patched"] <= 1.2 * found["bf16_own"]
