@@ -79,6 +79,17 @@ def allocated(run, path):
     return max(totals) - totals[0]
 
 
+@pytest.fixture
+def one_thread():
+    """The CPU's attention takes working memory for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config", [TEACHER, CAUSAL, DMD], ids=lambda config: config.stage)
 def test_activations_are_what_the_allocator_gives(config, checkpointing, tmp_path):
