@@ -88,13 +88,13 @@ def main(arguments=None) -> int:
             # the published path has no other sink
             compare=not options.no_compare and job.stream.sink_policy == "ema",
             measure_seconds=options.measure_seconds,
-            progress=lambda chunks: tqdm(chunks, desc="streaming", unit="chunk", total=total),
+            progress=lambda chunks: tqdm(chunks, desc="streaming", unit="chunk", total=total, disable=None),
         )
         latents = load_file(folder.part / LATENTS)["latents"]
         if film:
 
             def progress(chunks, sink, count):
-                return tqdm(chunks, desc=f"sink {sink}", unit="chunk", total=count)
+                return tqdm(chunks, desc=f"sink {sink}", unit="chunk", total=count, disable=None)
 
             videos, figures["world"] = stream_sinks(tuple(options.sinks), job.frames, progress=progress)
             files = write_film(videos, folder.part)

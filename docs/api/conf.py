@@ -24,6 +24,7 @@ napoleon_use_rtype = False
 # Every name that a docstring refers to must exist; those of other projects are not looked up (no network).
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|collections|contextlib)\..*|Module|Tensor"),
+    (r"py:.*", r"(torch|numpy|collections|contextlib|pathlib)\..*|Module|Tensor"),
     (r"py:class", r"rf_kernels\._backend\.Dispatch"),  # documented under its public name
+    (r"py:class", r"rf_kernels\.cache\.stream\.Stream"),  # in a plan's signature alone
 ]

@@ -195,7 +195,7 @@ def run(config: TrainConfig, out: str | Path) -> Path:
     from tqdm import tqdm
 
     with process_group(alone=config.compute != "float32" or torch.cuda.is_available()):
-        with tqdm(total=config.steps, unit="step", disable=rank() != 0) as bar:
+        with tqdm(total=config.steps, unit="step", disable=rank() != 0 or None) as bar:
 
             def show(step: int, line: dict) -> None:
                 bar.n = step + 1
