@@ -285,7 +285,7 @@ def check(kernel: Kernel) -> list[str]:
 
 # The memory-bound ops, by the name of their kernels. Each has an instantiation for aligned rows that moves 16
 # bytes a thread; the others are for rows that are not.
-_MEMORY_BOUND = ("rope_append_kernel", "evict_kernel", "dmd_kernel")
+_MEMORY_BOUND = ("rope_append_kernel", "evict_kernel", "dmd_kernel", "dmd_straight_kernel")
 
 
 def check_memory_bound(found: list[Kernel]) -> list[str]:

@@ -18,9 +18,9 @@ inline constexpr int vector_width(int bytes, int prediction_bytes) {
 
 // Threads of a CUDA block.
 constexpr int kThreads = 256;
-// Blocks per SM that the register budget (128 a thread, no spills) leaves room for. A thread has up to five
-// 16-byte loads in flight, so two blocks keep 40 KB per SM under way: more than latency x bandwidth of an
-// H200.
+// Blocks per SM that the register budget (128 a thread, no spills) leaves room for. In the usual call
+// (straight.h) a thread has eight 16-byte loads in flight, so two blocks keep 64 KB per SM under way: more
+// than latency x bandwidth of an H200.
 constexpr int kBlocksPerProcessor = 2;
 
 }  // namespace rf::dmd_gradient

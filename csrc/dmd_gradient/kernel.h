@@ -15,6 +15,16 @@
 
 namespace rf::dmd_gradient {
 
+// A power of two of values, as a tree.
+template <int N, typename S, typename A>
+RF_HD S tree_sum_as(const A* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    return tree_sum_as<N / 2, S>(v) + tree_sum_as<N / 2, S>(v + N / 2);
+  }
+}
+
 // n of V elements; those beyond are 0. `vectorised`: where n = V, aligned 16-byte pieces may be read.
 template <int V, typename S, typename A>
 RF_HD void load(const void* base, int64_t at, int n, bool vectorised, A* out) {

@@ -5,72 +5,21 @@
 //           across the grid barrier, so every input is read once.
 // measure, finish: the two halves as two launches for larger batches; the second reads the predictions again.
 //
+// The usual call (straight.h) has kernels of its own, one for each mode: the same tiles, the same sums, the
+// same launches.
+//
 // The last block to finish (an integer ticket) forms the sums over samples. No float atomics: every sum has a
 // fixed order that depends on the tile alone.
 #include <cooperative_groups.h>
 
 #include "csrc/common/cuda_call.h"
+#include "csrc/dmd_gradient/block.h"
 #include "csrc/dmd_gradient/kernel.h"
 #include "csrc/dmd_gradient/launch.h"
+#include "csrc/dmd_gradient/straight_kernel.h"
 
 namespace rf::dmd_gradient {
 namespace {
-
-constexpr int kWarps = kThreads / 32;
-constexpr unsigned kFull = 0xFFFFFFFFu;
-
-enum class Mode : int { kResident, kMeasure, kFinish };
-
-template <typename V>
-__device__ __forceinline__ V warp_sum(V v) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(kFull, v, lane);
-  return v;
-}
-template <typename V>
-__device__ __forceinline__ V warp_max(V v) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) {
-    const V other = __shfl_xor_sync(kFull, v, lane);
-    v = other > v ? other : v;
-  }
-  return v;
-}
-
-// A power of two of values, as a tree.
-template <int N, typename S, typename A>
-__device__ __forceinline__ S tree_sum_as(const A* v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    return tree_sum_as<N / 2, S>(v) + tree_sum_as<N / 2, S>(v + N / 2);
-  }
-}
-template <int N, typename A>
-__device__ __forceinline__ A tree_sum(const A* v) {
-  return tree_sum_as<N, A>(v);
-}
-template <typename M>
-__device__ __forceinline__ M warps_max(const M* v) {
-  M largest = v[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) largest = v[w] > largest ? v[w] : largest;
-  return largest;
-}
-
-// One entry per warp; tiles alternate between two rows, so that one barrier a tile is enough.
-template <typename A>
-struct Shared {
-  A first[2][kWarps];
-  A second[2][kWarps];
-  double distance[2][kWarps];
-  magnitude_t<A> peak[2][kWarps];
-  double wide[kWarps];
-  long long count[kWarps];
-  Normalizer<A> normalizer;
-  A scale;
-  bool last;
-};
 
 struct Tile {
   int64_t b, begin;
@@ -146,33 +95,6 @@ __device__ __forceinline__ void store_selected(const Params& p, Shared<A>& share
   }
 }
 
-// The divisor of a sample from its tiles, in every thread of the block.
-template <typename P, typename A>
-__device__ __forceinline__ Normalizer<A> sample_normalizer(const Params& p, Shared<A>& shared, int64_t b) {
-  double distance = 0;
-  magnitude_t<A> peak = 0;
-#pragma unroll 4
-  for (int64_t t = threadIdx.x; t < p.tiles; t += kThreads) {
-    distance += __ldcg(p.distance_sum + b * p.tiles + t);
-    const magnitude_t<A> m = __ldcg(static_cast<const magnitude_t<A>*>(p.peak) + b * p.tiles + t);
-    peak = m > peak ? m : peak;
-  }
-  distance = warp_sum(distance);
-  peak = warp_max(peak);
-  __syncthreads();  // the previous use of the arrays is over
-  if (threadIdx.x % 32 == 0) {
-    shared.wide[threadIdx.x / 32] = distance;
-    shared.peak[0][threadIdx.x / 32] = peak;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0)
-    shared.normalizer = make_normalizer<A>(tree_sum<kWarps>(shared.wide), p.sample_size, p.normalize, p.eps,
-                                           warps_max(shared.peak[0]), p.nan_rule == NanRule::kPublished,
-                                           static_cast<A>(largest_finite<P>()));
-  __syncthreads();
-  return shared.normalizer;
-}
-
 // 1 / N from the counts of all blocks of pass 1, in every thread.
 template <typename A>
 __device__ __forceinline__ A batch_scale(const Params& p, Shared<A>& shared, int blocks) {
@@ -235,51 +157,6 @@ __device__ __forceinline__ void finish_tile(const Params& p, Shared<A>& shared, 
   }
 }
 
-// The last block: losses and norms of samples (a warp each) and of the batch, in a fixed order.
-template <typename P, typename A>
-__device__ __forceinline__ void finish_batch(const Params& p, Shared<A>& shared, A scale) {
-  __threadfence();  // thread 0 wrote the sums of this block's tiles
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    shared.last = atomicAdd(p.ticket, 1u) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!shared.last) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  double batch_loss = 0;
-  long long dropped = 0;
-  for (int64_t b = warp; b < p.batch; b += kWarps) {
-    double loss = 0, norm = 0;
-#pragma unroll 4
-    for (int64_t t = lane; t < p.tiles; t += 32) {
-      loss += __ldcg(static_cast<const A*>(p.loss_sum) + b * p.tiles + t);
-      norm += __ldcg(static_cast<const A*>(p.norm_sum) + b * p.tiles + t);
-    }
-    loss = scale > A(0) ? warp_sum(loss) * (0.5 * static_cast<double>(scale)) : 0.0;
-    norm = warp_sum(norm);
-    batch_loss += loss;
-    if (p.tiles > 0) dropped += __ldcg(p.drop + b);
-    if (lane == 0) {
-      static_cast<A*>(p.sample_loss)[b] = static_cast<A>(loss);
-      static_cast<A*>(p.gradient_norm)[b] =
-          static_cast<A>(p.tiles > 0 ? norm / static_cast<double>(p.sample_size) : 0.0);
-      if (p.tiles == 0)  // no block has met this sample
-        static_cast<A*>(p.normalizer)[b] = p.normalize ? static_cast<A>(p.eps) : A(1);
-    }
-  }
-  if (lane == 0) {
-    shared.wide[warp] = batch_loss;
-    shared.count[warp] = dropped;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *static_cast<A*>(p.loss) = static_cast<A>(tree_sum<kWarps>(shared.wide));
-    *static_cast<A*>(p.scale) = scale;
-    *p.dropped = tree_sum<kWarps>(shared.count);
-  }
-}
-
 // measure_blocks: grid of the launch that measured.
 template <typename T, typename P>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
@@ -333,20 +210,19 @@ CudaStatus query(Device& device) {
 
 // Grid and shared memory of the resident launch, grid = 0 where the tiles do not fit: fewer, larger blocks
 // are tried until one processor's share of the tiles fits into its shared memory.
-template <typename T, typename P>
+template <auto kKernel, typename A>
 CudaStatus plan_resident(const Device& device, int64_t tiles, int& grid, int& bytes) {
   grid = 0;
   if (!device.cooperative || tiles == 0) return {};
   int most_bytes = 0;
-  if (const CudaStatus status = opt_in_shared_memory<dmd_kernel<T, P>>(most_bytes); !status.ok())
-    return status;
+  if (const CudaStatus status = opt_in_shared_memory<kKernel>(most_bytes); !status.ok()) return status;
   for (int blocks = kBlocksPerProcessor; blocks > 0; blocks /= 2) {
     const int64_t most = static_cast<int64_t>(blocks) * device.processors;
     const int64_t each = (tiles + most - 1) / most;
-    const int64_t needed = each * kTile * static_cast<int64_t>(sizeof(acc_t<T>));
+    const int64_t needed = each * kTile * static_cast<int64_t>(sizeof(A));
     if (needed > most_bytes) continue;
     int fit = 0;
-    RF_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &fit, dmd_kernel<T, P>, kThreads,
+    RF_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &fit, kKernel, kThreads,
                 static_cast<size_t>(needed));
     const int64_t wanted = (tiles + each - 1) / each;
     if (wanted > static_cast<int64_t>(fit) * device.processors) continue;
@@ -357,22 +233,31 @@ CudaStatus plan_resident(const Device& device, int64_t tiles, int& grid, int& by
   return {};
 }
 
+template <typename Kernel, typename... Arguments>
+CudaStatus launch_resident(Kernel kernel, int grid, int bytes, void* stream, Arguments... arguments) {
+  void* pointers[] = {&arguments...};
+  RF_CUDA_TRY(cudaLaunchCooperativeKernel, reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads),
+              pointers, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+  return {};
+}
+
+// Grid of the two launches.
+int grid_of(const Device& device, int64_t tiles) {
+  const int64_t most = static_cast<int64_t>(device.processors) * kBlocksPerProcessor;
+  return static_cast<int>(tiles < most ? (tiles > 0 ? tiles : 1) : most);
+}
+
 template <typename T, typename P>
-CudaStatus launch(Params p, void* stream) {
+CudaStatus launch(const Params& p, void* stream) {
   const int64_t tiles = p.batch * p.tiles;
   Device device;
   int grid = 0, bytes = 0;
   if (const CudaStatus status = query(device); !status.ok()) return status;
-  if (const CudaStatus status = plan_resident<T, P>(device, tiles, grid, bytes); !status.ok()) return status;
-  if (grid > 0) {
-    Mode mode = Mode::kResident;
-    void* arguments[] = {&p, &mode, &grid};
-    RF_CUDA_TRY(cudaLaunchCooperativeKernel, reinterpret_cast<const void*>(&dmd_kernel<T, P>), dim3(grid),
-                dim3(kThreads), arguments, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
-    return {};
-  }
-  const int64_t most = static_cast<int64_t>(device.processors) * kBlocksPerProcessor;
-  grid = static_cast<int>(tiles < most ? (tiles > 0 ? tiles : 1) : most);
+  if (const CudaStatus status = plan_resident<dmd_kernel<T, P>, acc_t<T>>(device, tiles, grid, bytes);
+      !status.ok())
+    return status;
+  if (grid > 0) return launch_resident(dmd_kernel<T, P>, grid, bytes, stream, p, Mode::kResident, grid);
+  grid = grid_of(device, tiles);
   const CudaStatus measured = launch_kernel("launch of dmd_kernel (measure)", dmd_kernel<T, P>, grid,
                                             kThreads, 0, stream, p, Mode::kMeasure, grid);
   if (!measured.ok()) return measured;
@@ -380,10 +265,37 @@ CudaStatus launch(Params p, void* stream) {
                        Mode::kFinish, grid);
 }
 
+template <typename T>
+CudaStatus launch_straight(const Params& p, void* stream) {
+  const int64_t tiles = p.batch * p.tiles;
+  Device device;
+  int grid = 0, bytes = 0;
+  if (const CudaStatus status = query(device); !status.ok()) return status;
+  constexpr auto kResident = dmd_straight_kernel<T, Mode::kResident>;
+  if (const CudaStatus status = plan_resident<kResident, float>(device, tiles, grid, bytes); !status.ok())
+    return status;
+  const bool resident = grid > 0;
+  if (!resident) grid = grid_of(device, tiles);
+  const double elements = static_cast<double>(p.batch * p.sample_size);
+  const Split split{static_cast<int>(tiles / grid), static_cast<int>(tiles % grid),
+                    p.mean ? static_cast<float>(1.0 / elements) : 1.0f};
+  if (resident) return launch_resident(kResident, grid, bytes, stream, p, split);
+  const CudaStatus measured =
+      launch_kernel("launch of dmd_straight_kernel (measure)", dmd_straight_kernel<T, Mode::kMeasure>, grid,
+                    kThreads, 0, stream, p, split);
+  if (!measured.ok()) return measured;
+  return launch_kernel("launch of dmd_straight_kernel (finish)", dmd_straight_kernel<T, Mode::kFinish>, grid,
+                       kThreads, 0, stream, p, split);
+}
+
 }  // namespace
 
 CudaStatus run_cuda(const Params& p, void* stream) {
-  return with_types(p, [&]<typename T, typename P>() { return launch<T, P>(p, stream); });
+  return with_types(p, [&]<typename T, typename P>() {
+    if constexpr (std::is_same_v<T, P> && sizeof(T) <= 4)
+      if (usual(p)) return launch_straight<T>(p, stream);
+    return launch<T, P>(p, stream);
+  });
 }
 
 }  // namespace rf::dmd_gradient

@@ -186,6 +186,43 @@ def test_longer_code_is_found(usual):
         assert any("instructions, intended" in x for x in issue_model.check([longer])), intended.label
 
 
+PADDING = [(-1 - n, "NOP") for n in range(900)]
+
+
+def padded_early(instructions):
+    return [instructions[0], *PADDING, *instructions[1:]]
+
+
+def padded_shuffles(instructions):
+    return [x for i in instructions for x in ([i, *PADDING] if i[1].startswith("SHFL") else [i])]
+
+
+def narrow_loads(instructions):
+    return [(a, text.replace("LDG.E.128", "LDG.E.64")) for a, text in instructions]
+
+
+@pytest.mark.parametrize("label", [passes.label for passes in issue_model.PASSES])
+def test_longer_code_of_two_passes_is_found(hopper, label):
+    """In a loop all of it counts, before it what is done once."""
+    intended = next(p for p in issue_model.PASSES if p.label == label)
+    kernels = [k for k in hopper if any(name in k.name for name, *_ in intended.loops)]
+    assert len(kernels) == len({name for name, *_ in intended.loops})
+    before = issue_model.issue_of_passes(kernels, intended)
+    after = issue_model.issue_of_passes([changed(k, padded_early) for k in kernels], intended)
+    assert after.instructions == before.instructions
+    assert after.once == pytest.approx(before.once + 900 * len(kernels))
+    assert after.all_over_bytes > before.all_over_bytes > before.issue_over_bytes == after.issue_over_bytes
+
+    for edit, finding in (
+        (padded_early, "instructions besides, intended"),
+        (padded_shuffles, "instructions, intended"),
+        (waits_in_merge, "1 loads in flight"),
+        (narrow_loads, "no loop with 8 loads"),
+    ):
+        findings = issue_model.check([changed(k, edit) for k in kernels])
+        assert any(x.startswith(f"{label}:") and finding in x for x in findings), finding
+
+
 def test_a_loop_counts_with_its_turns():
     """Four instructions into a loop of seven, of which three are a loop of sums, and one out of it."""
     code = ["MOV R1, RZ", "MOV R2, RZ", "MOV R3, RZ", "MOV R4, RZ"]

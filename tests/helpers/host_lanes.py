@@ -17,7 +17,8 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def build(name, directory):
     """The function ``name`` of ``tests/ops/<name>.cpp``. Undefined behaviour and a misaligned access trap;
-    its attribute ``moved_bytes`` counts what vector accesses have moved since it was last asked."""
+    its attribute ``moved_bytes`` counts what vector accesses have moved since it was last asked; ``library``
+    has the file's other functions."""
     if COMPILER is None:
         pytest.skip("no C++ compiler: the kernel's body cannot be built as host code")
     library = directory / f"{name}.so"
@@ -27,6 +28,7 @@ def build(name, directory):
     subprocess.run([COMPILER, *flags, *traps, f"-I{ROOT}", str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     function = getattr(loaded, name)
+    function.library = loaded
     function.moved_bytes = getattr(loaded, name.removesuffix("_lanes") + "_moved_bytes")
     function.moved_bytes.restype = ctypes.c_int64
     return function

@@ -1,6 +1,6 @@
-"""What a CUDA thread of dmd_gradient computes (csrc/dmd_gradient/kernel.h), run on the host at the vector
-widths of the GPU, tails included: gradients bit for bit those of the CPU backend. The sums across threads are
-launch.cu's and not shown here."""
+"""What a CUDA thread of dmd_gradient computes (csrc/dmd_gradient/kernel.h, straight.h), run on the host at
+the vector widths of the GPU, tails included: gradients bit for bit those of the CPU backend. The sums across
+threads are launch.cu's and not shown here."""
 
 import ctypes
 
@@ -65,3 +65,74 @@ def test_body(lanes, dtype, prediction, flow, elements, offset):
     bound = dict(rtol=12 * torch.finfo(acc).eps + elements * torch.finfo(torch.float64).eps, atol=0)
     torch.testing.assert_close((seen[:, 0] / elements).to(acc), aux.normalizer, **bound)
     torch.testing.assert_close((seen[:, 2] / elements).to(acc), aux.gradient_norm, **bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("elements", [4160, 64])
+def test_straight_path(lanes, dtype, elements):
+    """The usual call: bit for bit the gradient of the CPU backend, every byte moved once."""
+    generator, shape = torch.Generator().manual_seed(elements), (3, elements)
+    inputs = [Guarded(torch.randn(shape, generator=generator).to(dtype)) for _ in range(4)]
+    x, fake, real, uncond = (g.view for g in inputs)
+    fake[0, :8] = real[0, :8] = uncond[0, :8] = 0.0  # differences that are zero, of both signs
+    fake[0, :4] = -0.0
+    weight = torch.rand(3, generator=generator)
+    options = dict(fake=fake, real=real, real_uncond=uncond, real_guidance=3.0)
+    expected, aux = rf.dmd_gradient(x, **options, weight=weight, return_aux=True)
+
+    gradient, seen = Guarded(torch.zeros(shape, dtype=dtype)), torch.zeros(3, 5, dtype=torch.float64)
+    tensors = [x, fake, real, uncond, weight, gradient.view, aux.normalizer, seen]
+
+    def run():
+        values = (ctypes.c_double * 2)(3.0, 1 / x.numel())
+        seen.zero_()
+        sizes = integers([DTYPES.index(dtype), *shape])
+        assert lanes.library.dmd_gradient_straight(sizes, pointers(tensors), values) == 16 // dtype.itemsize
+        return from_bits(seen.view(torch.int64)[:, 3])
+
+    lanes.moved_bytes()
+    peak = run()
+    assert lanes.moved_bytes() == 5 * x.numel() * dtype.itemsize
+    gradient.check()
+    assert_equal_bits(gradient.view, expected)
+    difference = fake.float() - (real.float() + 3 * (real.float() - uncond.float()))
+    assert peak.tolist() == difference.abs().amax(1).tolist()
+    eps = torch.finfo(torch.float32).eps
+    bound = dict(rtol=12 * eps + elements * torch.finfo(torch.float64).eps, atol=0)
+    torch.testing.assert_close((seen[:, 0] / elements).float(), aux.normalizer, **bound)
+    torch.testing.assert_close((seen[:, 2] / elements).float(), aux.gradient_norm, **bound)
+    torch.testing.assert_close((seen[:, 1] / (2 * x.numel())).float(), aux.per_sample_loss, **bound)
+
+    fake[0, 9], real[1, -1], weight[2] = torch.inf, torch.nan, torch.nan  # each silences its sample
+    assert not run().isfinite().any()
+
+
+def from_bits(integers):
+    return integers.to(torch.int32).view(torch.float32)
+
+
+def test_division_is_the_exact_one(lanes):
+    """Quotients of any finite floats by a divisor, ties of subnormal ones included, are those of a
+    division."""
+    generator = torch.Generator().manual_seed(0)
+    random = from_bits(torch.randint(-(2**31), 2**31, (20_000,), generator=generator))
+    small = torch.arange(-2000, 2000) * 2.0**-149
+    divisors = [1.0, 3.0, 6.0, 49.0, 98.0, 2.0**-126, 3 * 2.0**-149, 2.0**127, 1 / 3, 0.7978846, 1.9999999]
+    divisors += from_bits(torch.randint(1, 0x7F800000, (60,), generator=generator)).tolist()
+    for divisor in torch.tensor(divisors).tolist():
+        near = (
+            torch.arange(1, 300, dtype=torch.float64) * 0.5 * divisor * 2.0**-149
+        )  # quotients that are ties
+        values = torch.cat([random[random.isfinite()], small, near.float(), torch.tensor([0.0, -0.0])])
+        out = torch.empty_like(values)
+        place = [ctypes.c_void_p(t.data_ptr()) for t in (values, out)]
+        lanes.library.dmd_gradient_divide(
+            ctypes.c_int64(len(values)), place[0], ctypes.c_float(divisor), place[1]
+        )
+        assert_equal_bits(out, values / torch.tensor(divisor))
+
+
+def test_only_the_usual_call_takes_the_straight_path(lanes):
+    assert [bool(lanes.library.dmd_gradient_usual(departure)) for departure in range(13)] == [True] + [
+        False
+    ] * 12
