@@ -170,6 +170,7 @@ def test_without_rope_the_sink_is_the_plain_average():
     assert_equal_bits(cache.k[0][:, : cache.spec.frame_tokens], expected)
 
 
+@pytest.mark.heavy
 def test_a_static_sink_does_not_drift():
     """10,000 chunks: the state's bits never change, and the slot's error is that of one rounding."""
     policy = rf.StaticSink(rephase=True)

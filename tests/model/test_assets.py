@@ -34,12 +34,14 @@ def in_bounds(found):
     return found["alive"] > 0.6 and found["right colour"] > 0.8 and 30 < found["mass"] < 250
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", STUDENTS)
 def test_a_students_object_is_alive_and_of_the_colour_that_was_asked_for(stage):
     prompts = evaluate.some_prompts(8)
     assert in_bounds(streamed(*student(stage), prompts))
 
 
+@pytest.mark.heavy
 def test_the_teachers_object_is_alive_and_of_the_colour_that_was_asked_for():
     prompts = evaluate.some_prompts(8)
     assert in_bounds(judged(evaluate.teacher_clips(*evaluate.load_teacher(), prompts, 0, 0.0), prompts))

@@ -307,13 +307,8 @@ def killed_at(monkeypatch):
     return lambda n: steps.update(left=n, dead=False)
 
 
-@pytest.mark.parametrize(
-    "earlier",
-    [
-        pytest.param(False, id="an empty folder", marks=pytest.mark.heavy),
-        pytest.param(True, id="a folder with a finished stream"),
-    ],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("earlier", [False, True], ids=["an empty folder", "a folder with a finished stream"])
 def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(
     earlier, uninterrupted, tmp_path, capsys, killed_at
 ):
@@ -375,6 +370,7 @@ def long_run(tmp_path_factory):
     return files(folder)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "number, frames, saves",
     [

@@ -311,6 +311,7 @@ def test_memory_for_backward_does_not_grow_with_the_rollout():
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("config", [TEACHER, CAUSAL, ODE, DISTILL], ids=lambda config: config.stage)
 def test_a_resumed_run_is_the_run(config, tmp_path):
     """Interrupted at an odd step, amid the alternation: weights, averages and log, bit for bit."""
