@@ -12,6 +12,7 @@ from torch import Tensor
 import rf_kernels as rf
 
 from .. import losses, rewards
+from .._check import expect
 from ..models import BidirectionalWanModel
 from ..scheduler import FlowMatchScheduler
 from .config import TrainConfig
@@ -274,6 +275,9 @@ class Distillation:
         weight = None
         if distill.objective == "re_dmd":
             reward = rewards.scores(self.reward, self.source.decode(x.detach()), prompts)
+            if distill.shuffle_rewards:
+                expect(len(reward) > 1, "DistillConfig", "shuffle_rewards", "two samples a rank or more", 1)
+                reward = reward.roll(1)
             weight = rf.reward_weight(reward, distill.beta).to(x.device)
             self._finite = self._finite & torch.isfinite(weight).all()
         return losses.dmd_loss(
