@@ -58,6 +58,8 @@ class DistillConfig:
         objective: a name of ``losses.OBJECTIVES`` (docs/losses.md).
         options: the objective's own fields.
         beta: of weights exp(beta reward) (arXiv 2512.04678 eq. 11).
+        shuffle_rewards: a control of such weights: every sample is weighted by the reward of another sample of its
+            micro-step.
         real_guidance, fake_guidance: scale s of ``c + s (c - u)``; 0 is none.
         critic: the critic's optimizer.
         critic_steps: critic steps per generator step.
@@ -70,6 +72,7 @@ class DistillConfig:
     objective: str = "re_dmd"
     options: dict = field(default_factory=dict)
     beta: float = 2.0
+    shuffle_rewards: bool = False
     real_guidance: float = 3.0
     fake_guidance: float = 0.0
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)

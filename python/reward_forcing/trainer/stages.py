@@ -12,6 +12,7 @@ from torch import Tensor
 import rf_kernels as rf
 
 from .. import losses, rewards
+from .._check import expect
 from ..models import BidirectionalWanModel
 from ..scheduler import FlowMatchScheduler
 from .config import TrainConfig
@@ -306,6 +307,9 @@ class Distillation:
     def _rewards(self, x: Tensor, prompts: list[str]) -> Tensor:
         """The reward of finished clips, ``[B]``; its weight is counted into ``_finite``."""
         reward = rewards.scores(self.reward, self.source.decode(x), prompts).to(x.device)
+        if self.config.distill.shuffle_rewards:
+            expect(len(reward) > 1, "DistillConfig", "shuffle_rewards", "two samples a rank or more", 1)
+            reward = reward.roll(1)
         weight = rf.reward_weight(reward, self.config.distill.beta)
         self._finite = self._finite & torch.isfinite(weight).all()
         return reward
