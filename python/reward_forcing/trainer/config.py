@@ -58,7 +58,7 @@ class DistillConfig:
         objective: a name of ``losses.OBJECTIVES`` (docs/losses.md).
         options: the objective's own fields.
         beta: of weights exp(beta reward) (arXiv 2512.04678 eq. 11).
-        shuffle_rewards: a control of such weights: every sample is weighted by the reward of another sample of its
+        shuffle_rewards: a control of such weights: every sample takes the reward of another sample of its
             micro-step.
         real_guidance, fake_guidance: scale s of ``c + s (c - u)``; 0 is none.
         critic: the critic's optimizer.
