@@ -4,6 +4,7 @@ from .cache import SinkWindowCache, StreamClosedError
 from .chunk import KV, Chunk
 from .plan import CacheSpec, ChunkPlan, Ring
 from .sinks import EMASink, NonFiniteError, NoSink, SinkPolicy, SinkState, StaticSink
+from .stream import Opening
 
 __all__ = [
     "KV",
@@ -13,6 +14,7 @@ __all__ = [
     "EMASink",
     "NoSink",
     "NonFiniteError",
+    "Opening",
     "Ring",
     "SinkPolicy",
     "SinkState",
