@@ -34,15 +34,16 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
 }
 
 
-def parse(text: str, **defaults) -> rf.SinkPolicy:
+def parse(text: str, *, who: str = "policies.parse", **defaults) -> rf.SinkPolicy:
     """The policy that a text names. Values are numbers, true, false, none, words, or several of them with
-    ``/`` between. ``defaults`` take the place of those of the policy, where it has such arguments.
+    ``/`` between. ``defaults`` take the place of those of the policy, where it has such arguments;
+    ``who`` is named in errors.
 
     Raises:
         rf_kernels.ArgumentError: there is no such policy or argument.
     """
     name, colon, rest = text.partition(":")
-    expect(name in NAMES, "policies", "policy", f"one of {', '.join(NAMES)}", repr(name))
+    expect(name in NAMES, who, "sink_policy", f"one of {', '.join(NAMES)}", repr(name))
     cls, begun = NAMES[name]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     given = {key: value for key, value in defaults.items() if key in fields} | begun
@@ -52,14 +53,14 @@ def parse(text: str, **defaults) -> rf.SinkPolicy:
         key, equals, value = part.partition("=")
         known = key in fields and equals and value
         expected = f"ARGUMENT=VALUE with one of {', '.join(fields) or 'no arguments'}"
-        expect(known, f"policies.{name}", "policy", expected, repr(part))
+        expect(known, who, "sink_policy", f"{name}:{expected}", repr(part))
         several = "/" in value or str(fields[key].type).startswith("tuple")
-        values = [_value(name, key, word) for word in value.split("/")]
+        values = [_value(who, f"{name}:{key}", word) for word in value.split("/")]
         given[key] = tuple(values) if several else values[0]
     return cls(**given)
 
 
-def _value(name: str, key: str, word: str):
+def _value(who: str, what: str, word: str):
     words = {"true": True, "false": False, "none": None}
     if word.lower() in words:
         return words[word.lower()]
@@ -68,5 +69,6 @@ def _value(name: str, key: str, word: str):
             return read(word)
         except ValueError:
             pass
-    expect(word.isidentifier(), f"policies.{name}", key, "a number, true, false, none or a word", repr(word))
+    expected = f"{what}=VALUE with a number, true, false, none or a word"
+    expect(word.isidentifier(), who, "sink_policy", expected, repr(word))
     return word

@@ -31,7 +31,8 @@ class StreamRule:
     rope: rf.RoPE
 
     def chunks(self) -> list[tuple[int, int]]:
-        step = self.stream.chunk_frames
+        step, sink = self.stream.chunk_frames, self.stream.sink_policy
+        expect(sink in ("none", "static", "ema"), "StreamRule", "sink_policy", "none, static or ema", sink)
         expect(self.frames % step == 0, "StreamRule", "frames", f"a multiple of {step}", self.frames)
         return [(first, first + step) for first in range(0, self.frames, step)]
 
