@@ -117,7 +117,7 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("dtype", ", ".join(_DTYPES), _one_of(_DTYPES))
     add("device", "cpu, cuda or cuda:N; cuda where there is a GPU if none is named")
     add("chunk-frames", "frames generated together", at_least_1, 3)
-    add("sink-frames", "frames of the sink (default: 3, or 0 with --sink-policy none)", at_least_0)
+    add("sink-frames", "frames of the sink (default: 3, or 0 with --policy none)", at_least_0)
     add("window", "frames attended, the sink included", at_least_1, 9)
     text = "of the sink: NAME or NAME:ARGUMENT=VALUE,... (docs/policies.md)"
     parser.add_argument(
@@ -239,9 +239,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     judge.add_argument("--teacher", type=Path, help="checkpoint (default: that of the repository)")
     judge.add_argument("--guidance", type=number, default=1.0, help="of the teacher's clips (default: 1)")
-    sinks = ["none", "static", "ema:0.99", "ema:0.9"]
-    text = f"policies as for `stream --policy`; NAME@S has S sink frames (default: {' '.join(sinks)})"
-    judge.add_argument("--sinks", nargs="+", default=sinks, help=text)
+    policies = ["none", "static", "ema:0.99", "ema:0.9"]
+    text = f"policies as for `stream --policy`; NAME@S has S sink frames (default: {' '.join(policies)})"
+    judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
     options = parser.parse_args(argv)
@@ -307,7 +307,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             students = {stage: evaluate.shipped(stage)[0] for stage in ("causal", "ode", "distill")}
         else:
             students = dict(text.split("=", 1) for text in options.student)
-        names = ("sinks", "prompts", "seeds", "frames", "teacher", "guidance")
+        names = ("policies", "prompts", "seeds", "frames", "teacher", "guidance")
         chosen = {name: getattr(options, name) for name in names}
         report = evaluate.evaluate(students, **chosen, progress=say)
         evaluate.write(report, options.out)

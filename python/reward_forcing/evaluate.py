@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import policies, rewards, world
+from . import rewards, world
 from ._check import expect
 from .checkpoint import load_bidirectional_model, load_causal_model
 from .config import StreamConfig
 from .models import BidirectionalWanModel, CausalWanModel
 from .pipeline import Chunk, StreamingPipeline
+from .policies import parse
 from .trainer import TrainConfig, load
 from .trainer.draws import Draws
 from .trainer.stages import sample_teacher
@@ -60,15 +61,15 @@ def load_teacher(path: Path | str | None = None) -> tuple[BidirectionalWanModel,
 
 
 def with_sink(stream: StreamConfig, policy: str) -> StreamConfig:
-    """A stream with another sink of as many attended frames, as ``policies.parse`` names it; "ema:ALPHA" is
+    """A stream with another sink of as many attended frames, as ``policies.parse`` reads it; "ema:ALPHA" is
     "ema:alpha=ALPHA". "NAME@S" has S sink frames; otherwise those of the stream, and none with "none"."""
     text, _, frames = policy.partition("@")
     expect(not frames or frames.isdigit(), "with_sink", "policy", "a number of frames behind @", repr(policy))
     count = int(frames) if frames else 0 if text == "none" else stream.sink_frames
-    sink, alpha = policies.parse(text, alpha=stream.alpha), stream.alpha
+    found, alpha = parse(text, alpha=stream.alpha), stream.alpha
     if text.startswith("ema:alpha=") or (text.startswith("ema:") and "=" not in text):
         if "," not in text:  # the configuration has a name for it
-            text, alpha = "ema", sink.alpha
+            text, alpha = "ema", found.alpha
     return dataclasses.replace(stream, sink_policy=text, sink_frames=count, alpha=alpha)
 
 
@@ -233,7 +234,7 @@ class Table:
 def evaluate(
     students: Mapping[str, Path | str],
     *,
-    sinks: Sequence[str] = SINKS,
+    policies: Sequence[str] = SINKS,
     prompts: int = 64,
     seeds: int = 3,
     frames: int = 60,
@@ -247,13 +248,15 @@ def evaluate(
     """
     for name, value in (("prompts", prompts), ("seeds", seeds)):
         expect(value >= 1, "evaluate", name, "at least 1", value)
-    expect(len(students) >= 1 and len(sinks) >= 1, "evaluate", "students, sinks", "at least one each", 0)
+    expect(
+        len(students) >= 1 and len(policies) >= 1, "evaluate", "students, policies", "at least one each", 0
+    )
     chosen, codec = some_prompts(prompts), world.PatchCodec.fit()
     streams = {name: load_student(path) for name, path in students.items()}  # all are read before any runs
     streams = {
-        (name, sink): StreamingPipeline(model, with_sink(stream, sink))
+        (name, policy): StreamingPipeline(model, with_sink(stream, policy))
         for name, (model, stream) in streams.items()
-        for sink in sinks
+        for policy in policies
     }
     teacher_model, config = load_teacher(teacher)
     table, begun = Table(chosen), time.perf_counter()
@@ -278,7 +281,7 @@ def evaluate(
             return codec.decode(torch.cat([chunk.latents for chunk in chunks], dim=1))
 
         add(name, clip)
-    base_sink = "static" if "static" in sinks else sinks[0]
+    base_sink = "static" if "static" in policies else policies[0]
     base_student = next(iter(students))
     pairs = [(row, (row[0], base_sink)) for row in streams if row[1] != base_sink]
     pairs += [(row, (base_student, row[1])) for row in streams if row[0] != base_student]
