@@ -15,7 +15,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: options are refused, and C
     from .job import StreamJob
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+#: Help of an option that two commands have.
+SET = "lay a value over the file's, as in --set distill.beta=4; once or more"
 
 #: The options whose names differ from the arguments that they set.
 _OPTIONS = {
@@ -211,6 +214,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--config", type=Path, help="YAML file of the run")
     train.add_argument("--out", type=Path, help="folder of the run; an interrupted one goes on there")
     text = "print what the run takes on each rank, and allocate nothing; the published run without --config"
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET)
     train.add_argument("--plan", action="store_true", help=text)
     at_least_1 = _whole(1)
     train.add_argument("--ranks", type=at_least_1, nargs="+", default=[8, 64], help="of --plan (8 64)")
@@ -261,7 +265,7 @@ def _plan(options: argparse.Namespace) -> int:
     from .trainer.plan import plan, table, wan
 
     try:
-        config = wan() if options.config is None else load(options.config)
+        config = wan() if options.config is None else load(options.config, options.set)
         height, width = options.latent
         plans = [plan(config, ranks, height=height, width=width) for ranks in options.ranks]
     except (rf.ArgumentError, FileNotFoundError) as error:
@@ -320,7 +324,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(config: Path, out: Path) -> int:
+def train(config: Path, out: Path, changes: Sequence[str] = ()) -> int:
     """Train a stage, in one process or as one rank of a ``torchrun`` launch; every error is one line."""
     import torch
 
@@ -334,7 +338,7 @@ def train(config: Path, out: Path) -> int:
     rank = os.environ.get("RANK")
     who = "" if rank is None else f"rank {rank}: "
     try:
-        weights = run(load(config), out)
+        weights = run(load(config, changes), out)
         if rank in (None, "0"):
             print(weights)
     except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
@@ -359,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":
-        return _plan(options) if options.plan else train(options.config, options.out)
+        return _plan(options) if options.plan else train(options.config, options.out, options.set)
     if options.command == "generate":
         return video(options)
     if options.command == "evaluate":
