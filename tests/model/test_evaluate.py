@@ -119,8 +119,7 @@ def test_the_command_writes_the_tables(tmp_path, capsys):
     [
         (["--student", "a"], "NAME=PATH"),
         (["--student", "a=/nowhere.safetensors"], "nowhere"),
-        (["--sinks", "ema:fast"], "`alpha`: expected a number"),
-        (["--sinks", "oracle"], "one of none, static, ema, steady"),
+        (["--sinks", "ema:fast"], "ema:ALPHA"),
         (["--prompts", "0"], "--prompts"),
     ],
 )
