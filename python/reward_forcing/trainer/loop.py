@@ -116,7 +116,7 @@ class DistillStage:
         critic = _network(BidirectionalWanModel, start, config)
         generator = _network(CausalWanModel, config.generator, config)
         if config.distill.build_objective().needs_reward and reward is None:
-            reward = rewards.OpticalFlowDynamics()
+            reward = _reward(config, draws)
         # Sharded parameters are float32 whatever the blocks compute in.
         heads = config.model.num_heads // config.head_parallel
         cache = {"dtype": getattr(torch, config.compute), "heads": heads}
@@ -173,7 +173,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     draws = Draws(config.seed, "cuda" if on_gpus() else "cpu")
     build = DistillStage if config.stage == "distill" else RegressionStage
-    source = source or WorldSource(draws, read_prompts(config.prompts))
+    source = source or _source(config, draws)
     stage = build(config, source, draws)
     first = _resume(stage, out)
     if rank() == 0:
@@ -270,6 +270,25 @@ def _network(
     if config.head_parallel > 1:
         parallelize_heads(model, heads_mesh(config.head_parallel))
     return shard(model.to(dtype), getattr(torch, config.compute))
+
+
+def _source(config: TrainConfig, draws: Draws) -> Source:
+    if config.wan is None:
+        return WorldSource(draws, read_prompts(config.prompts))
+    from .wan_data import WanSource  # needs an extra
+
+    return WanSource(config, draws)
+
+
+def _reward(config: TrainConfig, draws: Draws) -> rewards.Reward:
+    reward = config.reward
+    if reward.name == "optical_flow":
+        return rewards.OpticalFlowDynamics()
+    from ..rewards.videoalign import VideoAlign  # needs an extra
+
+    place = {"dtype": getattr(torch, config.compute), "device": draws.device}
+    options = {"sampling": reward.sampling, "video_fps": reward.video_fps}
+    return VideoAlign(reward.checkpoint, reward.base, **options, **place)
 
 
 def _teacher(config: TrainConfig) -> BidirectionalWanModel:
