@@ -45,9 +45,9 @@ def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bo
     return first + [chunk_frames] * chunks
 
 
-def _open_chunk(cache: rf.SinkWindowCache, frames: int) -> rf.Chunk:
+def _open_chunk(cache: rf.SinkWindowCache, frames: int, cuts: tuple[int, ...]) -> rf.Chunk:
     """The next chunk of a cache; taken back if it fails, where the cache can."""
-    return cache.chunk(frames, undo=frames <= cache.spec.undo_frames)
+    return cache.chunk(frames, cut=cache.next_frame in cuts, undo=frames <= cache.spec.undo_frames)
 
 
 class StreamingPipeline:
@@ -56,7 +56,7 @@ class StreamingPipeline:
     Every chunk: for each timestep t of the list, ``flow = model(z, t)``, ``x0 = z - sigma(t) flow``, and, but
     for the last step, ``z = (1 - sigma(t')) x0 + sigma(t') eps`` at the next timestep t'. Then one more
     forward, on the finished x0, without noise, at timestep ``context_noise``: it leaves the clean keys and
-    values in the cache.
+    values in the cache; without ``clean_forward`` there is none, and those of the last step stay.
 
         pipeline = StreamingPipeline(model, StreamConfig(...))
         for chunk in pipeline.stream(noise_chunks, context):  # noise_chunks: any iterable, also endless
@@ -128,13 +128,16 @@ class StreamingPipeline:
             starts = cache is None or cache.next_frame == 0
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
-                with _open_chunk(cache, given.shape[1]) as open_chunk, clock("prefix", index):
+                with (
+                    _open_chunk(cache, given.shape[1], self.config.cuts) as open_chunk,
+                    clock("prefix", index),
+                ):
                     self.flow(given, 0.0, text, open_chunk)
                 index += 1
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
             first_frame = cache.next_frame
-            with _open_chunk(cache, noise.shape[1]) as open_chunk:
+            with _open_chunk(cache, noise.shape[1], self.config.cuts) as open_chunk:
                 latents = self._generate(noise, text, open_chunk, noise_source, clock, index)
             yield Chunk(index, first_frame, latents)
             index += 1
@@ -177,6 +180,8 @@ class StreamingPipeline:
                 with clock("renoise", index, step):
                     following = torch.full((batch,), self.timesteps[step + 1], device=z.device)
                     z = scheduler.add_noise(x0, noise_source(x0), following)
+        if not self.config.clean_forward:
+            return x0
         with clock("context", index):
             self.flow(x0, float(self.config.context_noise), text, open_chunk)
         return x0
