@@ -166,8 +166,8 @@ def _family_of(name: str, module: nn.Module) -> Family:
 
 @functools.cache
 def _keep_out_of_graphs() -> None:
-    """A compiled model breaks its graph where a cache is attended: chunks are opened on the host. This does not
-    belong at the import of the module, because PyTorch takes seconds to import its compiler."""
+    """A compiled model breaks its graph where a cache is attended: chunks are opened on the host. This does
+    not belong at the import of the module, because PyTorch takes seconds to import its compiler."""
     SelfAttention._cached = torch.compiler.disable(SelfAttention._cached)
 
 
