@@ -34,6 +34,7 @@ _OPTIONS = {
     "denoising_step_list": "--steps",
     "nominal": "--steps",
     "num_heads": "--heads",
+    "sink_policy": "--policy",
 }
 
 
@@ -119,9 +120,12 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("dtype", ", ".join(_DTYPES), _one_of(_DTYPES))
     add("device", "cpu, cuda or cuda:N; cuda where there is a GPU if none is named")
     add("chunk-frames", "frames generated together", at_least_1, 3)
-    add("sink-frames", "frames of the sink (default: 3, or 0 with --sink-policy none)", at_least_0)
+    add("sink-frames", "frames of the sink (default: 3, or 0 with --policy none)", at_least_0)
     add("window", "frames attended, the sink included", at_least_1, 9)
-    add("sink-policy", "ema, static or none", _one_of(("ema", "static", "none")), "ema")
+    text = "of the sink: NAME or NAME:ARGUMENT=VALUE,... (docs/policies.md)"
+    parser.add_argument(
+        *("--policy", "--sink-policy"), dest="sink_policy", default="ema", help=f"{text} (default: ema)"
+    )
     add(
         "sink-state",
         "compensated, float32 or published",
@@ -131,6 +135,9 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("alpha", "decay of the sink's average", number, 0.999)
     add("steps", "nominal denoising steps", at_least_0, [1000, 750, 500, 250], nargs="+")
     add("shift", "timestep shift", number, 5.0)
+    add("cuts", "frames at which a shot begins, for policies that know of shots", at_least_0, [], nargs="+")
+    text = "leave the keys and values of the last denoising step, without a forward on the finished chunk"
+    parser.add_argument("--noisy-context", action="store_true", help=text)
 
 
 def stream_job(options: argparse.Namespace) -> StreamJob:
@@ -152,6 +159,8 @@ def stream_job(options: argparse.Namespace) -> StreamJob:
         sink_state=options.sink_state,
         denoising_step_list=tuple(options.steps),
         shift=options.shift,
+        clean_forward=not options.noisy_context,
+        cuts=tuple(options.cuts),
     )
     names = ("checkpoint", "frames", "height", "width", "heads", "context", "seed")
     values = {name: getattr(options, name) for name in names}
@@ -235,7 +244,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     judge.add_argument("--teacher", type=Path, help="checkpoint (default: that of the repository)")
     judge.add_argument("--guidance", type=number, default=1.0, help="of the teacher's clips (default: 1)")
     policies = ["none", "static", "ema:0.99", "ema:0.9"]
-    text = f"none, static, ema:ALPHA (default: {' '.join(policies)})"
+    text = f"policies as for `stream --policy`; NAME@S has S sink frames (default: {' '.join(policies)})"
     judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")

@@ -221,6 +221,8 @@ class TrainConfig:
             expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))
         for name in ("save_every", "sample_every", "context_jitter"):
             expect(getattr(self, name) >= 0, "TrainConfig", name, "at least 0", getattr(self, name))
+        plain = self.stream.clean_forward and not self.stream.cuts
+        expect(plain, "TrainConfig", "stream", "clean forwards, and no cuts", self.stream)
         chunked = self.stage == "teacher" or self.frames % self.stream.chunk_frames == 0
         expect(chunked, "TrainConfig", "frames", f"a multiple of {self.stream.chunk_frames}", self.frames)
 
