@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
 from helpers.training import DISTILL
@@ -512,6 +513,30 @@ def test_diffusion_opd(scale):
     expected = 0.5 * (means[0] - means[1]).square().mean() / (scale**2 if scale else 1)
     close(loss, expected.detach())
     close(of(loss, leaf)[0], of(expected, plain)[0])
+
+
+# ---- one launch --------------------------------------------------------------------------------------------
+class Launches(TorchDispatchMode):
+    """Counts the calls of the op."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.rf_kernels.dmd_gradient.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("objective", sorted(losses.OBJECTIVES))
+def test_a_loss_is_one_launch(objective):
+    """Two for Diagonal Distillation, of frames and of their differences; none for SiD as published."""
+    kind = losses.OBJECTIVES[objective]
+    needed = {"adastate": {"ratio": 2.0}, "self_forcing_pp": {"window": 2}, "multi_student": {"students": 1}}
+    leaf = x()
+    given = batch(leaf, discriminator=losses.Discriminator(SHAPE[2], width=4).double(), clean=noise(3))
+    with Launches() as launches:
+        kind(**needed.get(objective, {})).generator_loss(given).backward()
+    assert launches.count == {"diagonal": 2, "sid": 0}.get(objective, 1)
+    assert leaf.grad.isfinite().all() and leaf.grad.ne(0).any()
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
