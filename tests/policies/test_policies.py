@@ -49,6 +49,7 @@ CASES = {
     ),
     "cyclic": Case(policies.CyclicSink(), of(rules.cyclic, 6), sizes=((3, 6), (4, 5))),
     "cyclic, long bank": Case(policies.CyclicSink(8), of(rules.cyclic, 8), sizes=((3, 4), (6, 5))),
+    "important": Case(policies.ImportantTokens(2), of(rules.important, 2), sizes=((4, 6), (3, 5))),
     "ahead": Case(policies.PlacedSink(ahead=2.5), of(rules.placed, ahead=2.5), sizes=((1, 6), (2, 5))),
     "identity": Case(policies.PlacedSink(at=0.0), of(rules.placed, at=0.0)),
     "shots": Case(
@@ -83,10 +84,11 @@ def attention(q, own, seen, own_at, grid):
     entries += [
         (p, own[0][:, i * n : (i + 1) * n], own[1][:, i * n : (i + 1) * n], 0.0) for i, p in enumerate(own_at)
     ]
-    keys = torch.cat([rotate(k, token_positions([p], grid)) for p, k, _, _ in entries], 1)
+    keys = torch.cat([k if p is None else rotate(k, token_positions([p], grid)) for p, k, _, _ in entries], 1)
     values = torch.cat([v for _, _, v, _ in entries], 1)
     # the operator takes the bias in float32
-    bias = torch.tensor([w for *_, w in entries], dtype=torch.float32).double().repeat_interleave(n)
+    bias = torch.tensor([w for *_, w in entries], dtype=torch.float32).double()
+    bias = bias.repeat_interleave(torch.tensor([k.shape[1] for _, k, _, _ in entries]))
     logits = torch.einsum("bqhd,bkhd->bhqk", rotate(q, token_positions(own_at, grid)), keys)
     weights = (logits / q.shape[-1] ** 0.5 + bias).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, values)
@@ -98,7 +100,8 @@ def test_a_policy_is_its_rule(name, which):
     case, geometry = CASES[name], GEOMETRIES[which]
     S, W = case.sizes[which]
     cache = make(S, W, policy=case.policy, **geometry)
-    told, left, n, grid = rules.Told(S, W), 0, cache.spec.frame_tokens, cache.spec.grid
+    left, n, grid = 0, cache.spec.frame_tokens, cache.spec.grid
+    told = rules.Told(S, W, grid=grid)
     for number, frames in enumerate(case.lengths[which]):
         begin = told.ends[-1] if told.ends else 0
         cut = number in case.cuts
