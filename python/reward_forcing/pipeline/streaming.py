@@ -45,9 +45,10 @@ def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bo
     return first + [chunk_frames] * chunks
 
 
-def _open_chunk(cache: rf.SinkWindowCache, frames: int, cuts: tuple[int, ...]) -> rf.Chunk:
-    """The next chunk of a cache; taken back if it fails, where the cache can."""
-    return cache.chunk(frames, cut=cache.next_frame in cuts, undo=frames <= cache.spec.undo_frames)
+def _open_chunk(cache: rf.SinkWindowCache, frames: int, cuts: tuple[int, ...], start: int | None) -> rf.Chunk:
+    """The next chunk of a cache, or the one at ``start``; taken back if it fails, where the cache can."""
+    cut = (cache.next_frame if start is None else start) in cuts
+    return cache.chunk(frames, start=start, cut=cut, undo=frames <= cache.spec.undo_frames)
 
 
 class StreamingPipeline:
@@ -99,6 +100,7 @@ class StreamingPipeline:
         *,
         initial_latent: Tensor | None = None,
         cache: rf.SinkWindowCache | None = None,
+        start: int | None = None,
         noise_source: NoiseSource = torch.randn_like,
         on_phase: Callable[[Phase], None] | None = None,
     ) -> Iterator[Chunk]:
@@ -112,6 +114,9 @@ class StreamingPipeline:
                 cache at timestep 0, not yielded.
             cache: a cache of ``new_cache`` to stream into: an empty one, or one that holds a stream to be
                 continued. Mutated.
+            start: first frame of the first chunk (of ``initial_latent``, if given), as for
+                ``SinkWindowCache.chunk``: any frame of an empty cache, or one to go back to. None: the frame
+                behind the last.
             noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per
                 renoising, in order.
             on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every
@@ -125,22 +130,21 @@ class StreamingPipeline:
         text = self.model.text_keys(context)
         index = 0
         if initial_latent is not None:
-            starts = cache is None or cache.next_frame == 0
+            starts = cache is None or 0 in (cache.next_frame, start)
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
                 with (
-                    _open_chunk(cache, given.shape[1], self.config.cuts) as open_chunk,
+                    _open_chunk(cache, given.shape[1], self.config.cuts, start) as open_chunk,
                     clock("prefix", index),
                 ):
                     self.flow(given, 0.0, text, open_chunk)
-                index += 1
+                index, start = index + 1, None
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
-            first_frame = cache.next_frame
-            with _open_chunk(cache, noise.shape[1], self.config.cuts) as open_chunk:
+            with _open_chunk(cache, noise.shape[1], self.config.cuts, start) as open_chunk:
                 latents = self._generate(noise, text, open_chunk, noise_source, clock, index)
-            yield Chunk(index, first_frame, latents)
-            index += 1
+            yield Chunk(index, open_chunk.first_frame, latents)
+            index, start = index + 1, None
 
     def rollout(
         self, noise: Tensor, context: Tensor, *, initial_latent: Tensor | None = None, **options
