@@ -3,12 +3,14 @@
 from .cache import SinkWindowCache, StreamClosedError
 from .chunk import KV, Chunk
 from .plan import CacheSpec, ChunkPlan, Ring
+from .rows import ChunkBatch, SinkWindowRows
 from .sinks import EMASink, NonFiniteError, NoSink, SinkPolicy, SinkState, StaticSink
 
 __all__ = [
     "KV",
     "CacheSpec",
     "Chunk",
+    "ChunkBatch",
     "ChunkPlan",
     "EMASink",
     "NoSink",
@@ -17,6 +19,7 @@ __all__ = [
     "SinkPolicy",
     "SinkState",
     "SinkWindowCache",
+    "SinkWindowRows",
     "StaticSink",
     "StreamClosedError",
 ]

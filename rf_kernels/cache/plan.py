@@ -304,6 +304,13 @@ class PlanBuffers:
             "event": torch.cuda.Event(),
         }
 
+    def move_to(self, ints: torch.Tensor, floats: torch.Tensor) -> None:
+        """Go on in other memory, which holds the same."""
+        self.ints, self.floats = ints, floats
+        self._views.clear()
+        if ints.device.type == "cpu":
+            self._stages = [self._stage(ints.device)]
+
     def views(self, frames):
         """(slots, angles, axes, schedule, turns) for a chunk of so many frames: views of the buffers, made
         once per length."""
