@@ -30,11 +30,12 @@ $(SETUP):
 ext: $(SETUP)
 	PATH="$(BIN):$$PATH" $(PY) setup.py -q build_ext --inplace
 
-## make test          all tests, the heavy ones last (TESTS="tests/ops -k rope" for a part of them)
+## make test          all tests, the heavy ones last, by two processes (TESTS="tests/ops -k rope", WORKERS=8)
 TESTS ?= tests
+WORKERS ?= 2
 test: ext
-	$(PY) -m pytest -q -m "not heavy" $(TESTS)
-	$(PY) -m pytest -q -m heavy $(TESTS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not heavy" $(TESTS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m heavy $(TESTS)
 
 ## make train-smoke   every stage of training on the embedded world, a few steps each (docs/training.md)
 train-smoke: ext

@@ -9,6 +9,9 @@ pytest.register_assert_rewrite("helpers", "chip.harness")
 if os.environ.get("TRITON_INTERPRET") == "1":
     import helpers.quick_interpreter  # noqa: F401
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the processes share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 _GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),

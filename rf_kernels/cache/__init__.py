@@ -5,6 +5,7 @@ from .chunk import KV, Chunk
 from .plan import CacheSpec, ChunkPlan, Ring
 from .rows import ChunkBatch, SinkWindowRows
 from .sinks import EMASink, NonFiniteError, NoSink, SinkPolicy, SinkState, StaticSink
+from .stream import Opening
 
 __all__ = [
     "KV",
@@ -15,6 +16,7 @@ __all__ = [
     "EMASink",
     "NoSink",
     "NonFiniteError",
+    "Opening",
     "Ring",
     "SinkPolicy",
     "SinkState",

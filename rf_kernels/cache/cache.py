@@ -16,6 +16,7 @@ tells the rules with their reasons.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ from .adopt import adopted
 from .chunk import Chunk
 from .plan import CacheSpec, ChunkPlan, PlanBuffers, Ring, is_integer
 from .sinks import SinkPolicy
-from .stream import Stream
+from .stream import Opening, Stream
 
 _OP = "SinkWindowCache"
 
@@ -93,7 +94,7 @@ class SinkWindowCache:
             if self._sink.tensors:
                 self._undo |= {"sink_k": spec.zeros(kept), "sink_v": spec.zeros(kept)}
                 self._undo |= {f"sink.{name}": torch.zeros_like(t) for name, t in self._sink.tensors.items()}
-        self._buffers = PlanBuffers(spec, self._sink.max_sources)
+        self._buffers = PlanBuffers(spec, self._sink.max_sources, self._sink.weighs)
 
     # ---- looking -------------------------------------------------------------------------------------------
     @property
@@ -113,6 +114,7 @@ class SinkWindowCache:
             *(t for pair in self._slots for t in pair),
             self._buffers.ints,
             self._buffers.floats,
+            *((self._buffers.bias, self._buffers.frame_bias) if self._sink.weighs else ()),
             *self._sink.tensors.values(),
             *self._undo.values(),
         ]
@@ -131,14 +133,20 @@ class SinkWindowCache:
         wide = torch.float64 if self.spec.dtype == torch.float64 else torch.float32
         tokens = min(self._stream.frames, self.spec.sink_frames) * self.spec.frame_tokens
         k, v = (x[:, :tokens] for x in self._slots[layer])
-        # until the first frame leaves, slots and state are one and the same
-        if self._stream.left:
+        # until the policy rewrites them, slots and state are one and the same
+        if self._stream.phase is not None:
             k, v = self._sink.keys_values(layer, k, v)
         return k.to(wide, copy=True), v.to(wide, copy=True)
 
     # ---- a chunk -------------------------------------------------------------------------------------------
     def chunk(
-        self, frames: int, *, start: int | None = None, position: float | None = None, undo: bool = False
+        self,
+        frames: int,
+        *,
+        start: int | None = None,
+        position: float | Sequence[float] | None = None,
+        cut: bool = False,
+        undo: bool = False,
     ) -> Chunk:
         """The next chunk of ``frames`` latent frames, for a ``with`` block, at whose end it commits.
 
@@ -151,8 +159,11 @@ class SinkWindowCache:
                 from it. 0, or the frame that the stream began with, starts over. A frame of the window: the
                 chunk rewrites its frames, and those behind it are gone; the sink keeps what it has absorbed.
                 The (start, frames) of the chunk that is open: that chunk.
-            position: temporal position of the chunk's first frame; None for the frame's number. The others
-                follow it. A sink that moves along keeps its distance to the newest frame.
+            position: temporal position of the chunk's first frame, the others following it, or one of each
+                frame; None for what the policy says, which is the frame's number unless it has a rule of its
+                own. A sink that moves along keeps its distance to the newest frame.
+            cut: whether the chunk begins a new shot. What that means is the policy's business; to ``NoSink``,
+                ``StaticSink`` and ``EMASink``, nothing.
             undo: first save what the chunk will destroy (its slots, the sink, the sink's state). Needs
                 ``undo_frames >= frames`` in the spec.
         Raises:
@@ -160,10 +171,16 @@ class SinkWindowCache:
                 another chunk is still open, or there is no save area.
             StreamClosedError: a failed chunk has closed the stream.
         """
-        return self.open(frames, start=start, position=position, undo=undo)
+        return self.open(frames, start=start, position=position, cut=cut, undo=undo)
 
     def open(
-        self, frames: int, *, start: int | None = None, position: float | None = None, undo: bool = False
+        self,
+        frames: int,
+        *,
+        start: int | None = None,
+        position: float | Sequence[float] | None = None,
+        cut: bool = False,
+        undo: bool = False,
     ) -> Chunk:
         """As ``chunk``, for callers that cannot hold a ``with`` over an event loop: they end it with
         ``Chunk.commit`` or ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are
@@ -174,14 +191,17 @@ class SinkWindowCache:
         if start is not None:
             if not is_integer(start) or not 0 <= start < stream_file.MOST_FRAMES:
                 raise argument_error(op, "start", "an integer in [0, 2**53), or None", repr(start))
-        if position is not None and not abs(number(op, "position", position)) < stream_file.MOST_FRAMES:
-            raise argument_error(op, "position", "a number within +-2**53, or None", repr(position))
+        if position is not None:
+            position = _positions(op, position, frames)
+        if not isinstance(cut, bool):
+            raise argument_error(op, "cut", "True or False", repr(cut))
         if start is not None:
             if chunk is not None and (chunk.first_frame, chunk.frames) == (start, frames):
-                if position not in (None, chunk.plan.position):
-                    raise argument_error(
-                        op, "position", f"that of the open chunk, {chunk.plan.position}", position
-                    )
+                own = [chunk.plan.position_of(f) for f in range(chunk.plan.begin, chunk.plan.end)]
+                if position not in (None, own):
+                    raise argument_error(op, "position", f"that of the open chunk, {own[0]}", position[0])
+                if cut and chunk.plan.after.shot != chunk.plan.begin:
+                    raise argument_error(op, "cut", "that of the open chunk, False", cut)
                 if undo and not chunk.undo:
                     raise argument_error(op, "undo", "that of the open chunk, False", undo)
                 return chunk
@@ -192,45 +212,61 @@ class SinkWindowCache:
         begin = before.frames if start is None else start - before.origin
         end = begin + frames
         ring.check_chunk(begin, end, before.origin)
-        held, leaving, moves, places = before.arrange(begin, end, ring)
+        offsets = {f: x for f, x in zip(before.held, before.offsets, strict=True) if f < begin}
+        opening = Opening(
+            begin=begin,
+            end=end,
+            shot=begin if cut else min(before.shot, begin),
+            cut=cut,
+            window=before.window(begin, ring),
+            ring=ring,
+            origin=before.origin,
+            offsets=offsets,
+        )
+        if position is None:
+            own = sink.positions(opening)
+            position = None if own is None else _positions(f"{type(sink).__name__}.positions", own, frames)
+        numbers = range(before.origin + begin, before.origin + end)
+        offsets |= {
+            f - before.origin: 0 if position is None else position[i] - f for i, f in enumerate(numbers)
+        }
+        held, leaving, moves, places = before.arrange(
+            begin, end, ring, lambda n: self._check_leaving(opening.window, sink.leaving(opening, n), n)
+        )
         if undo and frames + len(moves) > self.spec.undo_frames:
             found = frames if not moves else f"{frames}, and {len(moves)} more that move"
             raise argument_error(op, "undo", f"at most undo_frames = {self.spec.undo_frames} frames", found)
         # Frames of the sink that are written again are frames of the stream again: nothing was absorbed.
         left = before.left and begin >= before.oldest
-        if position is not None and not is_integer(position):
-            position = float(position)
-        offset = 0 if position is None else position - before.origin - begin
-        offsets = dict(zip(before.held, before.offsets, strict=True)) | dict.fromkeys(
-            range(begin, end), offset
-        )
-        shift = ring.shift(end) if self.sink.rephase else 0
-        if shift:
-            shift += offset - offsets.get(0, 0)
+        still = (0,) * ring.sink_frames  # also of a sink that has not all its frames yet
+        complete = begin >= ring.sink_frames
+        shifts = self._numbers("shifts", sink.shifts(opening), ring.sink_frames) if complete else still
         sources = sink.sources(leaving)
-        if sources is None and not leaving and before.phase not in (None, shift):
-            sources = [[] for _ in range(ring.sink_frames)]  # the window went back: so do the sink's keys
+        if sources is None and shifts != (before.phase or still):
+            sources = [[] for _ in still]  # nothing is absorbed, and the keys turn
         self._check_sources(sources, leaving)
+        acts = sources is not None
+        taken = complete and (left or bool(leaving) or any(shifts))
         after = Stream(
             origin=before.origin,
             frames=end,
             held=held,
             left=left or bool(leaving),
             absorbed=before.absorbed or any(sources or ()),
-            phase=(before.phase if sources is None else shift) if left or leaving else None,
+            phase=shifts if taken and (acts or before.phase is not None) else None,
             offsets=tuple(offsets[f] for f in held),
+            shot=opening.shot,
         )
         slots, angles, axes, schedule, turns = self._buffers.views(frames)
-        acts = sources is not None
         plan = ChunkPlan(
             ring=ring if places is None else dataclasses.replace(ring, places=places),
             t_begin=before.origin + begin,
             t_end=before.origin + end,
             kv_tokens=len(held) * self.spec.frame_tokens,
-            shift=shift,
+            shifts=shifts,
             leaving=leaving,
             sources=sources,
-            first=bool(leaving) and not left,
+            first=acts and before.phase is None,
             moves=moves,
             fresh=begin == 0 and self._stream.frames > 0,
             after=after,
@@ -240,6 +276,8 @@ class SinkWindowCache:
             axes=axes,
             schedule=schedule if acts else None,
             turns=turns if acts else None,
+            bias=self._buffers.bias,
+            weights=self._numbers("weights", sink.weights(opening, held), len(held)) if sink.weighs else None,
         )
         self._buffers.upload(plan)
         if undo:
@@ -270,7 +308,7 @@ class SinkWindowCache:
             t_begin=stream.next_frame,
             t_end=stream.next_frame,
             kv_tokens=self.kv_tokens,
-            shift=stream.phase,
+            shifts=stream.phase,
             leaving=[],
             sources=[[] for _ in range(spec.sink_frames)],
             first=True,
@@ -285,12 +323,14 @@ class SinkWindowCache:
             turns=turns,
         )
         self._buffers.upload(plan)
-        back = self._buffers.turn_by(-stream.phase)
-        sink_tokens = spec.sink_frames * spec.frame_tokens
+        back = [self._buffers.turn_by(-shift) for shift in stream.phase]
+        n, sink_tokens = spec.frame_tokens, spec.sink_frames * spec.frame_tokens
         with torch.no_grad():
             for layer, pair in enumerate(self._slots):
                 written = [x[:, :sink_tokens].clone() for x in pair]
-                pair[0][:, :sink_tokens] = self._sink.turned(written[0], back)
+                for j, turn in enumerate(back):
+                    frame = slice(j * n, (j + 1) * n)
+                    pair[0][:, frame] = self._sink.turned(written[0][:, frame], turn)
                 self._sink.evict(layer, *pair, plan)
                 for x, bits in zip(pair, written, strict=True):
                     x[:, :sink_tokens] = bits
@@ -399,6 +439,22 @@ class SinkWindowCache:
             )
             raise argument_error(f"{type(self._sink).__name__}.sources", "result", expected, sources)
 
+    def _check_leaving(self, window: Sequence[int], chosen, excess: int) -> list[int]:
+        chosen = list(chosen)
+        if len(chosen) < excess or len(set(chosen)) < len(chosen) or not set(chosen) <= set(window):
+            expected = f"at least {excess} of the frames {list(window)} of the window"
+            raise argument_error(f"{type(self._sink).__name__}.leaving", "result", expected, chosen)
+        return chosen
+
+    def _numbers(self, rule: str, numbers, count: int) -> tuple[float, ...]:
+        """What a policy's rule gave: so many numbers; a log-weight may be -inf."""
+        op, least = f"{type(self._sink).__name__}.{rule}", -math.inf if rule == "weights" else -(2**53)
+        numbers = tuple(numbers)
+        fits = all(isinstance(x, int | float) and least <= x < 2**53 for x in numbers)
+        if len(numbers) != count or not fits:
+            raise argument_error(op, "result", f"{count} numbers below 2**53", numbers)
+        return numbers
+
     def _copy_undo(self, plan: ChunkPlan, *, save: bool) -> None:
         """Copy what the chunk will destroy into the save area, or back: O(chunk + sink) bytes."""
         n, area = self.spec.frame_tokens, self._undo
@@ -412,7 +468,7 @@ class SinkWindowCache:
             for name, slots in zip(("k", "v"), pair, strict=True):
                 for i, slot in enumerate(written):
                     copy(slots[:, slot * n : (slot + 1) * n], area[name][layer, :, i * n : (i + 1) * n])
-        if plan.sources is not None or plan.fresh:
+        if plan.sources is not None or plan.fresh or self._sink.observes:
             sink_tokens = self.spec.sink_frames * n
             for layer, (k, v) in enumerate(self._slots if "sink_k" in area else ()):
                 copy(k[:, :sink_tokens], area["sink_k"][layer])
@@ -425,3 +481,18 @@ class SinkWindowCache:
             self._close(self._chunk, "voided by a reset or load", stream)
         self._broken = None
         self._stream, self.next_frame = stream, stream.next_frame
+
+
+def _positions(op: str, position, frames: int) -> list[float]:
+    """Temporal positions of a chunk's frames: of the first, or of each."""
+    if isinstance(position, Sequence) and not isinstance(position, str):
+        given = list(position)
+        if len(given) != frames:
+            raise argument_error(op, "position", f"one number, or {frames}", repr(position))
+    else:
+        given = [position]
+    for x in given:
+        if not abs(number(op, "position", x)) < stream_file.MOST_FRAMES:
+            raise argument_error(op, "position", "a number within +-2**53, or None", repr(position))
+    given = [x if is_integer(x) else float(x) for x in given]
+    return given if isinstance(position, Sequence) else [given[0] + i for i in range(frames)]

@@ -399,6 +399,7 @@ class Chunk:
             kv_tokens=self.plan.kv_tokens,
             softmax_scale=softmax_scale,
             deterministic=deterministic,
+            kv_bias=self.plan.bias,
         )
 
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
@@ -406,6 +407,8 @@ class Chunk:
         if self._evicted[layer] != _DONE:
             self._evict(layer, q, k, v, options)
         q_out = rope_append(q, k, v, *self._cache._slots[layer], **options)
+        if self._cache._sink.observes:
+            self._cache._sink.observe(layer, q_out, *self._cache._slots[layer], self.plan)
         self._appended[layer] = True
         return q_out
 
@@ -431,7 +434,9 @@ class Chunk:
         if recomputed:
             return attend_with_grad(q, k, v, norms, past, None, None, softmax_scale, deterministic)
 
-        def written() -> None:
+        def written(rotated: Tensor) -> None:
+            if cache._sink.observes:
+                cache._sink.observe(layer, rotated, *cache._slots[layer], plan)
             self._appended[layer] = True
 
         return attend_with_grad(

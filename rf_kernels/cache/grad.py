@@ -8,7 +8,7 @@ cache does not.
 
 Saved for backward, per forward and layer: q, k, v, the norm weights, the result and its log-sum-exp. Rotated
 queries and keys are formed again. Per chunk and layer, once: keys and values of the other valid slots. Per
-chunk, once: its slots and angles.
+chunk, once: its slots, angles and bias.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Past:
     pieces: list[tuple[bool, int, int]]
     frame_tokens: int
     kv_tokens: int
+    bias: Tensor | None
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, plan: ChunkPlan, spec: CacheSpec, chunk: Past | None) -> Past:
@@ -72,10 +73,11 @@ class Past:
             at += end - begin
         k, v = (torch.cat([x[:, run] for run in runs], 1) if runs else x[:, :0].clone() for x in (k, v))
         if chunk is not None:
-            slots, angles = chunk.slots, chunk.angles
+            slots, angles, bias = chunk.slots, chunk.angles, chunk.bias
         else:
-            slots, angles = plan.slots.clone(), None if plan.angles is None else plan.angles.clone()
-        return cls(k, v, slots, angles, plan.axes, spec.layout, pieces, n, plan.kv_tokens)
+            kept = (plan.slots, plan.angles, plan.bias)
+            slots, angles, bias = (None if t is None else t.clone() for t in kept)
+        return cls(k, v, slots, angles, plan.axes, spec.layout, pieces, n, plan.kv_tokens, bias)
 
     def joined(self, others: Tensor, own: Tensor) -> Tensor:
         """The valid slots in order, of the chunk's own tokens and the others."""
@@ -120,7 +122,7 @@ class _Attend(torch.autograd.Function):
             eps=eps,
         )
         if written is not None:
-            written()
+            written(rotated)
         out, lse = sink_window_attention(
             rotated,
             k_slots,
@@ -129,8 +131,9 @@ class _Attend(torch.autograd.Function):
             softmax_scale=softmax_scale,
             deterministic=deterministic,
             return_lse=True,
+            kv_bias=past.bias if past.bias is None else past.bias[: k_slots.shape[1]],
         )
-        ctx.save_for_backward(q, k, v, q_weight, k_weight, out, lse, past.k, past.v, past.angles)
+        ctx.save_for_backward(q, k, v, q_weight, k_weight, out, lse, past.k, past.v, past.angles, past.bias)
         ctx.place = _without_tensors(past)
         ctx.settings = norm, eps, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return out
@@ -138,7 +141,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        *inputs, out, lse, past_k, past_v, angles = ctx.saved_tensors
+        *inputs, out, lse, past_k, past_v, angles, bias = ctx.saved_tensors
         place, (norm, eps, softmax_scale) = ctx.place, ctx.settings
         q, k, v, q_weight, k_weight = (t if t is None else t.detach() for t in inputs)
         needed = ctx.needs_input_grad
@@ -161,6 +164,8 @@ class _Attend(torch.autograd.Function):
             None,
             0,
             None,
+            None,
+            bias if bias is None else bias[: place.kv_tokens],
         )
         dv = place.own(grads[2]) if needed[2] else None
         pairs = [
@@ -178,9 +183,7 @@ class _Attend(torch.autograd.Function):
 
 def _without_tensors(past: Past) -> Past:
     """The numbers of a past: its tensors are the graph's to keep and to free, not the node's."""
-    return Past(
-        None, None, None, None, past.axes, past.layout, past.pieces, past.frame_tokens, past.kv_tokens
-    )
+    return Past(*(None,) * 4, past.axes, past.layout, past.pieces, past.frame_tokens, past.kv_tokens, None)
 
 
 def attend_with_grad(q, k, v, norms, past, slots, written, softmax_scale, deterministic) -> Tensor:

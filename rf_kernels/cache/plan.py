@@ -181,20 +181,21 @@ class ChunkPlan:
     """What one chunk does, as its ops take it. ``chunk.plan``; the same for every forward of the chunk.
 
     Host integers: ``frames`` of the chunk, its frames ``[t_begin, t_end)`` of the stream, ``kv_tokens``
-    (length of the valid prefix to attend), ``shift`` (by how much the sink's positions have moved),
-    ``leaving`` (frames that leave the window), ``sources`` (for each sink frame those that it absorbs; None
-    when the sink has nothing to do), ``first`` (this is the first chunk that makes a frame leave: the sink's
-    state is then taken from its slots). ``leaving`` and ``sources`` count from the stream's first frame, as
-    ``ring.slot`` does. Device tensors, read by the ops,
-    rewritten when the next chunk opens: ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``, ``schedule``
-    int32 [S, 2 + E] and ``turns`` [S, E + 1, nt, 2] (None when the sink has nothing to do).
+    (length of the valid prefix to attend), ``shifts`` (by how much the position of each sink frame has moved
+    from its own), ``leaving`` (frames that leave the window), ``sources`` (for each sink frame those that it
+    absorbs; None when the sink has nothing to do), ``first`` (this is the first chunk that rewrites the sink:
+    the sink's state is then taken from its slots). ``leaving`` and ``sources`` count from the stream's first
+    frame, as ``ring.slot`` does. Device tensors, read by the ops, rewritten when the next chunk opens:
+    ``slots`` int32 [F], ``angles`` [1, R, 2] with ``axes``, ``schedule`` int32 [S, 2 + E] and ``turns`` [S, E
+    + 1, nt, 2] (None when the sink has nothing to do), ``bias`` float32 [L * n], the log-weight of each key
+    (None without a policy that weighs frames).
     """
 
     ring: Ring
     t_begin: int
     t_end: int
     kv_tokens: int
-    shift: int
+    shifts: tuple[float, ...]
     leaving: Sequence[int]
     sources: list[list[int]] | None
     first: bool
@@ -211,6 +212,14 @@ class ChunkPlan:
     axes: list[int] = field(repr=False)
     schedule: torch.Tensor | None = field(repr=False)
     turns: torch.Tensor | None = field(repr=False)
+    bias: torch.Tensor | None = field(default=None, repr=False)
+    #: Log-weight of each held frame.
+    weights: Sequence[float] | None = field(default=None, repr=False)
+
+    @property
+    def shift(self) -> float:
+        """That of the first sink frame; the same for all of a sink that moves as one."""
+        return self.shifts[0] if self.shifts else 0
 
     @property
     def frames(self) -> int:
@@ -228,7 +237,11 @@ class ChunkPlan:
     @property
     def position(self) -> float:
         """Temporal position of the chunk's first frame."""
-        return self.t_begin + self.offsets.get(self.begin, 0)
+        return self.position_of(self.begin)
+
+    def position_of(self, frame: int) -> float:
+        """Temporal position of one of the chunk's frames, counted from the stream's first."""
+        return self.after.origin + frame + self.offsets.get(frame, 0)
 
     @property
     def prepares(self) -> bool:
@@ -260,7 +273,7 @@ class PlanBuffers:
     graph reads each chunk's plan at the same address.
     """
 
-    def __init__(self, spec: CacheSpec, max_sources: int):
+    def __init__(self, spec: CacheSpec, max_sources: int, weighs: bool = False):
         ring, grid, rope, device = spec.ring, spec.grid, spec.rope, spec.device
         dtype = table_dtype(spec.dtype)
         self.ring, self.rope, self.max_sources = ring, rope, max_sources
@@ -277,6 +290,10 @@ class PlanBuffers:
         on_host = device.type in ("cpu", "meta")
         self.ints = torch.zeros(ring.length + S * (2 + E), dtype=torch.int32, device=device)
         self.floats = torch.zeros(max(rows, 1), 2, dtype=dtype, device=device)
+        self.frame_bias = self.bias = None
+        if weighs:
+            self.frame_bias = torch.zeros(ring.length, dtype=torch.float32, device=device)
+            self.bias = torch.zeros(ring.length * spec.frame_tokens, dtype=torch.float32, device=device)
         # Host images. On the CPU the kernels read them directly. For a GPU they are pinned and used in turn,
         # each guarded by an event, so that an upload still under way is never overwritten.
         self._stages = [self._stage(device) for _ in range(1 if on_host else 2)]
@@ -292,24 +309,32 @@ class PlanBuffers:
     def _stage(self, device):
         if device.type in ("cpu", "meta"):
             on_host = {"ints": self.ints, "floats": self.floats}
+            on_host |= {} if self.bias is None else {"bias": self.frame_bias}
             if device.type == "meta":
                 on_host = {
                     name: torch.zeros(t.shape, dtype=t.dtype, device="cpu") for name, t in on_host.items()
                 }
             return on_host | {"event": None}
         pinned = {"device": "cpu", "pin_memory": True}
-        return {
+        weighs = {} if self.bias is None else {"bias": torch.zeros(self.frame_bias.shape, **pinned)}
+        return weighs | {
             "ints": torch.zeros(self.ints.shape, dtype=torch.int32, **pinned),
             "floats": torch.zeros(self.floats.shape, dtype=self.floats.dtype, **pinned),
             "event": torch.cuda.Event(),
         }
 
-    def move_to(self, ints: torch.Tensor, floats: torch.Tensor) -> None:
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them, by name."""
+        names = ("ints", "floats", "bias", "frame_bias")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def move_to(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on in other memory, which holds the same."""
-        self.ints, self.floats = ints, floats
+        self.__dict__.update(tensors)
         self._views.clear()
-        if ints.device.type == "cpu":
-            self._stages = [self._stage(ints.device)]
+        if self.ints.device.type == "cpu":
+            self._stages = [self._stage(self.ints.device)]
 
     def views(self, frames):
         """(slots, angles, axes, schedule, turns) for a chunk of so many frames: views of the buffers, made
@@ -346,7 +371,8 @@ class PlanBuffers:
         ints, floats = stage["ints"].numpy(), stage["floats"].numpy()
         ints[: plan.frames] = [plan.ring.slot(f) for f in range(plan.begin, plan.end)]
         if nt:
-            table = rope.temporal_table([plan.position + i for i in range(plan.frames)]).reshape(-1, 2)
+            positions = [plan.position_of(f) for f in range(plan.begin, plan.end)]
+            table = rope.temporal_table(positions).reshape(-1, 2)
             floats[self._temporal_row : self._temporal_row + len(table)] = table
         if sources is not None:
             S, E = ring.sink_frames, self.max_sources
@@ -357,13 +383,18 @@ class PlanBuffers:
                 schedule[j, 2 : 2 + len(frames)] = [plan.ring.slot(e) for e in frames]
             if nt:
                 turns = floats[self._turn_row : self._turn_row + S * (E + 1) * nt].reshape(S, E + 1, nt, 2)
-                turns[:, E] = rope.temporal_table([plan.shift])[0]
+                turns[:, E] = rope.temporal_table(plan.shifts)
                 for j, frames in enumerate(sources):
                     if frames:
                         own = j + plan.offsets[j]
                         turns[j, : len(frames)] = rope.temporal_table(
                             [own - e - plan.offsets[e] for e in frames]
                         )
+        if plan.weights is not None:
+            stage["bias"].numpy()[: len(plan.weights)] = plan.weights
+            if stage["event"] is not None:
+                self.frame_bias.copy_(stage["bias"], non_blocking=True)
+            self.bias.view(ring.length, -1).copy_(self.frame_bias[:, None])
         if stage["event"] is None:
             # Written through numpy, which autograd does not see: a graph that has saved such a view must find
             # out.

@@ -67,12 +67,11 @@ class SinkWindowRows:
             self._rows = tuple(
                 SinkWindowCache(one, sink=sink, k=_part(k, i), v=_part(v, i)) for i in range(spec.batch)
             )
-            self._ints, self._floats = (
-                torch.stack([getattr(row._buffers, name) for row in self._rows])
-                for name in ("ints", "floats")
-            )
-            for row, ints, floats in zip(self._rows, self._ints, self._floats, strict=True):
-                row._buffers.move_to(ints, floats)
+            plans = [row._buffers.tensors for row in self._rows]
+            #: Plans of the rows, as one tensor of each kind.
+            self._plans = {name: torch.stack([plan[name] for plan in plans]) for name in plans[0]}
+            for i, row in enumerate(self._rows):
+                row._buffers.move_to({name: tensor[i] for name, tensor in self._plans.items()})
         self.k, self.v, self.sink = k, v, sink
         self._index = {id(row): i for i, row in enumerate(self._rows)}
 
@@ -111,7 +110,8 @@ class SinkWindowRows:
         *,
         rows: Iterable[int] | None = None,
         start: int | Sequence[int | None] | None = None,
-        position: float | Sequence[float | None] | None = None,
+        position: float | Sequence | None = None,
+        cut: bool = False,
         undo: bool = False,
     ) -> ChunkBatch:
         """Opens the next chunk of each row, for a ``with`` block at whose end all of them commit.
@@ -119,7 +119,7 @@ class SinkWindowRows:
         Args:
             rows: the rows that take part; None for all.
             start, position: as for ``SinkWindowCache.chunk``: one for all rows, or a sequence of one a row.
-            frames, undo: as for ``SinkWindowCache.chunk``.
+            frames, cut, undo: as for ``SinkWindowCache.chunk``.
         Raises:
             ArgumentError, StreamClosedError: as ``SinkWindowCache.chunk``. No chunk has then been opened.
         """
@@ -140,7 +140,7 @@ class SinkWindowRows:
         try:
             for i, first, place in zip(chosen, starts, positions, strict=True):
                 before, row = self._rows[i]._chunk, self._rows[i]
-                chunks.append(row.open(frames, start=first, position=place, undo=undo))
+                chunks.append(row.open(frames, start=first, position=place, cut=cut, undo=undo))
                 if chunks[-1] is not before:
                     opened.append(chunks[-1])
         except BaseException as error:
@@ -277,10 +277,8 @@ class ChunkBatch:
                 ]
             )
         rotated = self._append(layer, q, k, v, norms)
-        k_slots, v_slots = (x[layer][self._span] for x in (self._owner.k, self._owner.v))
-        if isinstance(self._kv_tokens, Tensor):
-            # What no row attends is not planned for.
-            k_slots, v_slots = k_slots[:, : self._most], v_slots[:, : self._most]
+        most = self._most  # what no row attends is not planned for
+        k_slots, v_slots = (x[layer][self._span, :most] for x in (self._owner.k, self._owner.v))
         out = sink_window_attention(
             self._spread(rotated),
             k_slots,
@@ -288,6 +286,7 @@ class ChunkBatch:
             kv_tokens=self._kv_tokens,
             softmax_scale=softmax_scale,
             deterministic=deterministic,
+            kv_bias=None if self._bias is None else self._bias[:, :most],
         )
         return out if len(self._runs) == 1 else torch.cat([out[run.places] for run in self._runs])
 
@@ -349,14 +348,15 @@ class ChunkBatch:
         self._span = slice(first, last + 1, step)
         self._span_rows = (last - first) // step + 1
         begins = [0] + [i for i in range(1, len(self.rows)) if self.rows[i] != self.rows[i - 1] + step]
-        self._runs = []
+        plans, self._runs = self._owner._plans, []
+        self._bias = plans["bias"][self._span] if "bias" in plans else None
         for begin, end in zip(begins, [*begins[1:], len(self.rows)], strict=True):
             rows = slice(self.rows[begin], self.rows[end - 1] + 1, step)
             at = (self.rows[begin] - first) // step
-            slots, angles, self._axes, *_ = self._owner._rows[0]._buffers.views(self.frames)
+            _, angles, self._axes, *_ = self._owner._rows[0]._buffers.views(self.frames)
             if angles is not None:
-                angles = self._owner._floats[rows, : angles.shape[1]]
-            slots = self._owner._ints[rows, : self.frames]
+                angles = plans["floats"][rows, : angles.shape[1]]
+            slots = plans["ints"][rows, : self.frames]
             self._runs.append(_Run(slice(begin, end), rows, slice(at, at + end - begin), slots, angles))
 
     def _count(self) -> None:
@@ -444,6 +444,11 @@ class ChunkBatch:
             rotated = [rope_append(*tensors, **options) for tensors, options in calls]
         except ArgumentError as error:
             raise self._blamed(error, q, k, v) from None
+        if self.chunks[0].cache._sink.observes:
+            for run, part in zip(self._runs, rotated, strict=True):
+                for i, chunk in enumerate(self.chunks[run.samples]):
+                    slots = chunk.cache._slots[layer]
+                    chunk.cache._sink.observe(layer, part[i : i + 1], *slots, chunk.plan)
         for chunk in self.chunks:
             chunk._appended[layer] = True
         return rotated

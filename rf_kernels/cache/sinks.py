@@ -22,6 +22,7 @@ from ..positions import table_dtype
 
 if TYPE_CHECKING:
     from .plan import CacheSpec, ChunkPlan
+    from .stream import Opening
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -65,7 +66,11 @@ class SinkState:
             ``allocate``.
         max_sources: most frames that one sink frame absorbs in a chunk. The schedule of a chunk has room for
             so many.
+        weighs: whether ``weights`` is asked.
+        observes: whether ``observe`` is called.
     """
+
+    weighs = observes = False
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
         self.policy, self.spec = policy, spec
@@ -86,14 +91,43 @@ class SinkState:
     def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         """For each sink frame, the leaving frames that it absorbs, in order. Called when a chunk opens.
 
-        Empty lists: nothing is absorbed, but ``evict`` is called (to re-phase the keys). None: ``evict`` is
-        not called in this chunk. ``leaving`` may be empty. Frames count from the stream's first. Where the
-        window has gone back and nothing leaves, ``evict`` is called with empty lists whatever this says.
+        Empty lists: nothing is absorbed, but ``evict`` is called. None: ``evict`` is called, with empty
+        lists, only if ``shifts`` has changed. ``leaving`` may be empty. Frames count from the stream's first.
         """
         return None
 
+    def leaving(self, opening: Opening, excess: int) -> Sequence[int]:
+        """The frames of ``opening.window`` that leave, where ``excess`` of them have to: these, or more."""
+        return opening.window[:excess]
+
+    def positions(self, opening: Opening) -> Sequence[float] | None:
+        """Temporal positions of the chunk's own frames, where the caller names none. None: their numbers."""
+        return None
+
+    def shifts(self, opening: Opening) -> Sequence[float]:
+        """For each sink frame, by how much its position is beyond that of its own frame while the chunk is
+        seen: the last of ``plan.turns[j]`` turns by it. Asked once the sink has all its frames."""
+        shift = opening.ring.shift(opening.end) if self.turns else 0
+        if shift:
+            shift += opening.offsets[opening.begin] - opening.offsets[0]
+        return (shift,) * opening.ring.sink_frames
+
+    def weights(self, opening: Opening, held: Sequence[int]) -> Sequence[float]:
+        """The logarithm of each held frame's weight in the softmax; -inf hides a frame. ``held``: the frame
+        in each valid slot. Asked with ``weighs``."""
+        return (0.0,) * len(held)
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: ChunkPlan) -> None:
+        """Called with ``observes`` in every forward, once a layer's keys are written, without grad. May write
+        ``tensors[...][layer]``, over what an earlier forward of the chunk left there.
+
+        Args:
+            q: the queries, normalised and rotated, ``[B, F * n, Hq, D]``.
+            k, v, plan: as for ``evict``.
+        """
+
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: ChunkPlan) -> None:
-        """Rewrite the sink of one layer in place: absorb ``plan.sources``, turn the keys by ``plan.shift``.
+        """Rewrite the sink of one layer in place: absorb ``plan.sources``, turn the keys by ``plan.shifts``.
 
         Called once per chunk and layer, before the chunk's own keys are written, without grad. It may write
         the sink's slots and ``tensors[...][layer]``, and nothing else. It must not read a device value back.
@@ -101,8 +135,8 @@ class SinkState:
         Args:
             k, v: the layer's slots ``[B, L * n, H, D]``; frame ``f`` of the stream is in slot
                 ``plan.ring.slot(f)``.
-            plan: what the chunk does; ``plan.first`` says that no frame has left before, so that slots and
-                state are to be united; ``plan.turns`` has the rotations.
+            plan: what the chunk does; ``plan.first`` says that the sink is rewritten for the first time, so
+                that slots and state are to be united; ``plan.turns`` has the rotations.
         """
         raise NotImplementedError(f"{type(self).__name__}.evict")
 

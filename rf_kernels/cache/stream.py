@@ -9,6 +9,7 @@ frame that lies behind the prefix then moves to a free slot in it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +36,36 @@ class Arrangement(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Opening:
+    """A chunk that is about to be opened, as the rules of a ``SinkState`` see it: host integers. Frames count
+    from the stream's first.
+
+    Attributes:
+        begin, end: the chunk is the frames [begin, end).
+        shot: first frame of the newest shot: 0, or where the newest chunk with ``cut=True`` began.
+        cut: whether this chunk begins it.
+        window: frames in the ring that came before the chunk, ascending.
+        ring: sizes.
+        origin: frame of the video that the stream began with.
+        offsets: by how much the temporal position of a frame that is in the cache is beyond its number.
+    """
+
+    begin: int
+    end: int
+    shot: int
+    cut: bool
+    window: Sequence[int]
+    ring: Ring
+    origin: int
+    offsets: Mapping[int, float]
+
+    def position(self, frame: int) -> float:
+        """Temporal position at which the key of a frame in the cache was rotated. Those of the chunk's own
+        frames are known once ``positions`` has been asked."""
+        return self.origin + frame + self.offsets[frame]
+
+
+@dataclass(frozen=True)
 class Stream:
     """A stream between two chunks.
 
@@ -42,10 +73,12 @@ class Stream:
         origin: frame of the video that the stream began with.
         frames: frames so far.
         held: the frame in each valid slot, a prefix of the slots.
-        left: whether any frame has left the window; from then on the sink's state is the sink.
+        left: whether any frame has left the window.
         absorbed: whether the sink has absorbed any.
-        phase: the shift at which the sink's keys lie in their slots; None while no policy has turned them.
+        phase: the shift at which the keys of each sink frame lie in their slot; None while the policy has not
+            rewritten them. From then on the sink's state is the sink.
         offsets: by how much the temporal position of each frame of ``held`` is beyond its number.
+        shot: first frame of the newest shot.
     """
 
     origin: int = 0
@@ -53,8 +86,9 @@ class Stream:
     held: tuple[int, ...] = ()
     left: bool = False
     absorbed: bool = False
-    phase: float | None = None
+    phase: tuple[float, ...] | None = None
     offsets: tuple[float, ...] = ()
+    shot: int = 0
 
     @classmethod
     def plain(cls, frames: int, ring: Ring, state: SinkState) -> Stream:
@@ -68,34 +102,42 @@ class Stream:
             held=tuple(held[slot] for slot in range(len(held))),
             left=left,
             absorbed=any(sources or ()),
-            phase=ring.shift(frames) if sources is not None and state.policy.rephase else None,
+            phase=None if sources is None else (ring.shift(frames) if state.turns else 0,) * S,
             offsets=(0,) * len(held),
         )
 
     def listed(self) -> dict:
         """In JSON types."""
-        return {**dataclasses.asdict(self), "held": list(self.held), "offsets": list(self.offsets)}
+        phase = None if self.phase is None else list(self.phase)
+        lists = {"held": list(self.held), "offsets": list(self.offsets), "phase": phase}
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def of_listed(cls, listed, next_frame: int, ring: Ring) -> Stream | None:
         """What ``listed`` gave; None where no stream of so many frames can be like that."""
         fields = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(listed, dict) or set(listed) != fields:
+        if not isinstance(listed, dict) or set(listed) | {"shot"} != fields:
             return None
-        origin, frames, phase, held, offsets = (
-            listed[name] for name in ("origin", "frames", "phase", "held", "offsets")
+        listed = {"shot": 0} | listed
+        origin, frames, phase, held, offsets, shot = (
+            listed[name] for name in ("origin", "frames", "phase", "held", "offsets", "shot")
         )
         if not isinstance(held, list) or not isinstance(offsets, list) or len(held) != len(offsets):
             return None
-        places = [*offsets, *([] if phase is None else [phase])]
+        if type(phase) in (int, float):  # one for all, as files of old have it
+            phase = [phase] * ring.sink_frames
+        if phase is not None and (not isinstance(phase, list) or len(phase) != ring.sink_frames):
+            return None
+        places = [*offsets, *(phase or ())]
         if not all(type(x) in (int, float) and abs(x) < 2**53 for x in places):
             return None
-        numbers = [origin, frames, *held]
+        numbers = [origin, frames, *held, shot]
         if not all(type(x) is int and 0 <= x <= next_frame for x in numbers):
             return None
         if not all(type(listed[name]) is bool for name in ("left", "absorbed")) or len(held) > ring.length:
             return None
-        stream = cls(**listed | {"held": tuple(held), "offsets": tuple(offsets)})
+        phase = None if phase is None else tuple(phase)
+        stream = cls(**listed | {"held": tuple(held), "offsets": tuple(offsets), "phase": phase})
         first = min(frames, ring.sink_frames)
         whole = held[:first] == list(range(first)) and len(set(held)) == len(held)
         fits = all(first <= f < frames for f in held[first:]) and (not frames or frames - 1 in held)
@@ -142,13 +184,21 @@ class Stream:
             )
         return self  # nothing was absorbed: the sink's frames are what they were
 
-    def arrange(self, begin: int, end: int, ring: Ring) -> Arrangement:
-        """What the chunk of the frames [begin, end), counted in the stream, does to the slots."""
+    def window(self, begin: int, ring: Ring) -> list[int]:
+        """Frames of the ring before ``begin``, ascending."""
+        return sorted(f for slot, f in enumerate(self.held) if slot >= ring.sink_frames and f < begin)
+
+    def arrange(
+        self, begin: int, end: int, ring: Ring, leaves: Callable[[int], Sequence[int]]
+    ) -> Arrangement:
+        """What the chunk of the frames [begin, end), counted in the stream, does to the slots. ``leaves``:
+        the frames of the window that leave where so many have to."""
         sink_frames = ring.sink_frames
         new = range(max(begin, sink_frames), max(end, sink_frames))
         window = sorted((f, slot) for slot, f in enumerate(self.held) if slot >= sink_frames and f < begin)
         excess = max(0, len(window) + len(new) - ring.window_frames)
-        leaving, kept = window[:excess], window[excess:]
+        chosen = set(leaves(excess))
+        leaving, kept = ([x for x in window if (x[0] in chosen) == out] for out in (True, False))
         size = min(end, sink_frames) + len(kept) + len(new)
 
         before = {f: slot for slot, f in enumerate(self.held)}

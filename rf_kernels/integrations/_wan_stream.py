@@ -38,8 +38,9 @@ class Geometry:
     #: The stream ends with the frames of the room.
     ends: str | None
     policy: SinkPolicy
-    #: None where queries and keys come rotated.
-    rope: RoPE | None
+    rope: RoPE
+    #: Chunks come with positions of their own.
+    moved: bool = False
 
     @property
     def frame_tokens(self) -> int:
@@ -99,13 +100,17 @@ class _Linked(torch.autograd.Function):
 class Turn:
     """One chunk of a stream, and what its forwards under grad saw of the past."""
 
-    def __init__(self, chunk: Chunk, start: int, frames: int):
-        self.chunk, self.start, self.frames = chunk, start, frames
+    def __init__(self, chunk: Chunk, start: int, frames: int, position: float):
+        self.chunk, self.start, self.frames, self.position = chunk, start, frames, position
         self.opened_in = inside_backward()
         self.past: tuple[Tensor, Tensor] | None = None
         #: Of frames of the past: place, shift since, key and value as they were written.
         self.sources: list[tuple[int, int, Tensor, Tensor]] = []
         self.angles: Tensor | None = None
+
+    @property
+    def key(self) -> tuple[int, int, float]:
+        return self.start, self.frames, self.position
 
     def is_recomputation(self) -> bool:
         """Whether this call comes from a backward: a checkpointed block runs again."""
@@ -144,7 +149,7 @@ class Stream:
         self.turn: Turn | None = None
         #: Frame that the stream began with.
         self.origin = 0
-        self._turns: weakref.WeakValueDictionary[tuple[int, int], Turn] = weakref.WeakValueDictionary()
+        self._turns: weakref.WeakValueDictionary[tuple[int, int, float], Turn] = weakref.WeakValueDictionary()
         #: Frame -> key (at the phase of its own position) and value, and the forward that wrote them.
         self._sources: dict[int, tuple[Tensor, Tensor, _Pass]] = {}
         #: Whether the last forward was a backward's.
@@ -152,15 +157,17 @@ class Stream:
         self._kept: list[Turn] = []
 
     # ---- chunks --------------------------------------------------------------------------------------------
-    def at(self, start: int, frames: int, *, afresh: bool = False) -> Turn:
+    def at(self, start: int, frames: int, position: float | None = None, *, afresh: bool = False) -> Turn:
         """The chunk of ``frames`` frames from ``start`` on: the open one, the one that a backward recomputes,
-        or a new one. ``afresh``: a new stream begins with it."""
-        key, turn = (start, frames), self.turn
+        or a new one. ``position``: of its first frame, where that is not ``start``. ``afresh``: a new stream
+        begins with it."""
+        position = start if position is None else position
+        key, turn = (start, frames, position), self.turn
         if inside_backward() != -1:
             earlier = self._turns.get(key)
             if earlier is not None and earlier.is_recomputation():
                 return earlier
-        if turn is not None and (turn.start, turn.frames) == key and turn.chunk.is_open and not afresh:
+        if turn is not None and turn.key == key and turn.chunk.is_open and not afresh:
             return turn
         geometry, cache = self.geometry, self.cache
         end = start + frames
@@ -181,7 +188,9 @@ class Stream:
             cache.reset()
             self.origin = start
         written = min(frames, geometry.window_frames) if start > self.origin else frames
-        self.turn = Turn(cache.open(written, start=end - written), start, frames)
+        ahead = frames - written
+        moved = None if position == start else position + ahead
+        self.turn = Turn(cache.open(written, start=start + ahead, position=moved), start, frames, position)
         self._turns[key] = self.turn
         return self.turn
 
@@ -234,19 +243,19 @@ class Stream:
         n = geometry.frame_tokens
         tail = slice((turn.frames - turn.chunk.frames) * n, None)
         turn.chunk.append(0, q[:, tail], k[:, tail], v[:, tail], **norms.options)
-        if geometry.rope is not None:
-            rows, columns = geometry.grid
-            positions = (range(turn.start, turn.start + turn.frames), range(rows), range(columns))
-            angles, axes = geometry.rope.table(positions, dtype=q.dtype, device=q.device)
-            q = rope(
-                q,
-                angles=angles,
-                axes=axes,
-                layout=spec.layout,
-                weight=norms.q_norm,
-                norm=norms.norm or "model",
-                eps=norms.eps or 0.0,
-            )
+        rows, columns = geometry.grid
+        frames = [turn.position + i for i in range(turn.frames)]
+        positions = (frames, range(rows), range(columns))
+        angles, axes = geometry.rope.table(positions, dtype=q.dtype, device=q.device)
+        q = rope(
+            q,
+            angles=angles,
+            axes=axes,
+            layout=spec.layout,
+            weight=norms.q_norm,
+            norm=norms.norm or "model",
+            eps=norms.eps or 0.0,
+        )
         past = turn.chunk.kv(0)
         return sink_window_attention(q, past.k, past.v, kv_tokens=past.kv_tokens)
 
@@ -269,16 +278,15 @@ class Stream:
                 "a forward under grad before its recomputation (checkpoint with use_reentrant=False)",
                 "a recomputation of a forward without grad",
             )
-        if geometry.rope is not None or norms.q_norm is not None:
-            common = {
-                "angles": turn.angles,
-                "axes": plan.axes,
-                "layout": self.cache.spec.layout,
-                "norm": norms.norm or "model",
-                "eps": norms.eps or 0.0,
-            }
-            q = rope(q, weight=norms.q_norm, **common)
-            k = rope(k, weight=norms.k_norm, **common)
+        common = {
+            "angles": turn.angles,
+            "axes": plan.axes,
+            "layout": self.cache.spec.layout,
+            "norm": norms.norm or "model",
+            "eps": norms.eps or 0.0,
+        }
+        q = rope(q, weight=norms.q_norm, **common)
+        k = rope(k, weight=norms.k_norm, **common)
         past_k, past_v = turn.past
         if turn.sources:
             # in a recomputation too: a checkpoint wants the same steps
@@ -328,7 +336,7 @@ class Stream:
     def _moved(self, key: Tensor, shift: int) -> Tensor:
         """A key of the sink as it lies in its slot, ``shift`` frames on."""
         geometry, (rows, columns) = self.geometry, self.geometry.grid
-        if geometry.rope is None or not shift:
+        if not shift:
             return key
         angles, axes = geometry.rope.table(
             ([shift], [0] * rows, [0] * columns), dtype=key.dtype, device=key.device

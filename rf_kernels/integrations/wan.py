@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from .._backend import argument_error, choice
 from ..cache import EMASink, NoSink, StaticSink
-from ..ops.rope_append import rope as rotate
 from ..positions import RoPE, RoPE3D
 from ._wan_stream import Geometry, Norms, Stream
 
@@ -30,6 +29,12 @@ _OP = "integrations.wan.patch"
 #: Where a dictionary of a pipeline's kv_cache keeps its streams.
 KEY = "rf_kernels"
 _FORWARD = "integrations.wan"
+#: Arguments of the family's forwards that are understood, or that change nothing where a cache is attended.
+_ARGUMENTS = {
+    *("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start", "current_end"),
+    *("cache_start", "causal_rope_cache", "sink_recache_after_switch", "t_scale", "use_relative_rope"),
+    *("method", "original_seq_len", "temporal_offset"),
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,14 @@ def _family_of(name: str, module: nn.Module) -> Family:
         kind = FAMILIES["infinite_forcing" if reads_raw else "self_forcing"]
     else:
         raise argument_error(_OP, "family", f"a name ({', '.join(FAMILIES)}) for {name}", "'auto'")
+    unknown = sorted(set(arguments) - _ARGUMENTS)
+    if unknown:
+        raise argument_error(
+            _OP,
+            "family",
+            f"a name ({', '.join(FAMILIES)}) for {name}, whose forward takes arguments of its own: {unknown}",
+            "'auto'",
+        )
     return replace(kind, returns_update=kind.returns_update or updates)
 
 
@@ -247,6 +260,7 @@ class SelfAttention:
         self.module, self.family, self.state = module, family, state
         self.defaults = _arguments(module)
         self.names = tuple(self.defaults)
+        self.unknown = [name for name in self.names if name not in _ARGUMENTS]
         self._before = module.__dict__.get("forward")
         self.original = module.forward
 
@@ -291,24 +305,12 @@ class SelfAttention:
         made = v.dtype
         q, k, v = (t.to(binding.k.dtype).unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
 
+        offset = self._offset(given) if binding.geometry.moved else None
         outs = []
         for i, (stream, row) in enumerate(zip(binding.streams, binding.rows, strict=True)):
-            inputs, options = [q[row], k[row], v[row]], norms
             start = self._frame(binding, i, positions[i], frames, afresh)
-            turn = stream.at(start, frames, afresh=afresh)
-            if binding.geometry.rope is None:
-                angles, axes = self._angles(given, positions[i], frames, grid, q)
-                for at, weight in enumerate((norms.q_norm, norms.k_norm)):
-                    inputs[at] = rotate(
-                        inputs[at],
-                        angles=angles,
-                        axes=axes,
-                        weight=weight,
-                        norm=norms.norm,
-                        eps=norms.eps or 0.0,
-                    )
-                options = Norms()
-            outs.append(stream.attend(turn, *inputs, options))
+            turn = stream.at(start, frames, None if offset is None else positions[i] + offset, afresh=afresh)
+            outs.append(stream.attend(turn, q[row], k[row], v[row], norms))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
 
         ends = [(position + frames) * n for position in positions]
@@ -362,21 +364,15 @@ class SelfAttention:
             return None
         return Norms() if eps is None else Norms(q_weight, k_weight, "model", eps)
 
-    def _angles(self, given: dict, position: int, frames: int, grid: tuple, q: Tensor):
-        scale, offset = given.get("t_scale", 1.0), given.get("temporal_offset", 0.0)
+    def _offset(self, given: dict) -> float:
+        """Frames by which the positions of a chunk are beyond those of its start."""
+        offset = given.get("temporal_offset", 0.0)
         if isinstance(offset, Tensor) and offset.dim() == 0:
             offset = float(offset)
         if not isinstance(offset, int | float):
             found = f"{type(offset).__name__} of several"
             raise argument_error(_FORWARD, "temporal_offset", "one number for the chunk", found)
-        key = (position, frames, grid, scale, offset, q.dtype, q.device, q.shape[-1])
-        if key not in _tables:
-            at = (np.arange(position, position + frames) + float(offset)) * float(scale)
-            rope = _rope(given["freqs"], q.shape[-1])
-            while len(_tables) >= 8:
-                _tables.pop(next(iter(_tables)))
-            _tables[key] = rope.table((at, range(grid[0]), range(grid[1])), dtype=q.dtype, device=q.device)
-        return _tables[key]
+        return offset
 
     def _bound(self, kv_cache: dict, grid: tuple, given: dict) -> tuple[_Binding, bool]:
         """The streams of a dictionary, and whether they begin anew."""
@@ -389,6 +385,7 @@ class SelfAttention:
             getattr(module, "global_sink_size", 0),
             getattr(module, "compression_alpha", None),
             given.get("use_relative_rope", False),
+            given.get("t_scale", 1.0),
         )
         held: _Binding | None = kv_cache.get(KEY)
         if held is not None and held.has_memory(k, v):
@@ -422,6 +419,12 @@ class SelfAttention:
         return binding, not begun
 
     def _refuse(self, kv_cache: dict, given: dict) -> None:
+        for name in self.unknown:
+            value, usual = given[name], self.defaults[name]
+            if value is not usual and (isinstance(value, Tensor) or value != usual):
+                raise argument_error(_FORWARD, name, f"{usual!r}: it is not understood here", repr(value))
+        if given.get("method", "linear") != "linear":
+            raise argument_error(_FORWARD, "method", "'linear'", repr(given["method"]))
         if kv_cache.get("quantized"):
             raise argument_error(_FORWARD, "kv_cache", "one in a floating-point type", "a quantized one")
         if getattr(self.module, "adapt_sink_thr", -1) > -1:
@@ -456,10 +459,9 @@ class SelfAttention:
             policy = StaticSink(rephase=relative)
             if family.averages:
                 ends = "its sink absorbs what leaves the cache, and the window is smaller than that"
-        apart = family.rows_apart or ("temporal_offset" in self.defaults and not relative)
-        if not apart and float(given.get("t_scale", 1.0)) != 1.0:
-            raise argument_error(_FORWARD, "t_scale", "1.0 with use_relative_rope", given["t_scale"])
-        rope = _rope(given["freqs"], k.shape[-1])
+        rope, scale = _rope(given["freqs"], k.shape[-1]), float(given.get("t_scale", 1.0))
+        if scale != 1:
+            rope = rope.with_frequencies(0, scale * rope.frequencies(0))
         return Geometry(
             grid=grid,
             sink_frames=kept,
@@ -467,11 +469,33 @@ class SelfAttention:
             room_frames=room,
             ends=ends,
             policy=policy,
-            rope=None if apart else rope,
+            rope=rope,
+            moved=family.rows_apart or ("temporal_offset" in self.defaults and not relative),
         )
 
 
-_tables: dict[tuple, tuple[Tensor, list[int]]] = {}
+def _frequencies(freqs: Tensor) -> np.ndarray | None:
+    """Radians per position of each column of a table ``[positions, pairs]`` of unit complex numbers; None of
+    another table. Rows far on tell what the second one has lost to rounding."""
+    table = freqs.detach().cpu()
+    tolerance = 1e-6 if table.dtype == torch.complex128 else 1e-4
+    if not table.is_complex() or table.dim() != 2 or len(table) < 2:
+        return None
+    numbers = table.to(torch.complex128).numpy()
+    angles = np.angle(numbers)
+
+    def wrapped(x):
+        return (x + np.pi) % (2 * np.pi) - np.pi
+
+    found, row = angles[1].copy(), 2
+    while row < len(angles):
+        found += wrapped(angles[row] - row * found) / row
+        row *= 2
+    off = wrapped(angles - np.outer(np.arange(len(angles)), found))
+    whole = np.abs(off).max() < tolerance and np.abs(np.abs(numbers) - 1).max() < tolerance
+    return found if whole else None
+
+
 _ropes: list[tuple[weakref.ref, RoPE]] = []
 
 
@@ -480,13 +504,14 @@ def _rope(freqs: Tensor, head_dim: int) -> RoPE:
     for ref, rope in _ropes:
         if ref() is freqs:
             return rope
-    rope = RoPE3D.wan(head_dim)
-    turn = freqs[1].detach().cpu().to(torch.complex128)
-    wanted = np.concatenate([rope.frequencies(axis) for axis in range(3)])
-    if turn.shape != wanted.shape or not np.allclose(np.angle(turn.numpy()), wanted, rtol=1e-5, atol=0):
-        raise argument_error(
-            _FORWARD, "freqs", f"Wan's table for heads of {head_dim}", f"another, {tuple(freqs.shape)}"
-        )
+    rope, found = RoPE3D.wan(head_dim), _frequencies(freqs)
+    if found is None or found.size != rope.total_pairs:
+        expected = f"unit rotations by position times a frequency, {rope.total_pairs} a row (Wan's split)"
+        raise argument_error(_FORWARD, "freqs", expected, f"another table, {tuple(freqs.shape)}")
+    wanted = [rope.frequencies(axis) for axis in range(3)]
+    for axis, own in enumerate(np.split(found, np.cumsum(rope.pairs)[:2])):
+        if not np.allclose(own, wanted[axis], rtol=1e-5, atol=0):
+            rope = rope.with_frequencies(axis, own)
     _ropes[:] = [(ref, known) for ref, known in _ropes if ref() is not None][-8:]
     _ropes.append((weakref.ref(freqs), rope))
     return rope

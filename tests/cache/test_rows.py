@@ -15,6 +15,29 @@ import rf_kernels as rf
 from helpers.cache_case import make
 from rf_kernels.testing import assert_equal_bits, fingerprint
 
+
+@dataclasses.dataclass(frozen=True)
+class Fading(rf.SinkPolicy):
+    """Older frames weigh less, and the newest queries are kept."""
+
+    def bind(self, spec):
+        return FadingState(self, spec)
+
+
+class FadingState(rf.SinkState):
+    weighs = observes = True
+
+    def __init__(self, policy, spec):
+        super().__init__(policy, spec)
+        self.allocate("seen", tokens=1)
+
+    def weights(self, opening, held):
+        return [-0.1 * (opening.end - frame) for frame in held]
+
+    def observe(self, layer, q, k, v, plan):
+        self.tensors["seen"][layer] = q[:, -1:, :: q.shape[2] // self.spec.heads]
+
+
 #: Sink frames and policy.
 POLICIES = {
     "none": (0, rf.NoSink()),
@@ -22,6 +45,7 @@ POLICIES = {
     "static, moving": (2, rf.StaticSink(rephase=True)),
     "ema": (2, rf.EMASink(0.9)),
     "ema, absolute": (1, rf.EMASink(0.9, rephase=False)),
+    "fading": (1, Fading()),
 }
 
 

@@ -21,13 +21,17 @@ def table(length=64, dim=HEAD_DIM):
     return torch.cat(parts, 1)
 
 
-def rotated(x, freqs, start):
+def rotated(x, freqs, start, offset=0.0, scale=1.0):
     frames, half = x.shape[1] // TOKENS, x.shape[-1] // 2
     t, h, w = freqs.split([half - 2 * (half // 3), half // 3, half // 3], 1)
     size = (frames, *GRID, -1)
+    t = t[start : start + frames]
+    if offset or scale != 1:
+        at = (torch.arange(start, start + frames) + offset) * scale
+        t = torch.polar(torch.ones_like(t.real), torch.outer(at.double(), freqs[1, : t.shape[1]].angle()))
     turn = torch.cat(
         [
-            t[start : start + frames].view(frames, 1, 1, -1).expand(size),
+            t.view(frames, 1, 1, -1).expand(size),
             h[: GRID[0]].view(1, GRID[0], 1, -1).expand(size),
             w[: GRID[1]].view(1, 1, GRID[1], -1).expand(size),
         ],
@@ -63,14 +67,14 @@ class Attention(nn.Module):
     def absorb(self, kv, evicted):
         """What happens to the slots that are about to be overwritten."""
 
-    def attend(self, x, freqs, kv, start):
+    def attend(self, x, freqs, kv, start, **places):
         q, k, v = (
             f(x).unflatten(-1, (HEADS, HEAD_DIM))
             for f in (lambda y: self.norm_q(self.q(y)), lambda y: self.norm_k(self.k(y)), self.v)
         )
         frame, sink, new = start // TOKENS, self.sink_size * TOKENS, x.shape[1]
         if not self.raw:
-            q, k = rotated(q, freqs, frame), rotated(k, freqs, frame)
+            q, k = rotated(q, freqs, frame, **places), rotated(k, freqs, frame, **places)
         size, end = kv["k"].shape[1], start + new
         held, seen = kv["local_end_index"].item(), kv["global_end_index"].item()
         gone = max(0, held + new - size) if end > seen and self.local_attn_size != -1 else 0
@@ -142,6 +146,47 @@ class LongLive(Attention):
     ):
         y = self.attend(x, freqs, kv_cache, current_start)
         return y, (current_start + x.shape[1], kv_cache["local_end_index"].item(), None)
+
+
+class LongLive2(Attention):
+    """A shot's frames have positions of their own."""
+
+    def forward(
+        self,
+        x,
+        seq_lens,
+        grid_sizes,
+        freqs,
+        block_mask,
+        kv_cache=None,
+        current_start=0,
+        cache_start=None,
+        t_scale=1.0,
+        use_relative_rope=False,
+        method="linear",
+        original_seq_len=None,
+        temporal_offset=0.0,
+    ):
+        y = self.attend(x, freqs, kv_cache, current_start, offset=temporal_offset, scale=t_scale)
+        return y, (current_start + x.shape[1], kv_cache["local_end_index"].item(), None)
+
+
+class RollingForcing(SelfForcing):
+    """Has an argument of its own."""
+
+    def forward(
+        self,
+        x,
+        seq_lens,
+        grid_sizes,
+        freqs,
+        block_mask,
+        kv_cache=None,
+        current_start=0,
+        cache_start=None,
+        updating_cache=False,
+    ):
+        return self.attend(x, freqs, kv_cache, current_start)
 
 
 class StreamDiffusion(Attention):
@@ -246,16 +291,16 @@ def video(frames, batch=1, seed=1):
     return torch.randn(batch, frames * TOKENS, HEADS * HEAD_DIM, dtype=torch.float64)
 
 
-def stream(model, caches, x, chunk, steps=2, first=0):
+def stream(model, caches, x, chunk, steps=2, first=0, options=lambda start: {}):
     """Every chunk ``steps`` times with other inputs, and once more with its own result."""
     outs, indices = [], []
     for frame in range(0, x.shape[1] // TOKENS, chunk):
         start = (first + frame) * TOKENS
         y = x[:, frame * TOKENS : (frame + chunk) * TOKENS]
         for _ in range(steps):
-            y = model(y, caches, start)
+            y = model(y, caches, start, **options(start))
             outs.append(y)
-        model(y, caches, start)
+        model(y, caches, start, **options(start))
         indices.append([int(c[n]) for c in caches for n in ("global_end_index", "local_end_index")])
     return torch.cat(outs, 1), indices
 

@@ -65,6 +65,42 @@ def test_the_family_can_be_named():
     assert distance(family.stream(model, family.kv_cache(model, 6), x, 1)[0], wanted) < 1e-12
 
 
+def test_shots_at_positions_of_their_own():
+    """LongLive 2.0: an offset for each shot, whole or not, and a temporal scale."""
+    model, x = family.Model(family.LongLive2, local_attn_size=6, sink_size=1), family.video(14)
+
+    def run():
+        def options(start):
+            return {"temporal_offset": start // (6 * T) * 4.5, "t_scale": 0.75}
+
+        return family.stream(model, family.kv_cache(model, 6), x, 2, options=options)[0]
+
+    wanted = run()
+    wan.patch(model)
+    assert distance(run(), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [family.SelfForcing, family.RewardForcing])
+def test_other_tables_of_rotations(kind):
+    """A temporal scale, and a frequency lowered as RIFLEx does."""
+    model, x = family.Model(kind, local_attn_size=6, sink_size=2), family.video(12)
+    table = model.freqs.clone()
+    frames = torch.arange(len(table)).double()
+    for column, frequency in ((0, 0.7), (2, 0.004)):
+        table[:, column] = torch.polar(torch.ones_like(frames), frames * frequency)
+    model.freqs = table
+    wanted, _ = family.stream(model, family.kv_cache(model, 6), x, 2)
+    wan.patch(model)
+    assert distance(family.stream(model, family.kv_cache(model, 6), x, 2)[0], wanted) < 1e-11
+    model.freqs = table.to(torch.complex64)
+    again, _ = family.stream(model, family.kv_cache(model, 6), x, 2)
+    assert distance(again, wanted) < 1e-7
+    for other in (2 * table, table.flip(0), table[:, 1:], table.real):
+        model.freqs = other
+        with pytest.raises(rf.ArgumentError, match="argument `freqs`"):
+            family.stream(model, family.kv_cache(model, 6), x, 2)
+
+
 @pytest.mark.parametrize("how", ["replaced", "zeroed", "none"])
 def test_a_dictionary_is_used_for_the_next_stream(how):
     """Pipelines keep their dictionaries, and say so in the index tensors or by `current_start` alone."""
@@ -254,6 +290,20 @@ def test_refusals():
             model(x[:, i * T : (i + 2) * T], caches, i * T)
     with pytest.raises(rf.ArgumentError, match="argument `x`.*whole frames"):
         model(x[:, : 2 * T - 1], family.kv_cache(model, 4), 0)
+
+
+def test_arguments_that_are_not_understood():
+    model, x = family.Model(family.RollingForcing, local_attn_size=4), family.video(2)
+    with pytest.raises(rf.ArgumentError, match=r"argument `family`.*\['updating_cache'\]"):
+        wan.patch(model)
+    wan.patch(model, family="self_forcing")
+    model(x, family.kv_cache(model, 4), 0, updating_cache=False)
+    with pytest.raises(rf.ArgumentError, match="argument `updating_cache`.*False"):
+        model(x, family.kv_cache(model, 4), 0, updating_cache=True)
+    model = family.Model(family.LongLive2, local_attn_size=4)
+    wan.patch(model)
+    with pytest.raises(rf.ArgumentError, match="argument `method`"):
+        model(x, family.kv_cache(model, 4), 0, method="ntk")
 
 
 def test_a_patched_model_can_be_copied():

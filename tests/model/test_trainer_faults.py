@@ -61,8 +61,9 @@ class Poison:
 
             monkeypatch.setattr(rewards, "scores", poisoned_scores)
         else:
-            loss, name = stages.losses.critic_flow_loss, "critic_flow_loss"
-            monkeypatch.setattr(stages.losses, name, lambda *a, **k: loss(*a, **k) * (bad if self.on else 1))
+            module, name = stages.losses.dmd, "critic_flow_loss"
+            loss = module.critic_flow_loss
+            monkeypatch.setattr(module, name, lambda *a, **k: loss(*a, **k) * (bad if self.on else 1))
 
 
 @pytest.mark.parametrize(
@@ -124,14 +125,15 @@ ONE_RANK = """
 
     now, who = [0], [0]
     predict, step, score = stages.predict_flow, loop.DistillStage.step, rewards.scores
-    flow_loss = stages.losses.critic_flow_loss
+    dmd = stages.losses.dmd
+    flow_loss = dmd.critic_flow_loss
 
     def hit(number, rank):
         return now[0] == number and dist.get_rank() == rank
 
     stages.predict_flow = lambda *a: predict(*a) * (float("nan") if hit(1, 1) else 1)
     rewards.scores = lambda *a: score(*a) * (float("inf") if hit(2, 0) else 1)
-    stages.losses.critic_flow_loss = lambda *a, **k: flow_loss(*a, **k) * (float("nan") if hit(3, 1) else 1)
+    dmd.critic_flow_loss = lambda *a, **k: flow_loss(*a, **k) * (float("nan") if hit(3, 1) else 1)
 
     def watched(self, number):
         now[0] = number

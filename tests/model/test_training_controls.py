@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.training import DISTILL, TEACHER
+from reward_forcing import rewards
 from reward_forcing.trainer import train
 
 pytest.importorskip("cv2")
 
 
-def distilled(tmp_path, objective, beta):
-    config = replace(DISTILL, steps=2, distill=replace(DISTILL.distill, objective=objective, beta=beta))
-    return load_file(train(config, tmp_path / f"{objective} {beta}"))
+def distilled(tmp_path, objective, beta, shuffle=False):
+    distill = replace(DISTILL.distill, objective=objective, beta=beta, shuffle_rewards=shuffle)
+    return load_file(
+        train(replace(DISTILL, steps=2, distill=distill), tmp_path / f"{objective} {beta} {shuffle}")
+    )
 
 
 def test_beta_0_is_dmd_to_the_bit(tmp_path):
@@ -25,6 +28,18 @@ def test_beta_0_is_dmd_to_the_bit(tmp_path):
     )
     assert all(torch.equal(plain[name], null[name]) for name in plain)
     assert any(not torch.equal(plain[name], rewarded[name]) for name in plain)  # the reward does reach it
+
+
+def test_shuffled_rewards_weight_other_samples(tmp_path, monkeypatch):
+    """The same run when every clip is given its neighbour's score by hand."""
+    shuffled = distilled(tmp_path, "re_dmd", 2.0, shuffle=True)
+    scores = rewards.scores
+    monkeypatch.setattr(rewards, "scores", lambda *args: torch.roll(scores(*args), 1))
+    by_hand = distilled(tmp_path, "re_dmd", 2.0)
+    monkeypatch.undo()
+    assert all(torch.equal(shuffled[name], by_hand[name]) for name in by_hand)
+    straight = distilled(tmp_path / "straight", "re_dmd", 2.0)
+    assert any(not torch.equal(straight[name], by_hand[name]) for name in by_hand)
 
 
 def test_figures_reach_tensorboard(tmp_path, monkeypatch):

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import losses
 from .._check import expect
 from ..config import ModelConfig, StreamConfig
 
 STAGES = ("teacher", "causal", "ode", "distill")
 COMPUTE = ("float32", "bfloat16")
-OBJECTIVES = ("dmd", "re_dmd", "sid")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,11 @@ class DistillConfig:
     """Distribution matching.
 
     Args:
-        objective: "dmd", "re_dmd" (weights exp(beta reward), arXiv 2512.04678 eq. 11) or "sid".
-        beta: of re_dmd.
+        objective: a name of ``losses.OBJECTIVES`` (docs/losses.md).
+        options: the objective's own fields.
+        beta: of weights exp(beta reward) (arXiv 2512.04678 eq. 11).
+        shuffle_rewards: a control of such weights: every sample takes the reward of another sample of its
+            micro-step.
         real_guidance, fake_guidance: scale s of ``c + s (c - u)``; 0 is none.
         critic: the critic's optimizer.
         critic_steps: critic steps per generator step.
@@ -64,11 +67,12 @@ class DistillConfig:
         min_step, max_step: ends that those timesteps are clamped to.
         same_exit: every chunk of a clip leaves at the same step, as published; False draws one per chunk.
         grad_chunks: how many chunks, counted from the last, get gradient; 0 is all of them.
-        sid_alpha: of sid.
     """
 
     objective: str = "re_dmd"
+    options: dict = field(default_factory=dict)
     beta: float = 2.0
+    shuffle_rewards: bool = False
     real_guidance: float = 3.0
     fake_guidance: float = 0.0
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -78,16 +82,23 @@ class DistillConfig:
     max_step: float = 980.0
     same_exit: bool = True
     grad_chunks: int = 0
-    sid_alpha: float = 1.0
 
     def __post_init__(self):
-        expect(
-            self.objective in OBJECTIVES, "DistillConfig", "objective", f"one of {OBJECTIVES}", self.objective
-        )
+        known = list(losses.OBJECTIVES)
+        near = difflib.get_close_matches(self.objective, known, n=1, cutoff=0.0)
+        wanted = f"one of {known} (nearest: {near[0]})"
+        expect(self.objective in known, "DistillConfig", "objective", wanted, repr(self.objective))
+        objective = self.build_objective()
+        fits = self.same_exit or not objective.needs_same_exit
+        expect(fits, "DistillConfig", "same_exit", f"True for the objective {self.objective}", self.same_exit)
         expect(self.critic_steps >= 1, "DistillConfig", "critic_steps", "at least 1", self.critic_steps)
         expect(self.grad_chunks >= 0, "DistillConfig", "grad_chunks", "at least 0", self.grad_chunks)
         ordered = 0 <= self.min_step < self.max_step
         expect(ordered, "DistillConfig", "min_step", f"in [0, max_step = {self.max_step})", self.min_step)
+
+    def build_objective(self) -> losses.Objective:
+        """The objective, with its options."""
+        return build(losses.OBJECTIVES[self.objective], self.options, "distill.options.")
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,8 @@ def refuse_unknown(who: str, values: Mapping[str, Any], names: Iterable[str], wh
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-            expect(False, who, f"{where}{key}", f"a known key (nearest: {near[0]})", repr(key))
+            expected = f"a known key (nearest: {near[0]})" if near else "no key: there is none"
+            expect(False, who, f"{where}{key}", expected, repr(key))
 
 
 def build(cls: type, values: Any, where: str) -> Any:

@@ -114,7 +114,7 @@ class DistillStage:
         start = config.critic or ("" if config.teacher_model else config.teacher)
         critic = _network(BidirectionalWanModel, start, config)
         generator = _network(CausalWanModel, config.generator, config)
-        if config.distill.objective == "re_dmd" and reward is None:
+        if config.distill.build_objective().needs_reward and reward is None:
             reward = rewards.OpticalFlowDynamics()
         # Sharded parameters are float32 whatever the blocks compute in.
         heads = config.model.num_heads // config.head_parallel

@@ -12,6 +12,7 @@ from torch import Tensor
 import rf_kernels as rf
 
 from .. import losses, rewards
+from .._check import expect
 from ..models import BidirectionalWanModel
 from ..scheduler import FlowMatchScheduler
 from .config import TrainConfig
@@ -74,10 +75,20 @@ class Scores:
         return self._x0("uncond", x_t, t)
 
 
-def timesteps(draws: Draws, purpose: str, step: int, samples: Sequence[int], **options) -> Tensor:
-    """One training timestep a sample, by counter: see ``losses.warp_timesteps``."""
-    n = draws.integers(purpose, step, 1000, samples)
-    return losses.warp_timesteps(torch.tensor(n, device=draws.device), **options)
+def timesteps(
+    draws: Draws,
+    purpose: str,
+    step: int,
+    samples: Sequence[int],
+    *,
+    shift: float,
+    low: float = 0.0,
+    **options,
+) -> Tensor:
+    """One training timestep a sample, by counter, not below ``low``: see ``losses.warp_timesteps``."""
+    n = torch.tensor(draws.integers(purpose, step, 1000, samples), device=draws.device)
+    first = low / (shift - (shift - 1) * low / 1000)  # what the shift takes to ``low``
+    return losses.warp_timesteps(first + (1 - first / 1000) * n, shift=shift, **options)
 
 
 class FlowMatching:
@@ -186,13 +197,13 @@ def _forced_flow(
 
 
 class Distillation:
-    """Distribution matching of a streaming student (DMD, Re-DMD or SiD) against a frozen teacher, with a
-    critic that follows the student's distribution.
+    """Distribution matching of a streaming student against a frozen teacher, with a critic that follows the
+    student's distribution, by an objective of ``losses.OBJECTIVES``.
 
     Args:
         rollout: of the student.
         teacher, critic: bidirectional models; the teacher is never trained.
-        reward: of Re-DMD; None elsewhere.
+        reward: for the objectives that need one; None elsewhere.
     """
 
     def __init__(
@@ -207,6 +218,7 @@ class Distillation:
     ):
         self.config, self.rollout, self.source, self.draws = config, rollout, source, draws
         self.teacher, self.critic, self.reward = teacher.requires_grad_(False), critic, reward
+        self.objective = config.distill.build_objective()
         self.scheduler = rollout.pipeline.scheduler
 
     def roll(self, step: int, samples: Sequence[int], purpose: str) -> tuple[Tape, list[str]]:
@@ -238,52 +250,69 @@ class Distillation:
         """One generator micro-step: rollout, gradient on x, replay. Gradients are added to the student's
         parameters.
         """
-        config, draws = self.config, self.draws
         tape, prompts = self.roll(step, samples, "generator")
-        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
         x = tape.x.requires_grad_(True)
         self._finite = torch.isfinite(x.detach()).all()
-        t = timesteps(draws, "generator timestep", step, samples, **self._options())
-        noise = draws.normal("generator score noise", step, samples, x.shape[1:])
-        loss = self._objective(
-            x,
-            Scores(self.teacher, self.scheduler, context, uncond),
-            Scores(self.critic, self.scheduler, context, uncond),
-            noise,
-            t,
-            prompts,
-        )
+        loss = self.objective.generator_loss(self._batch(step, samples, "generator", x, tape, prompts))
         (gradient,) = torch.autograd.grad(loss, x)
         # The losses drop a sample that is not finite. In training the step must not pass for a good one; the
         # replay still runs, as the other ranks are in it too.
         loss = torch.where(self._finite, loss.detach(), float("nan"))
-        last, count = config.distill.grad_chunks, len(tape.entries)
+        last, count = self.config.distill.grad_chunks, len(tape.entries)
         chunks = None if last == 0 else range(max(0, count - last), count)
-        self.rollout.replay(tape, context, gradient, chunks=chunks)
+        self.rollout.replay(tape, self.source.embed(prompts), gradient, chunks=chunks)
         return loss
 
-    def _objective(
-        self, x: Tensor, teacher: Scores, critic: Scores, noise: Tensor, t: Tensor, prompts
-    ) -> Tensor:
-        distill = self.config.distill
-        shared = {"noise": noise, "t": t, "scheduler": self.scheduler, "real_guidance": distill.real_guidance}
-        scorers = {"fake": critic.cond, "real": teacher.cond, "real_uncond": teacher.uncond}
-        scorers = {name: self._watched(scorer) for name, scorer in scorers.items()}
-        if distill.objective == "sid":
-            return losses.sid_loss(x, **scorers, **shared, alpha=distill.sid_alpha)
-        weight = None
-        if distill.objective == "re_dmd":
-            reward = rewards.scores(self.reward, self.source.decode(x.detach()), prompts)
-            weight = rf.reward_weight(reward, distill.beta).to(x.device)
-            self._finite = self._finite & torch.isfinite(weight).all()
-        return losses.dmd_loss(
-            x,
-            **scorers,
-            fake_uncond=self._watched(critic.uncond),
+    def _batch(
+        self, step: int, samples: Sequence[int], purpose: str, x: Tensor, tape: Tape, prompts: list[str]
+    ) -> losses.Batch:
+        """What the objective is given for x, the tape's or what stands for it."""
+        config, draws, distill = self.config, self.draws, self.config.distill
+        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
+        teacher = Scores(self.teacher, self.scheduler, context, uncond)
+        critic = Scores(self.critic, self.scheduler, context, uncond)
+        scores = {"fake": critic.cond, "fake_uncond": critic.uncond}
+        if purpose == "generator":
+            scores |= {"real": teacher.cond, "real_uncond": teacher.uncond}
+            scores = {name: self._watched(scorer) for name, scorer in scores.items()}
+
+        def draw(name: str) -> Tensor:
+            return draws.normal(f"{purpose} {name} noise", step, samples, x.shape[1:])
+
+        def times(name: str, low: float = 0.0) -> Tensor:
+            return timesteps(draws, f"{purpose} {name}", step, samples, low=low, **self._options())
+
+        exits = {entry.exit_step for entry in tape.entries}
+        ladder = [*self.rollout.pipeline.timesteps, 0.0]
+        entered_t = [ladder[entry.exit_step] for entry in tape.entries for _ in range(entry.z.shape[1])]
+        return losses.Batch(
+            x=x,
+            noise=draw("score"),
+            t=times("timestep"),
+            scheduler=self.scheduler,
+            entered=torch.cat([entry.z for entry in tape.entries], dim=1),
+            entered_t=torch.tensor(entered_t, device=x.device),
+            next_t=ladder[exits.pop() + 1] if len(exits) == 1 else None,
+            draw=draw,
+            timesteps=times,
+            prompts=prompts,
+            clips=lambda: self.source.clips(step, samples, config.frames)[0],
+            real_guidance=distill.real_guidance,
             fake_guidance=distill.fake_guidance,
-            weight=weight,
-            **shared,
+            beta=distill.beta,
+            rewards=lambda: self._rewards(tape.x, prompts),
+            **scores,
         )
+
+    def _rewards(self, x: Tensor, prompts: list[str]) -> Tensor:
+        """The reward of finished clips, ``[B]``; its weight is counted into ``_finite``."""
+        reward = rewards.scores(self.reward, self.source.decode(x), prompts).to(x.device)
+        if self.config.distill.shuffle_rewards:
+            expect(len(reward) > 1, "DistillConfig", "shuffle_rewards", "two samples a rank or more", 1)
+            reward = reward.roll(1)
+        weight = rf.reward_weight(reward, self.config.distill.beta)
+        self._finite = self._finite & torch.isfinite(weight).all()
+        return reward
 
     def _watched(self, scorer: losses.Scorer) -> losses.Scorer:
         """The scorer, its predictions counted into ``_finite``."""
@@ -300,8 +329,4 @@ class Distillation:
         within the generator's step."""
         purpose = f"critic {turn}"
         tape, prompts = self.roll(step, samples, purpose)
-        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
-        t = timesteps(self.draws, f"{purpose} timestep", step, samples, **self._options())
-        noise = self.draws.normal(f"{purpose} score noise", step, samples, tape.x.shape[1:])
-        critic = Scores(self.critic, self.scheduler, context, uncond)
-        return losses.critic_flow_loss(critic.cond, tape.x, noise=noise, t=t, scheduler=self.scheduler)
+        return self.objective.critic_loss(self._batch(step, samples, purpose, tape.x, tape, prompts))
