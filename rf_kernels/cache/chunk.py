@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._backend import ArgumentError, argument_error, choice
+from .._backend import ArgumentError, argument_error, check_tensors, choice, flag, integer
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
+from . import compiled
 from .grad import Past, attend_with_grad, inside_backward, snapshot_is_wanted
 from .plan import CacheSpec, ChunkPlan, is_integer
 
@@ -105,6 +106,7 @@ class Chunk:
         self._ended: str | None = None
         self._opened_in = inside_backward()
         self._pasts: dict[int, Past] = {}
+        self._handle = compiled.handle_of(self)
 
     # ---- looking -------------------------------------------------------------------------------------------
     @property
@@ -143,7 +145,7 @@ class Chunk:
     # ---- a layer's forward ---------------------------------------------------------------------------------
     def attend(
         self,
-        layer: int,
+        layer: int | Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -159,7 +161,8 @@ class Chunk:
         forward), normalise and rotate q and k, write k and v to the chunk's slots, and attend all valid keys.
 
         Args:
-            layer: index of the layer.
+            layer: index of the layer: a number, or a tensor (int64 ``[]`` on the host), for modules
+                that keep it and are compiled by themselves: each other number would be compiled again.
             q: ``[B, F * n, Hq, D]`` of the cache's dtype, neither normalised nor rotated; k, v: ``[B, F * n,
                 H, D]``.
             q_norm, k_norm: RMSNorm of q and k: an ``nn.RMSNorm`` (or another module with ``weight`` and
@@ -179,11 +182,15 @@ class Chunk:
         (``use_reentrant=False``) the recomputation writes nothing and reads that copy.
         """
         if torch.compiler.is_compiling():
-            return self._attend(layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic)
+            norms = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
+            return self._attend_compiled(layer, q, k, v, softmax_scale, deterministic, **norms)
         try:
             return self._attend(layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic)
         except ArgumentError as error:
             raise self._blamed(error, q, k, v) from None
+
+    #: Compiled code leaves its graph for it.
+    _attend_uncompiled = torch._disable_dynamo(attend)
 
     def append(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
@@ -205,7 +212,7 @@ class Chunk:
                 "a forward (only `attend` can be recomputed)",
                 "a recomputation inside backward",
             )
-        self._check_layer("append", layer)
+        layer = self._check_layer("append", layer)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if torch.compiler.is_compiling():
             return self._append(layer, q, k, v, norms)
@@ -217,7 +224,7 @@ class Chunk:
     def kv(self, layer: int) -> KV:
         """The keys and values that the chunk's queries may see in one layer, after its ``append``: views of
         the valid slots."""
-        self._check_layer("kv", layer)
+        layer = self._check_layer("kv", layer)
         if not self._appended[layer]:
             raise argument_error(
                 f"{_OP}.kv", "layer", "a layer that this chunk has written", f"{layer}, not written yet"
@@ -295,17 +302,21 @@ class Chunk:
                 f"frames {self.plan.t_begin}..{self.plan.t_end}, {self._ended}",
             )
 
-    def _check_layer(self, what: str, layer: int) -> None:
-        # Comparisons of host values: this runs once per layer and forward.
+    def _check_layer(self, what: str, layer: int | Tensor) -> int:
+        """The layer as a number. Comparisons of host values: this runs once per layer and forward."""
         if self._ended is not None:
             self._check_open(what)
-        if type(layer) is not int or not 0 <= layer < len(self._appended):
-            if not is_integer(layer) or not 0 <= layer < len(self._appended):
-                raise argument_error(
-                    f"{_OP}.{what}", "layer", f"a layer 0..{len(self._appended) - 1}", repr(layer)
-                )
+        return self._number_of(what, layer)
 
-    def _check_attention(self, q, softmax_scale) -> None:
+    def _number_of(self, what: str, layer: int | Tensor) -> int:
+        layers, number = len(self._appended), layer
+        if isinstance(layer, Tensor) and layer.dtype == torch.int64 and layer.dim() == 0 and layer.is_cpu:
+            number = layer.item()
+        if not is_integer(number) or not 0 <= number < layers:
+            raise argument_error(f"{_OP}.{what}", "layer", f"a layer 0..{layers - 1}", repr(layer))
+        return number
+
+    def _check_attention(self, q, softmax_scale, deterministic) -> None:
         """What the attention would refuse after the append has written: both ops or none."""
         spec = self._cache.spec
         if isinstance(q, Tensor) and q.dim() == 4 and q.shape[2] % spec.heads:
@@ -320,6 +331,8 @@ class Chunk:
             raise argument_error(
                 f"{_OP}.attend", "softmax_scale", "a number above 0, or None", repr(softmax_scale)
             )
+        if deterministic is not None:
+            flag(f"{_OP}.attend", "deterministic", deterministic)
 
     def _blamed(self, error: ArgumentError, q, k, v, samples: int | None = None) -> ArgumentError:
         """The error of an op that knows the cache and the chunk only as its own arguments, and blames them:
@@ -382,13 +395,11 @@ class Chunk:
         self._evicted[layer] = _DONE
 
     def _attend(self, layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic) -> Tensor:
-        tracing = torch.compiler.is_compiling()
-        recomputed = not tracing and self._is_recomputation()
-        if not recomputed:
-            self._check_layer("attend", layer)
-        self._check_attention(q, softmax_scale)
+        recomputed = self._is_recomputation()
+        layer = self._number_of("attend", layer) if recomputed else self._check_layer("attend", layer)
+        self._check_attention(q, softmax_scale, deterministic)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
-        if not tracing and (recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms))):
+        if recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms)):
             return self._attend_with_grad(layer, q, k, v, norms, softmax_scale, deterministic, recomputed)
         q = self._append(layer, q, k, v, norms)
         k_slots, v_slots = self._cache._slots[layer]
@@ -401,6 +412,19 @@ class Chunk:
             deterministic=deterministic,
             kv_bias=self.plan.bias,
         )
+
+    def _attend_compiled(self, layer, q, k, v, softmax_scale, deterministic, **norms) -> Tensor:
+        """What a compiler traces. It sees neither which layer this is nor what the chunk will do there."""
+        check_tensors("rope_append", {"q": q, "k": k, "v": v}, {})
+        if not isinstance(layer, Tensor):
+            layer = integer(f"{_OP}.attend", "layer", layer)
+        self._check_attention(q, softmax_scale, deterministic)
+        found = norms_of(self._cache.spec, **norms)
+        inputs = (q, k, v, found.q_weight, found.k_weight)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
+            return self._attend_uncompiled(layer, q, k, v, **norms, **options)
+        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic)
 
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
         options = self._options(norms)

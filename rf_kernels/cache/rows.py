@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import ArgumentError, argument_error
+from .._backend import ArgumentError, argument_error, integer
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
-from . import stream_file
+from . import compiled, stream_file
 from .adopt import adopted
 from .cache import SinkWindowCache
-from .chunk import _BEGUN, _DONE, Chunk, norms_of
+from .chunk import _BEGUN, _DONE, Chunk, Norms, norms_of
 from .grad import snapshot_is_wanted
 from .plan import CacheSpec, is_integer
 from .sinks import SinkPolicy
@@ -229,6 +229,7 @@ class ChunkBatch:
         self.frames = lengths[0]
         self._place()
         self._count()
+        self._handle = compiled.handle_of(self)
 
     def __repr__(self) -> str:
         return f"ChunkBatch(rows {list(self.rows)}, {list(self.chunks)})"
@@ -236,7 +237,7 @@ class ChunkBatch:
     # ---- a layer's forward ---------------------------------------------------------------------------------
     def attend(
         self,
-        layer: int,
+        layer: int | Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -260,23 +261,23 @@ class ChunkBatch:
         Raises:
             ArgumentError: before anything is written in any row.
         """
-        options = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
-        tracing = torch.compiler.is_compiling()
-        again = not tracing and any(chunk._is_recomputation() for chunk in self.chunks)
-        norms = self._checked("attend", layer, (q, k, v), options, again)
-        self.chunks[0]._check_attention(q, softmax_scale)
-        if not tracing and (again or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms))):
+        norms = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
+        if torch.compiler.is_compiling():
+            return self._attend_compiled(layer, q, k, v, softmax_scale, deterministic, **norms)
+        again = any(chunk._is_recomputation() for chunk in self.chunks)
+        layer, found = self._checked("attend", layer, (q, k, v), norms, again)
+        self.chunks[0]._check_attention(q, softmax_scale, deterministic)
+        options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
+        if again or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, found)):
             if not again:
                 with torch.no_grad():
-                    self._check_append(layer, *(x.detach() for x in (q, k, v)), norms)
-            options |= {"softmax_scale": softmax_scale, "deterministic": deterministic}
-            return torch.cat(
-                [
-                    chunk.attend(layer, *(x[i : i + 1] for x in (q, k, v)), **options)
-                    for i, chunk in enumerate(self.chunks)
-                ]
-            )
-        rotated = self._append(layer, q, k, v, norms)
+                    self._check_append(layer, *(x.detach() for x in (q, k, v)), found)
+            alone = [
+                chunk.attend(layer, *(x[i : i + 1] for x in (q, k, v)), **norms, **options)
+                for i, chunk in enumerate(self.chunks)
+            ]
+            return torch.cat(alone)
+        rotated = self._append(layer, q, k, v, found)
         most = self._most  # what no row attends is not planned for
         k_slots, v_slots = (x[layer][self._span, :most] for x in (self._owner.k, self._owner.v))
         out = sink_window_attention(
@@ -284,18 +285,20 @@ class ChunkBatch:
             k_slots,
             v_slots,
             kv_tokens=self._kv_tokens,
-            softmax_scale=softmax_scale,
-            deterministic=deterministic,
             kv_bias=None if self._bias is None else self._bias[:, :most],
+            **options,
         )
         return out if len(self._runs) == 1 else torch.cat([out[run.places] for run in self._runs])
+
+    #: Compiled code leaves its graph for it.
+    _attend_uncompiled = torch._disable_dynamo(attend)
 
     def append(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
     ) -> Tensor:
         """As ``Chunk.append`` for every chunk; ``chunks[i].kv(layer)`` has what sample i may attend."""
         options = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
-        norms = self._checked("append", layer, (q, k, v), options, False)
+        layer, norms = self._checked("append", layer, (q, k, v), options, False)
         rotated = self._append(layer, q, k, v, norms)
         return rotated[0] if len(rotated) == 1 else torch.cat(rotated)
 
@@ -382,24 +385,37 @@ class ChunkBatch:
             out[run.places] = part
         return out
 
-    def _checked(self, what: str, layer: int, inputs, options: dict, again: bool):
-        """The norms, as the ops take them."""
-        if not again:
-            for row, chunk in zip(self.rows, self.chunks, strict=True):
-                try:
-                    chunk._check_layer(what, layer)
-                    if chunk._evicted[layer] == _BEGUN:
-                        expected = "a layer whose eviction was not interrupted"
-                        raise argument_error(f"{_BATCH}.{what}", "layer", expected, layer)
-                except ArgumentError as error:
-                    raise _of_row(error, row) from None
+    def _checked(self, what: str, layer, inputs, norms: dict, again: bool) -> tuple[int, Norms]:
+        """The layer as a number, and the norms as the ops take them."""
+        number = self.chunks[0]._number_of(what, layer)
+        for row, chunk in zip(self.rows, self.chunks, strict=True):
+            try:
+                if not again:
+                    chunk._check_open(what)
+                if chunk._evicted[number] == _BEGUN:
+                    expected = "a layer whose eviction was not interrupted"
+                    raise argument_error(f"{_BATCH}.{what}", "layer", expected, number)
+            except ArgumentError as error:
+                raise _of_row(error, row) from None
         for name, x in zip(("q", "k", "v"), inputs, strict=True):
             samples = len(self.chunks)
             if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] != samples:
                 found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 expected = f"[B, F * n, H, D] of {samples} samples, one a chunk"
                 raise argument_error(f"{_BATCH}.{what}", name, expected, found)
-        return norms_of(self._owner.spec, **options)
+        return number, norms_of(self._owner.spec, **norms)
+
+    def _attend_compiled(self, layer, q, k, v, softmax_scale, deterministic, **norms) -> Tensor:
+        """What a compiler traces, as for a chunk: neither the layer nor which rows these are."""
+        if not isinstance(layer, Tensor):
+            layer = integer(f"{_BATCH}.attend", "layer", layer)
+        found = norms_of(self._owner.spec, **norms)
+        if torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in (q, k, v, found.q_weight, found.k_weight)
+        ):
+            options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
+            return self._attend_uncompiled(layer, q, k, v, **norms, **options)
+        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic)
 
     def _calls(self, layer: int, q, k, v, norms) -> list[tuple[tuple, dict]]:
         """Arguments of the append, a run each."""

@@ -1,5 +1,5 @@
-"""torch.compile(fullgraph=True) through streamed chunks with a cache: the same results, and no compilation
-per chunk."""
+"""torch.compile(fullgraph=True) through streamed chunks with a cache: the same results, and one
+compilation."""
 
 import pytest
 import torch
@@ -8,14 +8,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rf_kernels as rf
 from rf_kernels.testing import assert_equal_bits
 
-# What a stream can differ in, as the compiler sees it: attended tokens while the cache fills (a number, then
-# a symbol), and chunks whose first forward evicts while their repeated forwards do not.
-MOST_COMPILATIONS = 5
-
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("policy", [rf.EMASink(0.9), rf.StaticSink()], ids=["ema", "static"])
-def test_a_stream_compiles_a_few_times_and_then_never_again(backend, policy):
+def test_a_stream_compiles_once(backend, policy):
     torch._dynamo.reset()
     torch.manual_seed(0)
     spec = rf.CacheSpec(
@@ -40,15 +36,11 @@ def test_a_stream_compiles_a_few_times_and_then_never_again(backend, policy):
 
     counter = CompileCounterWithBackend(backend)
     compiled_forward = torch.compile(forward, fullgraph=True, backend=counter)
-    counts = []
     for _ in range(12):
         with eager.chunk(2) as expected, compiled.chunk(2) as found:
             for _ in range(2):
                 data = [torch.randn(1, 12, 2, 32) for _ in range(3)]
                 assert_equal_bits(compiled_forward(*data, found), forward(*data, expected))
-        counts.append(counter.frame_count)
     assert_equal_bits(compiled.k, eager.k)
     assert_equal_bits(compiled.v, eager.v)
-    full = -(-eager.ring.length // 2) + 1
-    assert counts[0] >= 1 and counts[-1] <= MOST_COMPILATIONS
-    assert counts[full:] == [counts[-1]] * (len(counts) - full)
+    assert counter.frame_count == 1

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -478,3 +479,28 @@ def test_attention_of_ones_own():
                     rotated[i : i + 1], past.k, past.v, kv_tokens=past.kv_tokens, deterministic=True
                 )
                 assert_equal_bits(own, out[i : i + 1])
+
+
+def test_a_compiled_forward_serves_any_rows():
+    """Compiled for one number of rows, for one row, and for any; then never again."""
+    torch._dynamo.reset()
+    eager, compiled = (make_rows(4, layers=2)[0] for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def both(q, k, v, batch):
+        for layer in range(2):
+            q = batch.attend(layer, q, k, v)
+        return q
+
+    fast = torch.compile(both, fullgraph=True, backend=counter)
+    for number, part in enumerate(([0, 1, 2], [3, 1], [2], [2, 0], [0, 1, 2, 3], [1, 2, 3], [0, 3])):
+        with eager.chunk(2, rows=part) as a, compiled.chunk(2, rows=part) as b:
+            data = inputs(eager, len(part), 2, number)
+            assert_equal_bits(fast(*data, b), both(*data, a))
+    assert 1 <= counter.frame_count <= 3
+    fast, grads = torch.compile(both, backend="aot_eager"), []  # leaves its graph where a gradient is wanted
+    for rows, function in ((eager, both), (compiled, fast)):
+        q, k, v = inputs(rows, 2, 2, 99)
+        with rows.chunk(2, rows=[1, 2]) as batch:
+            grads += torch.autograd.grad(function(q.requires_grad_(), k, v, batch).sum(), q)
+    assert_equal_bits(*grads)

@@ -1,0 +1,68 @@
+"""``Chunk.attend`` under torch.compile: one opaque op, which finds the chunk by a handle.
+
+What a forward does depends on numbers of the host: the layer, the tokens that are valid by now, whether the
+sink has still to absorb. Traced, each of them would be a guard, and a compilation for every layer and for
+every stage of a stream. So a compiler sees none of them. The op runs the ordinary ``attend``, with its checks
+and its errors.
+
+A handle is a tensor, because numbers are guarded and values of tensors are not. The schema says that the op
+writes to it: so calls keep their order, and none is dropped or merged with another. What the op does depends
+on the chunk, so no CUDA graph of a compiler may contain it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .chunk import Chunk
+    from .rows import ChunkBatch
+
+_library = torch.library.Library("rf_kernels", "FRAGMENT")
+_library.define(
+    "attend(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor k, Tensor v,"
+    " Tensor? q_weight, Tensor? k_weight, str? norm, float eps, float? softmax_scale, bool? deterministic)"
+    " -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_chunks: weakref.WeakValueDictionary[int, Chunk | ChunkBatch] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def handle_of(chunk: Chunk | ChunkBatch) -> Tensor:
+    """By what the op finds the chunk, as long as that lives."""
+    number = next(_numbers)
+    _chunks[number] = chunk
+    with torch.inference_mode(False):  # else it could not be an argument outside of it
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def attend(handle: Tensor, layer: int | Tensor, *arguments) -> Tensor:
+    """The op's call. ``arguments``: from ``q`` on, in the order of the schema."""
+    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
+    return torch.ops.rf_kernels.attend.default(handle, number, index, *arguments)
+
+
+@torch.library.impl(_library, "attend", "CompositeExplicitAutograd")
+def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_scale, deterministic):
+    with torch.no_grad():
+        return _chunks[int(handle)].attend(
+            number if index is None else index,
+            *(q, k, v),
+            q_norm=q_weight,
+            k_norm=k_weight,
+            norm=norm,
+            eps=eps,
+            softmax_scale=softmax_scale,
+            deterministic=deterministic,
+        )
+
+
+@torch.library.register_fake("rf_kernels::attend", lib=_library)
+def _fake(handle, number, index, q, *_):
+    return q.new_empty(q.shape)
