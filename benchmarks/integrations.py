@@ -37,7 +37,7 @@ def measure(rig: Rig, frames: int) -> dict:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         pipeline = rig.pipeline(dtype)
         outs[dtype, False] = rig.run(pipeline, frames, dtype)
-        unpatch = integration.patch(pipeline.generator)
+        unpatch = integration.patch(pipeline.generator, rig.family)
         outs[dtype, True] = rig.run(pipeline, frames, dtype)
         unpatch()
         again = rig.run(pipeline, frames, dtype)
@@ -80,7 +80,7 @@ def times(rig: Rig, frames: int, repeats: int) -> dict:
     seconds = {(key, patched): [] for key in ("stream", "path") for patched in (False, True)}
     for i in range(repeats + 1):
         for patched in (False, True):
-            unpatch = integration.patch(pipeline.generator) if patched else lambda: None
+            unpatch = integration.patch(pipeline.generator, rig.family) if patched else lambda: None
             found = _timed(rig, pipeline, frames, torch.float32)
             unpatch()
             if i:  # the first round warms up
@@ -99,7 +99,7 @@ def _rollout(rig: Rig, frames: int, patched: bool, chunk: int | None, midway: bo
     trainer = rig.trainer(frames)
     wrapper = trainer.generator
     if patched:
-        integration.patch(wrapper)
+        integration.patch(wrapper, rig.family)
     noise = rig.noise(frames, torch.float64).requires_grad_()
     weights = rig.noise(frames, torch.float64, seed=3)
     own = slice(None) if chunk is None else slice(chunk * rig.chunk, (chunk + 1) * rig.chunk)

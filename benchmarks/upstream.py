@@ -76,6 +76,8 @@ class Rig:
     #: Their rollout of training, where gradients are measured.
     training_module, training_class = "", ""
     sink, window, chunk = 3, 9, 3
+    #: As `patch` takes it.
+    family = "auto"
     extra: dict = {}
 
     def __init__(self, root, *, heads, head_dim, grid, layers=2, sink=None, window=None, chunk=None):
@@ -240,12 +242,16 @@ class _Call(nn.Module):
 @contextlib.contextmanager
 def same_noise():
     """Draws that do not depend on the dtype, so that precisions can be compared."""
-    own, draws = torch.randn_like, torch.Generator().manual_seed(2)
-    torch.randn_like = lambda x, **_: torch.randn(x.shape, generator=draws).to(torch.bfloat16).to(x.dtype)
+    own, draws = (torch.randn_like, torch.randn), torch.Generator().manual_seed(2)
+
+    def randn(*shape, dtype=torch.float32, generator=None, **_):
+        return own[1](*shape, generator=generator or draws).to(torch.bfloat16).to(dtype)
+
+    torch.randn_like, torch.randn = lambda x, **_: randn(x.shape, dtype=x.dtype), randn
     try:
         yield
     finally:
-        torch.randn_like = own
+        torch.randn_like, torch.randn = own
 
 
 class SelfForcing(Rig):
@@ -450,6 +456,88 @@ class StreamDiffusionRefresh(StreamDiffusion):
     refresh = 12
 
 
+class ScopeRewardForcing(Rig):
+    """Scope's own copies of the modules, under the blocks of its pipelines that denoise and keep caches."""
+
+    checkout, package, ran = "scope", "reward_forcing", "blocks of its Reward Forcing pipeline"
+
+    def load(self):
+        base, source = "scope.core.pipelines", self.root / "src"
+        sys.path.insert(0, str(source))
+        import diffusers.modular_pipelines  # noqa: F401
+        import transformers  # noqa: F401
+
+        _stubs("einops", "ftfy", "easydict", "omegaconf", f"{base}.utils", f"{base}.wan2_1.modules.attention")
+        for name in ("attention", "flash_attention"):
+            setattr(sys.modules[f"{base}.wan2_1.modules.attention"], name, attention)
+        _shells(source, "scope", "scope.core", base, f"{base}.{self.package}")
+        _shells(source, *(f"{base}.wan2_1{name}" for name in ("", ".components", ".blocks", ".modules")))
+        _shells(source, f"{base}.{self.package}.modules")
+        type(self).code = _import(f"{base}.{self.package}.modules.causal_model")
+        type(self).wrapper = _import(f"{base}.wan2_1.components.generator")
+        type(self).components = _import(f"{base}.components")
+        blocks = ("setup_caches", "set_transformer_blocks_local_attn_size", "denoise", "clean_kv_cache")
+        type(self).blocks = [_import(f"{base}.wan2_1.blocks.{name}") for name in blocks]
+
+    def pipeline(self, dtype):
+        config = {
+            "num_frame_per_block": self.chunk,
+            "local_attn_size": self.window,
+            "vae_spatial_downsample_factor": 8,
+            "patch_embedding_spatial_downsample_factor": 2,
+            "max_rope_freq_table_seq_len": 1024,
+        }
+        made = self.components.ComponentsManager(config)
+        made.add("generator", self.generator(dtype))
+        made.add("scheduler", made.generator.get_scheduler())
+        return made
+
+    used = ("SetupCaches", "SetTransformerBlocksLocalAttnSize", "Denoise", "CleanKVCache")
+
+    def stream(self, pipeline, noise, dtype):
+        from diffusers.modular_pipelines import PipelineState
+
+        found = [
+            getattr(module, f"{name}Block")
+            for module in self.blocks
+            for name in self.used
+            if hasattr(module, f"{name}Block")
+        ]
+        state, outs, steps = PipelineState(), [], [block() for block in found]
+        given = {
+            "height": 16 * self.grid[0],
+            "width": 16 * self.grid[1],
+            "conditioning_embeds": self.text(dtype)(["a prompt"])["prompt_embeds"],
+            "current_denoising_step_list": torch.tensor([1000, 600, 300]),
+            "kv_cache_attention_bias": 1.0,
+            "vace_context_scale": 1.0,
+            "manage_cache": True,
+            "generator": torch.Generator().manual_seed(2),
+        }
+        for name, value in given.items():
+            state.set(name, value)
+        for at in range(0, noise.shape[1], self.chunk):
+            state.set("current_start_frame", at)
+            state.set("latents", noise[:, at : at + self.chunk])
+            for step in steps:
+                step(pipeline, state)
+            outs.append(state.get("latents"))
+        return torch.cat(outs, 1)
+
+
+class ScopeLongLive(ScopeRewardForcing):
+    package, ran = "longlive", "blocks of its LongLive pipeline"
+
+
+class ScopeStreamDiffusion(ScopeRewardForcing):
+    package, ran = "streamdiffusionv2", "blocks of its StreamDiffusionV2 pipeline"
+    chunk, window, family = 1, 6, "scope_streamdiffusionv2"
+    used = ("SetupCaches", "Denoise", "CleanKVCache")
+
+    def model_arguments(self):
+        return {}
+
+
 SYSTEMS = {
     "self_forcing": SelfForcing,
     "self_forcing_sink": SelfForcingSink,
@@ -465,6 +553,9 @@ SYSTEMS = {
     "longlive2_shots": LongLive2Shots,
     "streamdiffusionv2": StreamDiffusion,
     "streamdiffusionv2_refresh": StreamDiffusionRefresh,
+    "scope_reward_forcing": ScopeRewardForcing,
+    "scope_longlive": ScopeLongLive,
+    "scope_streamdiffusionv2": ScopeStreamDiffusion,
 }
 #: Where upstream does something else: (system, what, settings).
 FAULTS = {

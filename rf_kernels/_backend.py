@@ -151,9 +151,11 @@ _WRONG_TYPE = re.compile(
 def invoke(op, *args):
     """Call a registered op; a failed argument check of the C++ side, or of PyTorch's dispatcher, becomes an
     ``ArgumentError``."""
-    if not torch.compiler.is_compiling():
-        _refuse_transforms(op, args)
+    plain = not torch.compiler.is_compiling() and not _is_transformed(op, args)
     try:
+        if plain and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():  # where PyTorch has a Python kernel
+                return op(*args)
         return op(*args)
     except RuntimeError as error:
         if cause := _raised.__dict__.pop("error", None):
@@ -177,8 +179,10 @@ def invoke(op, *args):
         raise
 
 
-def _refuse_transforms(op, args) -> None:
-    """No op has a rule for forward-mode AD or for torch.func's grad and jvp: an error, where the dispatcher
+def _is_transformed(op, args) -> bool:
+    """Whether a transform, a mode or a subclass may want to see the call.
+
+    No op has a rule for forward-mode AD or for torch.func's grad and jvp: an error, where the dispatcher
     would give zero tangents or an error about its own internals."""
     if forward_ad._current_level >= 0:
         for argument, value in zip(_argument_names(op), args, strict=False):
@@ -194,6 +198,8 @@ def _refuse_transforms(op, args) -> None:
                     f"{_PREFIX}{_name(op)}: torch.func's grad, vjp and jvp are not implemented for it"
                     f" (argument `{argument.name}` is being differentiated); use torch.autograd"
                 )
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.overrides.has_torch_function(args)
 
 
 def wrote(*tensors: torch.Tensor | None) -> None:
@@ -316,6 +322,8 @@ def integers(op: str, argument: str, values) -> list:
 
 def integer(op: str, argument: str, value):
     """A real integer of 64 bits: nothing is cut off, and a bool is none."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     found = value
     if not isinstance(value, int | torch.SymInt):
         try:  # numpy's integers, and integer tensors of one element
@@ -344,6 +352,8 @@ def check_tensors(op: str, required: dict, optional: dict) -> None:
 
 def number(op: str, argument: str, value) -> float:
     """A real number as a float; one beyond its range is infinite, for the op to refuse."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
         raise argument_error(op, argument, "a number", type(value).__name__)
     try:

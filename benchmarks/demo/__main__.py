@@ -36,7 +36,7 @@ def parse(arguments=None) -> argparse.Namespace:
     small = {"frames": 300, "height": side, "width": side, "heads": 4, "dtype": "float64", "device": "cpu"}
     add_stream_options(parser, checkpoint=None, shift=2.0, alpha=0.9, **small)
     parser.add_argument(
-        "--sinks", nargs="+", default=list(evaluate.SINKS), help="of the film: none, static, ema:ALPHA"
+        "--sinks", nargs="+", default=list(evaluate.SINKS), help="of the film: policies as for --policy"
     )
     parser.add_argument(
         "--measure-seconds", type=float, default=1.0, help="time spent on each op beside its peer"

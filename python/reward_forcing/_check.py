@@ -1,5 +1,7 @@
 """Argument errors in the words of rf_kernels: who, which argument, what was expected, what came."""
 
+import importlib
+
 from rf_kernels import ArgumentError
 
 
@@ -7,3 +9,11 @@ def expect(condition: bool, who: str, argument: str, expected: str, found: objec
     """Raise ``ArgumentError`` unless ``condition``."""
     if not condition:
         raise ArgumentError(f"{who}: argument `{argument}`: expected {expected}, found {found}")
+
+
+def installed(name: str, who: str, extra: str):
+    """A package of one of the extras."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ArgumentError(f"{who}: needs {name} (pip install 'rf-kernels[{extra}]'): {error}") from error

@@ -9,6 +9,7 @@ older than torch 1.6.
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -138,7 +139,8 @@ def _published_names(tensors: Mapping, path: Path) -> dict[str, Tensor]:
         state[bare] = tensor
     # Strides of 0 make a tensor of any size out of one element; the copy that a conversion makes would have
     # that size.
-    claimed, held = sum(t.numel() * t.element_size() for t in state.values()), path.stat().st_size
+    claimed = sum(t.numel() * t.element_size() for t in state.values())
+    held = sum(file.stat().st_size for file in (_parts(path) if path.is_dir() else [path]))
     if claimed > held:
         raise CheckpointError(f"{path}: its tensors claim {claimed} bytes, in a file of {held}")
     prefixes = [
@@ -155,26 +157,58 @@ def _published_names(tensors: Mapping, path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefixes[0]): tensor for name, tensor in state.items()}
 
 
+def read_tensors(path: str | Path) -> Mapping:
+    """What a file holds: tensors by name, of .pt and .pth files also mappings of them. Nothing is unpickled
+    but those. Of a folder: the tensors of all its ``diffusion_pytorch_model*.safetensors``, of which
+    Wan2.1-T2V-14B has six.
+
+    Raises:
+        CheckpointError: unreadable or hostile.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = [read_safetensors(part) for part in _parts(path)]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    return read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The files of a folder of weights, all that its index lists."""
+    found = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed = {folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a list of weights: {error}") from error
+        if missing := {part.name for part in listed - set(found)}:
+            raise CheckpointError(f"{folder}: missing: {_some(missing)}")
+        found = sorted(listed)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint at {folder}: no diffusion_pytorch_model*.safetensors")
+    return found
+
+
 def read_checkpoint(path: str | Path, *, entry: str | None = None) -> dict[str, Tensor]:
     """Parameters of a checkpoint under their published names, on the CPU, in the file's dtypes.
 
     Args:
-        path: a .safetensors file, or what ``torch.save`` wrote.
+        path: a .safetensors file, what ``torch.save`` wrote, or a folder of Wan's.
         entry: name of the entry that holds the model. Default: the first of ``ENTRIES`` that the file has,
             else its top level.
     Raises:
         CheckpointError: unreadable, hostile, ambiguous, or not a Wan transformer.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        tensors: Mapping = read_safetensors(path)
+    path, tensors = Path(path), read_tensors(path)
+    if path.is_dir() or path.suffix == ".safetensors":
         if entry is not None:
             tensors = {name: t for name, t in tensors.items() if name.startswith(entry + ".")}
     else:
-        tensors = _select(_read_pickle(path), entry, path)
+        tensors = _select(tensors, entry, path)
     return _published_names(tensors, path)
 
 

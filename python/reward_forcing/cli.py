@@ -15,7 +15,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +25,16 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: options are refused, and C
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+#: Help of an option that two commands have.
+SET = "lay a value over the file's, as in --set distill.beta=4; once or more"
+
 #: The options whose names differ from the arguments that they set.
 _OPTIONS = {
     "local_attn_size": "--window",
     "denoising_step_list": "--steps",
     "nominal": "--steps",
     "num_heads": "--heads",
+    "sink_policy": "--policy",
 }
 
 
@@ -116,9 +120,12 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("dtype", ", ".join(_DTYPES), _one_of(_DTYPES))
     add("device", "cpu, cuda or cuda:N; cuda where there is a GPU if none is named")
     add("chunk-frames", "frames generated together", at_least_1, 3)
-    add("sink-frames", "frames of the sink (default: 3, or 0 with --sink-policy none)", at_least_0)
+    add("sink-frames", "frames of the sink (default: 3, or 0 with --policy none)", at_least_0)
     add("window", "frames attended, the sink included", at_least_1, 9)
-    add("sink-policy", "ema, static or none", _one_of(("ema", "static", "none")), "ema")
+    text = "of the sink: NAME or NAME:ARGUMENT=VALUE,... (docs/policies.md)"
+    parser.add_argument(
+        *("--policy", "--sink-policy"), dest="sink_policy", default="ema", help=f"{text} (default: ema)"
+    )
     add(
         "sink-state",
         "compensated, float32 or published",
@@ -128,6 +135,9 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("alpha", "decay of the sink's average", number, 0.999)
     add("steps", "nominal denoising steps", at_least_0, [1000, 750, 500, 250], nargs="+")
     add("shift", "timestep shift", number, 5.0)
+    add("cuts", "frames at which a shot begins, for policies that know of shots", at_least_0, [], nargs="+")
+    text = "leave the keys and values of the last denoising step, without a forward on the finished chunk"
+    parser.add_argument("--noisy-context", action="store_true", help=text)
 
 
 def stream_job(options: argparse.Namespace) -> StreamJob:
@@ -149,6 +159,8 @@ def stream_job(options: argparse.Namespace) -> StreamJob:
         sink_state=options.sink_state,
         denoising_step_list=tuple(options.steps),
         shift=options.shift,
+        clean_forward=not options.noisy_context,
+        cuts=tuple(options.cuts),
     )
     names = ("checkpoint", "frames", "height", "width", "heads", "context", "seed")
     values = {name: getattr(options, name) for name in names}
@@ -202,6 +214,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--config", type=Path, help="YAML file of the run")
     train.add_argument("--out", type=Path, help="folder of the run; an interrupted one goes on there")
     text = "print what the run takes on each rank, and allocate nothing; the published run without --config"
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET)
     train.add_argument("--plan", action="store_true", help=text)
     at_least_1 = _whole(1)
     train.add_argument("--ranks", type=at_least_1, nargs="+", default=[8, 64], help="of --plan (8 64)")
@@ -231,7 +244,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     judge.add_argument("--teacher", type=Path, help="checkpoint (default: that of the repository)")
     judge.add_argument("--guidance", type=number, default=1.0, help="of the teacher's clips (default: 1)")
     policies = ["none", "static", "ema:0.99", "ema:0.9"]
-    text = f"none, static, ema:ALPHA (default: {' '.join(policies)})"
+    text = f"policies as for `stream --policy`; NAME@S has S sink frames (default: {' '.join(policies)})"
     judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
@@ -252,7 +265,7 @@ def _plan(options: argparse.Namespace) -> int:
     from .trainer.plan import plan, table, wan
 
     try:
-        config = wan() if options.config is None else load(options.config)
+        config = wan() if options.config is None else load(options.config, options.set)
         height, width = options.latent
         plans = [plan(config, ranks, height=height, width=width) for ranks in options.ranks]
     except (rf.ArgumentError, FileNotFoundError) as error:
@@ -311,7 +324,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(config: Path, out: Path) -> int:
+def train(config: Path, out: Path, changes: Sequence[str] = ()) -> int:
     """Train a stage, in one process or as one rank of a ``torchrun`` launch; every error is one line."""
     import torch
 
@@ -325,7 +338,7 @@ def train(config: Path, out: Path) -> int:
     rank = os.environ.get("RANK")
     who = "" if rank is None else f"rank {rank}: "
     try:
-        weights = run(load(config), out)
+        weights = run(load(config, changes), out)
         if rank in (None, "0"):
             print(weights)
     except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
@@ -350,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     if options.command == "train":
-        return _plan(options) if options.plan else train(options.config, options.out)
+        return _plan(options) if options.plan else train(options.config, options.out, options.set)
     if options.command == "generate":
         return video(options)
     if options.command == "evaluate":

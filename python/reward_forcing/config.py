@@ -13,6 +13,7 @@ from typing import Any
 
 import rf_kernels as rf
 
+from . import policies
 from ._check import expect
 
 #: What a field of each annotated type may hold.
@@ -154,13 +155,17 @@ class StreamConfig:
             sink_frames``).
         alpha: decay of the sink's moving average.
         sink_policy: "ema", "static", or "none" (needs ``sink_frames = 0``); "ema" without sink frames is
-            "none".
+            "none". Any other as ``reward_forcing.policies.parse`` takes it.
         sink_state: precision of the sink's state, see ``rf_kernels.EMASink``.
         denoising_step_list: nominal timesteps, 1000 = pure noise.
         warp: look the nominal steps up in the shifted schedule.
         shift: timestep shift of the schedule.
         context_noise: timestep of the forward that writes the finished chunk into the cache.
         independent_first_frame: the first chunk of a stream is one frame.
+        clean_forward: whether a forward on the finished chunk leaves its keys and values. Without it those of
+            the last denoising step stay (Causal-rCM, arXiv 2606.25473; Diagonal Distillation, arXiv
+            2603.09488).
+        cuts: frames at which a chunk begins a new shot, for policies that know of shots.
     """
 
     chunk_frames: int = 3
@@ -174,24 +179,23 @@ class StreamConfig:
     shift: float = 5.0
     context_noise: float = 0.0
     independent_first_frame: bool = False
+    clean_forward: bool = True
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self):
         who = "StreamConfig"
         _check_kinds(self)
         expect(self.chunk_frames >= 1, who, "chunk_frames", "at least 1", self.chunk_frames)
         expect(self.sink_frames >= 0, who, "sink_frames", "at least 0", self.sink_frames)
-        for name, allowed in (
-            ("sink_policy", ("ema", "static", "none")),
-            ("sink_state", ("compensated", "float32", "published")),
-        ):
-            value = getattr(self, name)
-            expect(value in allowed, who, name, f"one of {allowed}", repr(value))
+        allowed = ("compensated", "float32", "published")
+        expect(self.sink_state in allowed, who, "sink_state", f"one of {allowed}", repr(self.sink_state))
+        expect(0 <= self.alpha <= 1, who, "alpha", "a number in 0..1", self.alpha)
+        self.policy()
         no_frames = self.sink_policy != "none" or self.sink_frames == 0
         expect(no_frames, who, "sink_frames", "0 with sink_policy 'none'", self.sink_frames)
         least = self.sink_frames + 1 if self.sink_policy == "ema" else max(self.sink_frames, 1)
         enough = f"at least {least}, with {self.sink_frames} sink frames and sink_policy '{self.sink_policy}'"
         expect(self.local_attn_size >= least, who, "local_attn_size", enough, self.local_attn_size)
-        expect(0 <= self.alpha <= 1, who, "alpha", "a number in 0..1", self.alpha)
         expect(len(self.denoising_step_list) >= 1, who, "denoising_step_list", "at least one step", "none")
         lowest = min(self.denoising_step_list)
         expect(lowest >= 0, who, "denoising_step_list", "steps of at least 0", lowest)
@@ -204,11 +208,9 @@ class StreamConfig:
 
     def policy(self):
         """The ``sink`` argument of ``rf_kernels.SinkWindowCache``."""
-        if self.sink_policy == "none" or self.sink_frames == 0:
+        if self.sink_frames == 0 and self.sink_policy in ("none", "static", "ema"):
             return rf.NoSink()
-        if self.sink_policy == "static":
-            return rf.StaticSink(rephase=True)
-        return rf.EMASink(self.alpha, state=self.sink_state)
+        return policies.parse(self.sink_policy, who="StreamConfig", alpha=self.alpha, state=self.sink_state)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamConfig:

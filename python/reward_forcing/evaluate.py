@@ -22,6 +22,7 @@ from .checkpoint import load_bidirectional_model, load_causal_model
 from .config import StreamConfig
 from .models import BidirectionalWanModel, CausalWanModel
 from .pipeline import Chunk, StreamingPipeline
+from .policies import parse
 from .trainer import TrainConfig, load
 from .trainer.draws import Draws
 from .trainer.stages import sample_teacher
@@ -60,17 +61,16 @@ def load_teacher(path: Path | str | None = None) -> tuple[BidirectionalWanModel,
 
 
 def with_sink(stream: StreamConfig, policy: str) -> StreamConfig:
-    """A stream with another sink of as many attended frames: "none", "static" or "ema:ALPHA"."""
-    name, _, alpha = policy.partition(":")
-    if name == "none":
-        return dataclasses.replace(stream, sink_policy="none", sink_frames=0)
-    known = name in ("static", "ema") and (not alpha or name == "ema")
-    expect(known, "with_sink", "policy", "none, static, ema or ema:ALPHA", repr(policy))
-    try:
-        value = float(alpha) if alpha else stream.alpha
-    except ValueError:
-        expect(False, "with_sink", "policy", "ema:ALPHA with a number", repr(policy))
-    return dataclasses.replace(stream, sink_policy=name, alpha=value)
+    """A stream with another sink of as many attended frames, as ``policies.parse`` reads it; "ema:ALPHA" is
+    "ema:alpha=ALPHA". "NAME@S" has S sink frames; otherwise those of the stream, and none with "none"."""
+    text, _, frames = policy.partition("@")
+    expect(not frames or frames.isdigit(), "with_sink", "policy", "a number of frames behind @", repr(policy))
+    count = int(frames) if frames else 0 if text == "none" else stream.sink_frames
+    found, alpha = parse(text, alpha=stream.alpha), stream.alpha
+    if text.startswith("ema:alpha=") or (text.startswith("ema:") and "=" not in text):
+        if "," not in text:  # the configuration has a name for it
+            text, alpha = "ema", found.alpha
+    return dataclasses.replace(stream, sink_policy=text, sink_frames=count, alpha=alpha)
 
 
 def some_prompts(count: int) -> list[world.Prompt]:

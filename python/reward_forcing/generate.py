@@ -19,22 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._check import expect
+from ._check import expect, installed
 
 if TYPE_CHECKING:
     from .job import StreamJob
 
 _WHO = "generate"
-
-
-def _installed(name: str):
-    """A package of the extra `integrations`."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        expect(False, _WHO, "wan", f"{name} (pip install 'rf-kernels[integrations]')", str(error))
 
 
 class TextEncoder:
@@ -46,7 +36,7 @@ class TextEncoder:
     """
 
     def __init__(self, folder: str | Path, length: int, *, dtype: torch.dtype, device: str | torch.device):
-        transformers, self.length = _installed("transformers"), length
+        transformers, self.length = installed("transformers", _WHO, "integrations"), length
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
             model = transformers.UMT5EncoderModel.from_pretrained(
@@ -89,7 +79,7 @@ class StreamingDecoder:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype, device) -> StreamingDecoder:
-        diffusers = _installed("diffusers")
+        diffusers = installed("diffusers", _WHO, "integrations")
         try:
             vae = diffusers.AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
         except (OSError, ValueError) as error:
@@ -127,7 +117,7 @@ class VideoFile:
 
     def write(self, frames: Tensor) -> None:
         """Frames ``[T, 3, rows, columns]`` in 0..1."""
-        cv2 = _installed("cv2")
+        cv2 = installed("cv2", _WHO, "integrations")
         pixels = (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).flip(-1).contiguous().cpu()
         if self._writer is None:
             size = (pixels.shape[2], pixels.shape[1])

@@ -99,6 +99,11 @@ class StreamJob:
             " sink)"
         )
         expect(stream.window_frames >= needed, _WHO, "local_attn_size", f"a window of {needed} frames", found)
+        # Whether the policy can serve such a cache.
+        sizes = {"layers": 1, "batch": 1, "heads": 1, "head_dim": config.head_dim, "grid": (1, 1)}
+        frames = {"sink_frames": stream.sink_frames, "window_frames": stream.window_frames}
+        spec = rf.CacheSpec(**sizes, **frames, rope=config.rope, dtype=self.dtype, device="meta")
+        stream.policy().bind(spec)
 
     def _check_memory(self, config: ModelConfig, weights: int, device: torch.device) -> None:
         """Refuse what cannot fit: weights, cache and the widest tensors of one forward, each at its least."""

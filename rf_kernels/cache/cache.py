@@ -302,6 +302,11 @@ class SinkWindowCache:
         stream, spec = self._stream, self.spec
         if stream.phase is None:
             return  # the slots are the sink
+        if not self._sink.resets:
+            name = type(self.sink).__name__
+            raise argument_error(
+                f"{_OP}.reset_sink", "self", "a sink that its slots tell", f"{name}, which has more"
+            )
         slots, angles, axes, schedule, turns = self._buffers.views(0)
         plan = ChunkPlan(
             ring=self.ring,

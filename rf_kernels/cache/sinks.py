@@ -68,9 +68,12 @@ class SinkState:
             so many.
         weighs: whether ``weights`` is asked.
         observes: whether ``observe`` is called.
+        resets: whether the sink's slots are all that its state is made of, so that ``reset_sink`` can take it
+            from them.
     """
 
     weighs = observes = False
+    resets = True
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
         self.policy, self.spec = policy, spec
@@ -108,7 +111,7 @@ class SinkState:
         """For each sink frame, by how much its position is beyond that of its own frame while the chunk is
         seen: the last of ``plan.turns[j]`` turns by it. Asked once the sink has all its frames."""
         shift = opening.ring.shift(opening.end) if self.turns else 0
-        if shift:
+        if shift and opening.ring.sink_frames:
             shift += opening.offsets[opening.begin] - opening.offsets[0]
         return (shift,) * opening.ring.sink_frames
 

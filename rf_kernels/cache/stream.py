@@ -204,7 +204,7 @@ class Stream:
         before = {f: slot for slot, f in enumerate(self.held)}
         places = {f: f for f in range(min(end, sink_frames))} | {f: slot for f, slot in kept if slot < size}
         places |= {f: before[f] for f in new if before.get(f, size) < size}
-        taken, left = set(places.values()), [slot for _, slot in leaving]
+        taken, left = set(places.values()), [slot for _, slot in leaving if slot < size]
         free = [s for s in range(size) if s not in taken and s not in left] + left
         moving = [f for f, slot in kept if slot >= size]
         places |= zip([*moving, *(f for f in new if f not in places)], free, strict=True)

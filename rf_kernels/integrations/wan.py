@@ -10,6 +10,7 @@ and where they compute something else than this library does.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class Family:
         sink_in_slice: the sink is a part of what is attended when the window is smaller than the cache;
             Self-Forcing attends the newest tokens of the cache, and then its sink is not among them.
         rows_apart: samples have positions of their own, and positions may jump (StreamDiffusionV2).
+        always_evicts: whatever ``local_attn_size`` says.
         returns_update: the forward returns what the model then writes to the cache (LongLive).
     """
 
@@ -56,6 +58,7 @@ class Family:
     averages: bool = False
     sink_in_slice: bool = True
     rows_apart: bool = False
+    always_evicts: bool = False
     returns_update: bool = False
 
 
@@ -68,6 +71,7 @@ FAMILIES = {
         Family("longlive", returns_update=True),
         Family("longlive2", returns_update=True),
         Family("streamdiffusionv2", rows_apart=True),
+        Family("scope_streamdiffusionv2", always_evicts=True),
     )
 }
 
@@ -78,8 +82,9 @@ def patch(model: nn.Module, family: str = "auto", *, state: str = "compensated")
     Args:
         model: the model, or anything that contains it (a generator wrapper, a pipeline that is a module).
         family: "self_forcing" (also Causal-Forcing and other forks that rotate keys once), "reward_forcing",
-            "infinite_forcing", "longlive", "longlive2", "streamdiffusionv2"; "auto" tells by the attention
-            module: its attributes and the arguments of its forward.
+            "infinite_forcing", "longlive", "longlive2", "streamdiffusionv2"; Scope's copy of the latter,
+            "scope_streamdiffusionv2"; "auto" tells all others by the attention module: its attributes and the
+            arguments of its forward.
         state: precision of an averaged sink, see ``EMASink``; "published" rounds as Reward Forcing's code.
 
     Window, sink and alpha are read from the modules (``local_attn_size``, ``max_attention_size``,
@@ -119,6 +124,7 @@ def patch(model: nn.Module, family: str = "auto", *, state: str = "compensated")
         if updates and not kind.returns_update:
             kind = replace(kind, returns_update=True)
         patched.append((module, SelfAttention(module, kind, state)))
+    _keep_out_of_graphs()
     for _, forward in patched:
         forward.install()
 
@@ -156,6 +162,13 @@ def _family_of(name: str, module: nn.Module) -> Family:
             "'auto'",
         )
     return replace(kind, returns_update=kind.returns_update or updates)
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """A compiled model breaks its graph where a cache is attended: chunks are opened on the host. This does
+    not belong at the import of the module, because PyTorch takes seconds to import its compiler."""
+    SelfAttention._cached = torch.compiler.disable(SelfAttention._cached)
 
 
 def _original(module: nn.Module) -> Callable:
@@ -284,9 +297,10 @@ class SelfAttention:
     # ---- the forward ---------------------------------------------------------------------------------------
     def __call__(self, *args, **kwargs):
         given = self.defaults | dict(zip(self.names, args, strict=False)) | kwargs
+        return self.original(*args, **kwargs) if given["kv_cache"] is None else self._cached(given)
+
+    def _cached(self, given: dict):
         kv_cache = given["kv_cache"]
-        if kv_cache is None:
-            return self.original(*args, **kwargs)
         module, x = self.module, given["x"]
         _, rows, columns = _grids(given["grid_sizes"])[0]
         grid, n = (rows, columns), rows * columns
@@ -439,7 +453,7 @@ class SelfAttention:
         module, family, n = self.module, self.family, grid[0] * grid[1]
         room = k.shape[1] // n
         local = getattr(module, "local_attn_size", 0)
-        rolls = not isinstance(local, int) or local != -1
+        rolls = family.always_evicts or not isinstance(local, int) or local != -1
         # Constructors write 1560 tokens a frame, whatever the frames are: what is no number of frames was not
         # meant for these.
         seen = getattr(module, "max_attention_size", k.shape[1])

@@ -103,7 +103,8 @@ def sink_window_attention(
         elif kv_tokens.numel() != 1:
             expected = "an integer, or an int32 tensor [B] with the valid tokens of each row"
             raise argument_error(_OP, "kv_tokens", expected, f"{kv_tokens.dtype} {list(kv_tokens.shape)}")
-    refuse_grad(_OP, "the op has no gradient for it", kv_bias=kv_bias)
+    if kv_bias is not None:
+        refuse_grad(_OP, "the op has no gradient for it", kv_bias=kv_bias)
     out, lse = invoke(
         ops.sink_window_attention.default,
         q,

@@ -1,11 +1,14 @@
 """What is not differentiable says so, and what autograd has saved is not changed behind its back."""
 
+import sys
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
 import rf_kernels as rf
 from helpers.refusals import World
+from rf_kernels.testing import assert_equal_bits
 
 #: What each mutating op writes.
 WRITTEN = {
@@ -126,3 +129,25 @@ def test_second_derivatives_are_right_or_refused(op, name):
     else:
         with pytest.raises(NotImplementedError, match="no double backward"):
             torch.autograd.grad(grad.sum(), leaf)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.parametrize("op, name", named(DIFFERENTIABLE))
+def test_a_call_without_gradient_has_no_python_kernel(op, name, needed):
+    """It would cost a small call more than all else. Under grad it is there, and so is the gradient."""
+    arguments = getattr(World(), op)
+    arguments[name] = arguments[name].clone().requires_grad_(needed)
+    entered = set()
+
+    def note(frame, event, _):
+        if event == "call":
+            entered.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        result = getattr(rf, op)(**arguments)
+    finally:
+        sys.setprofile(None)
+    assert result.requires_grad is needed and ("autograd_impl" in entered) is needed
+    with torch.no_grad():
+        assert_equal_bits(getattr(rf, op)(**arguments), result.detach())

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.wan_case import wan_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "tests/golden/model_weights.safetensors"
 for package in ("diffusers", "transformers", "cv2", "tqdm"):
@@ -17,33 +19,9 @@ for package in ("diffusers", "transformers", "cv2", "tqdm"):
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    """A folder as diffusers keeps Wan: tokenizer, text encoder, VAE."""
-    from diffusers import AutoencoderKLWan
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
     from reward_forcing.checkpoint import infer_config, read_checkpoint
 
-    config = infer_config(read_checkpoint(CHECKPOINT), num_heads=2)
-    folder, words = tmp_path_factory.mktemp("wan"), ["<pad>", "</s>", "<unk>", "a", "cat", "walks"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    sizes = {"d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": len(words)}
-    UMT5EncoderModel(UMT5Config(d_model=config.text_dim, **sizes)).save_pretrained(folder / "text_encoder")
-    AutoencoderKLWan(
-        base_dim=8,
-        z_dim=config.in_dim,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.1] * config.in_dim,
-        latents_std=[1.5] * config.in_dim,
-    ).save_pretrained(folder / "vae")
-    return folder
+    return wan_folder(tmp_path_factory.mktemp("wan"), infer_config(read_checkpoint(CHECKPOINT), num_heads=2))
 
 
 def test_chunks_decode_to_what_the_whole_decodes_to(wan):

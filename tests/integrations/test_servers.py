@@ -1,14 +1,19 @@
 """``integrations.servers``: PyTorch's slot for real, the servers' against stand-ins of their interfaces."""
 
+import re
 import sys
 import types
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
+import pluggy
 import pytest
 import torch
 from torch.nn import attention
 
 import rf_kernels as rf
-from rf_kernels.integrations import servers
+from helpers import family_case as family
+from rf_kernels.integrations import servers, wan
 
 
 def qkv(*shape):
@@ -114,3 +119,46 @@ def test_sglang(monkeypatch):
     q, k, v = qkv(1, 5, 2, 32)
     impl = servers.SGLangBackend.get_impl_cls()(2, 32, 0.2)
     torch.testing.assert_close(impl.forward(q, k, v, None), plain(q, k, v, 0.2))
+
+
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_scope(monkeypatch, switch):
+    """Its plug-in manager is pluggy's, and that is real here; its pipelines are stand-ins."""
+    from rf_kernels.integrations import scope as plugin
+
+    class Specification:
+        @pluggy.HookspecMarker("scope")
+        def register_pipelines(self, register): ...
+
+    class RewardForcingPipeline:
+        def __init__(self, config, quantization=None):
+            model = family.Model(family.RewardForcing, local_attn_size=4, sink_size=1)
+            self.components = types.SimpleNamespace(generator=model)
+
+    monkeypatch.setenv("RF_SCOPE", switch)
+    modules(
+        monkeypatch,
+        scope__core__pipelines__reward_forcing__pipeline={"RewardForcingPipeline": RewardForcingPipeline},
+    )
+    manager = pluggy.PluginManager("scope")
+    manager.add_hookspecs(Specification)
+    manager.register(plugin)
+    registered = []
+    for _ in range(2):  # once more when other plug-ins come
+        manager.hook.register_pipelines(register=registered.append)
+    assert not registered  # the pipelines are Scope's own
+    model = RewardForcingPipeline({}, quantization=None).components.generator
+    forwards = [block.self_attn.__dict__.get("forward") for block in model.blocks]
+    assert all(isinstance(f, wan.SelfAttention) for f in forwards) == bool(switch)
+    assert not switch or all(f.family is wan.FAMILIES["reward_forcing"] for f in forwards)
+
+
+def test_entry_points():
+    """One plug-in a package is what Scope allows. Each entry point can be loaded."""
+    wanted = {"vllm_omni.sparse_attn", "sglang.multimodal_gen.plugins", "scope"}
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    found = re.findall(r'\[project\.entry-points\."?([\w.]+)"?\]\n((?:\S+ = ".+"\n)+)', text)
+    assert {group for group, _ in found} == wanted
+    for group, lines in found:
+        ((name, value),) = re.findall(r'(\S+) = "(.+)"', lines)
+        EntryPoint(name, value, group).load()

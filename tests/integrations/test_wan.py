@@ -316,6 +316,23 @@ def test_a_patched_model_can_be_copied():
     assert not torch.equal(a, b)
 
 
+@pytest.mark.heavy
+def test_a_patched_model_can_be_compiled():
+    """Block by block, as its servers do it; the graph breaks at the attention alone."""
+    model, x = family.Model(family.RewardForcing, local_attn_size=4, sink_size=1), family.video(9)
+    wan.patch(model)
+    wanted, _ = family.stream(model, family.kv_cache(model, 4), x, 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    found, _ = family.stream(model, family.kv_cache(model, 4), x, 1)
+    assert distance(found, wanted) < 1e-14
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert breaks and all("SelfAttention._cached" in reason for reason in breaks)
+    torch._dynamo.reset()
+
+
 def test_a_forward_without_a_cache_is_the_modules_own():
     model = family.Model(family.SelfForcing)
     x = family.video(2)

@@ -120,9 +120,15 @@ REFUSED = {
         ["--sink-policy", "none", "--sink-frames", "3"],
         "--sink-frames: expected 0 with sink_policy 'none', found 3",
     ),
-    "unknown sink": (
-        ["--sink-policy", "mean"],
-        "--sink-policy: expected one of ema, static, none, found 'mean'",
+    "unknown sink": (["--sink-policy", "mean"], "--policy: expected one of none, static, ema, steady"),
+    "argument of no policy": (
+        ["--policy", "two-rates:slow=1"],
+        "--policy: expected two-rates:ARGUMENT=VALUE with one of long, short, adaptive, rephase, found",
+    ),
+    "no value": (["--policy", "cyclic:bank=%"], "--policy: expected cyclic:bank=VALUE with a number"),
+    "a policy that does not fit": (
+        ["--policy", "two-rates", "--sink-frames", "1"],
+        "--sink-frames: expected at",
     ),
     "unknown state": (
         ["--sink-state", "int4"],
@@ -218,7 +224,10 @@ def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
     [
         ["--sink-policy", "none"],
         ["--sink-frames", "0"],
-        ["--sink-policy", "static"],
+        ["--policy", "static"],
+        ["--policy", "two-rates:long=0.1,adaptive=true"],
+        ["--policy", "cyclic", "--noisy-context"],
+        ["--policy", "shots:offset=8", "--cuts", "6"],
         ["--steps", "1000"],
         ["--seed", "-1"],
     ],
@@ -523,7 +532,7 @@ def unfinished(tmp_path, capsys, monkeypatch):
     [
         (["--seed", "1"], "--seed: expected 0, with which the stream in"),
         (["--frames", "18"], "--frames: expected 15, with which"),
-        (["--sink-policy", "static"], "--sink-policy: expected 'ema', with which"),
+        (["--sink-policy", "static"], "--policy: expected 'ema', with which"),
         (["--dtype", "float64"], "--dtype: expected 'float32', with which"),
         (["--checkpoint", "{other}"], "--checkpoint: expected '"),
     ],

@@ -119,7 +119,8 @@ def test_the_command_writes_the_tables(tmp_path, capsys):
     [
         (["--student", "a"], "NAME=PATH"),
         (["--student", "a=/nowhere.safetensors"], "nowhere"),
-        (["--sinks", "ema:fast"], "ema:ALPHA"),
+        (["--sinks", "ema:fast"], "`alpha`: expected a number"),
+        (["--sinks", "oracle"], "one of none, static, ema, steady"),
         (["--prompts", "0"], "--prompts"),
     ],
 )

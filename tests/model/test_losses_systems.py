@@ -87,12 +87,17 @@ def x():
     return noise(0).requires_grad_()
 
 
+REWARDS = torch.tensor([0.3, -0.5])
+SALIENCY = noise(9, (2, 4, 2, 2)).abs()
+
+
 # ---- DMD's gradient under other names ----------------------------------------------------------------------
 def batch(leaf, **more):
     given = {"x": leaf, "noise": noise(1), "t": T, "scheduler": SCHEDULER, "next_t": 400.0}
     given |= {"entered": noise(5), "entered_t": torch.full((SHAPE[1],), 900.0), "prompts": ["a", "b"]}
     given |= {"draw": lambda name: noise(len(name)), "timesteps": lambda name, low=0.0: T}
-    given |= {"clips": lambda: noise(6), "real_guidance": GUIDANCE, "beta": 2.0}
+    given |= {"clips": lambda: noise(6), "real_guidance": GUIDANCE, "beta": 2.0, "clean": noise(0)}
+    given |= {"uniform": lambda name: 0.6, "rewards": lambda: REWARDS, "saliency": lambda: SALIENCY}
     scores = Scores()
     names = ("fake", "real", "fake_uncond", "real_uncond")
     return losses.Batch(**given | {name: scores[name] for name in names} | more)
@@ -251,6 +256,57 @@ def test_the_noise_and_the_critic_of_tdm():
     close(found, (snr.clamp(max=largest) * importance * error).mean())
 
 
+# ---- f-distill: its released code --------------------------------------------------------------------------
+H = {
+    "rkl": lambda r: 1.0,
+    "kl": lambda r: r,
+    "js": lambda r: 1 - 1 / (1 + r),
+    "sf": lambda r: 1 / (1 + r),
+    "neyman": lambda r: 1 / r,
+    "sh": math.sqrt,
+    "jf": lambda r: 1 + r,
+}
+
+
+@pytest.mark.parametrize("divergence", sorted(losses.DIVERGENCES))
+def test_weights_of_an_f_divergence(divergence):
+    """Sample by sample, two bins of three in use, ratios beyond both limits, an average kept."""
+    logits, t = torch.tensor([-50.0, 0.3, 1.2, 50.0]), torch.tensor([10.0, 400.0, 600.0, 999.0])
+    bins = torch.tensor([2.0, 7.0, 0.5])
+    found = losses.f_weight(logits, t, bins, divergence=divergence, lower=0.2, upper=9.0, ema=0.75)
+    r = [0.2, math.exp(0.3), math.exp(1.2), 9.0]
+    kept = [0.75 * 2 + 0.25 * r[0], 0.75 * 7 + 0.25 * (r[1] + r[2]) / 2, 0.75 * 0.5 + 0.25 * r[3]]
+    h = [H[divergence](value / kept[bin]) for value, bin in zip(r, (0, 1, 1, 2), strict=True)]
+    close(bins, torch.tensor(kept), 1e-5)
+    close(found, torch.tensor(h) / (sum(h) / 4), 1e-5)
+    bins = torch.ones(3)  # a bin without samples keeps what it has
+    losses.f_weight(logits[:1], t[:1], bins, divergence=divergence)
+    assert bins[1:].eq(1).all() and bins[0] != 1
+
+
+def test_f_distill_is_weighted_dmd_and_a_gan():
+    """The discriminator's logits are log p_real / p_fake at its optimum: the loss has no slope there."""
+    leaf, plain = x(), x()
+    torch.manual_seed(0)
+    d = losses.Discriminator(SHAPE[2], width=4).double()
+    loss = losses.FDistill(divergence="kl", gan_weight=0.5).generator_loss(batch(leaf, discriminator=d))
+    x_t = noised(plain, noise(1), T)
+    logits = d(x_t, T)
+    h = losses.f_weight(logits, T, torch.ones(10), divergence="kl").double().view(2, 1, 1, 1, 1)
+    fake, _, _, guided = scored(x_t.detach(), T)
+    g = (fake - guided) / (mean_abs(noise(0) - guided) + 1e-6)
+    target = (plain - g).detach()
+    expected = (
+        0.5 * (h * (plain - target).square()).mean() - 0.5 * torch.nn.functional.logsigmoid(logits).mean()
+    )
+    close(loss, expected.detach(), 1e-5)
+    close(of(loss, leaf)[0], of(expected, plain)[0], 1e-5)
+    real, fake = 0.8, 0.3  # the densities at one point
+    at = torch.tensor(math.log(real / fake), requires_grad=True)
+    balance = real * losses.discriminator_loss(at, at - 1e9) + fake * losses.discriminator_loss(at + 1e9, at)
+    assert abs(float(of(balance, at)[0])) < 1e-6
+
+
 # ---- SiD with guidance on both scores: its released training loop ------------------------------------------
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
 def test_sid_lsg(alpha):
@@ -293,6 +349,171 @@ def test_sid_lsg_leaves_out_a_sample_that_is_not_finite():
     )
 
 
+# ---- weights -----------------------------------------------------------------------------------------------
+def weighted(objective, expected, **more):
+    """The gradient is DMD's, times the weight."""
+    leaf, fake_guided = x(), scored(noised(noise(0), noise(1), T), T)
+    fake, _, _, guided = fake_guided
+    d = (fake - guided) / mean_abs(noise(0) - guided)
+    loss = objective.generator_loss(batch(leaf, **more))
+    close(loss, (expected * d.square()).mean() / 2)
+    close(of(loss, leaf)[0], expected * d / d.numel())
+
+
+def test_adastate_weighs_frames_on_a_line():
+    line = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    weighted(losses.AdaState(ratio=4.0), (line / line.mean()).view(1, 4, 1, 1, 1).expand(SHAPE))
+
+
+def test_stream_r1_weighs_rollouts_and_elements():
+    """Frame by frame and clip by clip, as its method says: minmax, strength, floor, mean 1."""
+    strength, floor, t_strength, t_floor = 0.8, 0.4, 0.6, 0.5
+    expected = torch.empty(2, 4, 1, 2, 2, dtype=torch.float64)
+    for b in range(2):
+        profile = [float(SALIENCY[b, f].mean()) for f in range(4)]
+        low, high = min(profile), max(profile)
+        frames = [max(1 - t_strength + t_strength * (p - low) / (high - low), t_floor) for p in profile]
+        for f in range(4):
+            s = SALIENCY[b, f]
+            w = (1 - strength + strength * (s - s.min()) / (s.max() - s.min())).clamp(min=floor)
+            expected[b, f, 0] = frames[f] / (sum(frames) / 4) * w / w.mean()
+        expected[b] = expected[b] / expected[b].mean() * math.exp(2.0 * REWARDS[b])
+    weighted(losses.StreamR1(strength, floor, t_strength, t_floor), expected)
+    flat = losses.saliency_weight(torch.ones(1, 2, 3, 3))
+    assert flat.eq(1).all()
+
+
+def test_stream_r1_mixes_and_balances_rewards():
+    maps, scores = torch.stack([noise(1, (2, 2)), noise(2, (2, 2))]), torch.tensor([0.0, math.log(3)])
+    close(losses.mixed_saliency(maps, scores), 0.75 * maps[0] + 0.25 * maps[1])
+    balanced = losses.BalancedReward(penalty=0.5, window=6, warmup=4)
+    history = [torch.tensor([float(i), 0.0, -2.0 * i]) for i in range(9)]
+    found = [float(balanced(scores)) for scores in history]
+    assert found[:3] == [float(scores.mean()) for scores in history[:3]]
+    # Among calls 3..8 the second half is 3 steps behind the first: gains of 3, 0 and -6.
+    spread = torch.tensor([3.0, 0.0, -6.0]).std()
+    assert found[8] == pytest.approx(float(history[8].mean() - 0.5 * spread))
+
+
+def test_hallo_live_weighs_decoupled_dmd_by_all_its_rewards():
+    one, two = torch.tensor([0.1, 0.4]), torch.tensor([0.2, -0.3])
+    expected = torch.exp(2 * one) * torch.exp(2 * two)
+    close(losses.product_weight([one, two], 2.0), expected)
+    close(losses.standardized(torch.tensor([1.0, 2.0, 6.0])), torch.tensor([-2.0, -1, 3]) / (14 / 3) ** 0.5)
+    assert losses.standardized(torch.ones(3)).eq(0).all()
+    leaf, plain = x(), x()
+    (found,) = of(losses.HalloLive().generator_loss(batch(leaf)), leaf)
+    (matched,) = of(losses.DecoupledDMD().generator_loss(batch(plain)), plain)
+    close(found, torch.exp(2.0 * REWARDS).view(2, 1, 1, 1, 1) * matched)
+
+
+def test_a_student_of_several_learns_from_its_own_prompts():
+    prompts = ["a red disc", "a slow disc", "still", "a blue square"]
+    parts = losses.partition_of(prompts, 2)
+    assert set(parts.tolist()) == {0, 1} and torch.equal(parts, losses.partition_of(prompts, 2))
+    pair = [prompts[parts.tolist().index(k)] for k in (0, 1)]
+    for student in (0, 1):
+        mine = torch.tensor([student == 0, student == 1])
+        leaf, whole = x(), x()
+        objective = losses.MultiStudent(students=2, student=student)
+        (found,) = of(objective.generator_loss(batch(leaf, prompts=pair)), leaf)
+        (expected,) = of(losses.DMD().generator_loss(batch(whole)), whole)
+        close(found, 2 * expected * mine.view(2, 1, 1, 1, 1))  # N: the elements of one sample of two
+        x_t = noised(noise(0), noise(1), T)
+        error = (x_t - Scores().predict("fake", x_t, T)) / sigma(T) - (noise(1) - noise(0))
+        close(
+            objective.critic_loss(batch(noise(0), prompts=pair)),
+            error.square().flatten(1).mean(1)[mine].sum(),
+        )
+    none = losses.MultiStudent(students=2, student=1).critic_loss(batch(noise(0), prompts=[pair[0]] * 2))
+    assert none == 0
+
+
+# ---- Self-Forcing++: plain DMD on the window ---------------------------------------------------------------
+def test_a_window_of_a_long_rollout():
+    objective, leaf = losses.SelfForcingPP(window=2), x()
+    (found,) = of(objective.generator_loss(batch(leaf)), leaf)
+    part = noise(0)[:, 1:3].requires_grad_()  # 0.6 of three starts
+    given = {"noise": noise(1)[:, 1:3], "t": T, "scheduler": SCHEDULER}
+    (expected,) = of(losses.dmd_loss(part, **given, **Scores().arguments(*NAMES)), part)
+    close(found[:, 1:3], expected, 1e-12)
+    assert found[:, [0, 3]].eq(0).all()
+    close(
+        objective.critic_loss(batch(noise(0))),
+        losses.critic_flow_loss(Scores()["fake"], noise(0)[:, 1:3], **given),
+    )
+    with pytest.raises(rf.ArgumentError, match="window.*rollout's 4"):
+        losses.SelfForcingPP(window=5).generator_loss(batch(x()))
+
+
+# ---- Diagonal Distillation: its released loss --------------------------------------------------------------
+def test_diagonal_distillation():
+    leaf, plain = x(), x()
+    given = {"noise": noise(1), "t": T, "scheduler": SCHEDULER}
+    loss = losses.diagonal_loss(leaf, **given, motion=0.2, **Scores().arguments(*NAMES))
+    fake, _, _, real = scored(noised(noise(0), noise(1), T), T)
+    d = (fake - real) / mean_abs(noise(0) - real)
+
+    def delta(v):
+        return v[:, 1:] - v[:, :-1]
+
+    m = (delta(fake) - delta(real)) / mean_abs(delta(noise(0)) - delta(real))
+    errors = ((m - noise(0)[:, 1:]) ** 2).mean(dim=(2, 3, 4))
+    dynamic = 1 + torch.cumsum(errors, 1) / errors.sum(1, keepdim=True)
+    grown = torch.tensor([1.0, 1.2, 1.44]).double()
+    w = (0.7 * dynamic + 0.3 * grown / grown.mean()).view(2, 3, 1, 1, 1)
+    spatial = 0.5 * ((plain - (noise(0) - d)) ** 2).mean()
+    temporal = (w * (delta(plain) - (delta(noise(0)) - m)) ** 2).mean()
+    close(loss, (spatial + 0.2 * temporal).detach())
+    close(of(loss, leaf)[0], of(spatial + 0.2 * temporal, plain)[0])
+
+
+# ---- flow losses with weights from outside -----------------------------------------------------------------
+@pytest.mark.parametrize("advantage", [[1.5, -0.7], [9.0, -9.0]])
+@pytest.mark.parametrize("old", [None, (0.0, 0.0), (-3.0, -0.1)])
+def test_awm(advantage, old):
+    """On policy, and with ratios on both sides of the clip range."""
+    flow, plain, target = x(), x(), 0.5 * noise(1)
+    factor, advantage = torch.tensor([0.9, 0.4]).double(), torch.tensor(advantage).double()
+    log_prob = -factor * (plain - target).square().flatten(1).mean(1)
+    before = log_prob.detach() if old is None else torch.tensor(old).double()
+    ratio = torch.exp(log_prob - before)
+    a = advantage.clamp(-5, 5)
+    expected = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean()
+    found = losses.awm_loss(
+        flow, target, advantage, factor=factor, old_log_prob=None if old is None else before, clip_range=0.2
+    )
+    close(found, expected.detach())
+    expected = of(expected, plain)[0]
+    torch.testing.assert_close(of(found, flow)[0], expected, rtol=1e-9, atol=1e-15)
+
+
+def test_awm_of_a_batch_weighs_its_clips_by_their_rewards():
+    leaf, plain = x(), x()
+    s = float(sigma(T[:1]))
+    (found,) = of(losses.AWM(weighting="t2").generator_loss(batch(leaf, clean=noise(3))), leaf)
+    v, target = (noise(5) - plain) / s, (noise(5) - noise(3)) / s
+    spread = (REWARDS - REWARDS.mean()).double()
+    a = spread / spread.square().mean().sqrt()
+    expected = (a * s**2 * (v - target).square().flatten(1).mean(1)).mean()
+    close(found, of(expected, plain)[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_diffusion_opd(scale):
+    """The divergence of two normal transitions of one state, a mean over the elements."""
+    leaf, plain = x(), x()
+    loss = losses.DiffusionOPD(scale=scale).generator_loss(batch(leaf))
+    t = T[:1].expand(2)
+    here, there = sigma(t), sigma(S)
+    teacher = (noise(5) - scored(noise(5), t)[3]) / here
+    student = (noise(5) - plain) / here
+    means = [noise(5) + (there - here) * v for v in (student, teacher)]
+    expected = 0.5 * (means[0] - means[1]).square().mean() / (scale**2 if scale else 1)
+    close(loss, expected.detach())
+    close(of(loss, leaf)[0], of(expected, plain)[0])
+
+
 # ---- configuration -----------------------------------------------------------------------------------------
 OPTIONS = {
     "dmd2": {"guidance_scale": 1.5},
@@ -300,16 +521,30 @@ OPTIONS = {
     "tmd": {"eps": 1e-3},
     "phased_dmd": {"normalize": False},
     "tdm": {"huber": 0.0, "largest": 0.01},
+    "adastate": {"ratio": 5.0},
+    "awm": {"weighting": "t2", "clip_advantage": 0.5},
+    "diagonal": {"motion": 0.2},
+    "f_distill": {"divergence": "kl", "gan_weight": 0.1},
+    "diffusion_opd": {"scale": 0.3},
+    "hallo_live": {"standardize": True},
+    "multi_student": {"student": 1},
+    "self_forcing_pp": {"window": 5},
+    "stream_r1": {"floor": 0.9, "temporal_floor": 0.9},
     "sid": {"alpha": 1.2},
     "sid_lsg": {"alpha": 1.2},
 }
+
+
+#: Options without which an objective is not complete, or does not fit six frames.
+NEEDED = {"adastate": {"ratio": 2.0}, "self_forcing_pp": {"window": 3}}
 
 
 @pytest.fixture(scope="module")
 def stage():
     """A run's networks, of a flow that is not 0: one for all objectives, its weights put back each time."""
     draws = Draws(3)
-    config = replace(DISTILL, distill=replace(DISTILL.distill, critic_steps=1))
+    distill = replace(DISTILL.distill, critic_steps=1, objective="f_distill")  # with every network there is
+    config = replace(DISTILL, distill=distill)
     stage = loop.DistillStage(config, WorldSource(draws), draws, reward=FrameDifference())
     work, seed = stage.distillation, torch.Generator().manual_seed(0)
     for model in (work.teacher, work.critic, work.rollout.model):
@@ -332,7 +567,7 @@ def stage():
 
 @pytest.mark.parametrize("objective", sorted(losses.OBJECTIVES))
 def test_every_objective_trains_a_step(objective, stage):
-    figures = stage(objective, {})
+    figures = stage(objective, NEEDED.get(objective, {}))
     for name, value in OPTIONS.get(objective, {}).items():  # each option is used
         assert stage(objective, {name: value}) != figures
 
@@ -347,6 +582,9 @@ def test_every_objective_trains_a_step(objective, stage):
         ({"objective": "tdm", "options": [1]}, "options.*dict"),
         ({"objective": "dmd", "options": {"beta": 1.0}}, r"options\.beta"),
         ({"objective": "phased_dmd", "same_exit": False}, "same_exit.*True"),
+        ({"objective": "adastate"}, r"options\.ratio.*a value"),
+        ({"objective": "awm", "options": {"weighting": "snr"}}, "AWM.*weighting.*uniform"),
+        ({"objective": "multi_student", "options": {"student": 2}}, "student.*students"),
     ],
 )
 def test_a_wrong_objective_is_refused_by_key(values, text):

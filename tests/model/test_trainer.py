@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rf_kernels as rf
-from helpers.training import CAUSAL, DISTILL, ODE, STREAM, TEACHER, TINY, WORLD
+from helpers.training import CAUSAL, DISTILL, ODE, PUBLISHED, STREAM, TEACHER, TINY, WORLD
 from reward_forcing.config import ModelConfig
 from reward_forcing.models import BidirectionalWanModel, CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
 from reward_forcing.trainer import OptimizerConfig, Rollout, TrainConfig, load, loop, train
-from reward_forcing.trainer.config import build
+from reward_forcing.trainer.config import RewardConfig, WanConfig, build
 from reward_forcing.trainer.distributed import local, process_group
 from reward_forcing.trainer.draws import Draws
 from reward_forcing.trainer.loop import Trained
@@ -99,6 +99,33 @@ def test_the_published_file_is_accepted_as_it_is(tmp_path):
     assert (
         stream.denoising_step_list == (1000, 750, 500, 250) and config.generator == "checkpoints/ode_init.pt"
     )
+    assert (config.teacher, config.critic) == ("checkpoints/Wan2.1-T2V-14B", "checkpoints/Wan2.1-T2V-1.3B")
+    assert config.reward == RewardConfig(
+        "videoalign", "checkpoints/VideoReward", "checkpoints/Qwen2-VL-2B-Instruct"
+    )
+    assert config.wan == WanConfig("checkpoints/Wan2.1-T2V-1.3B-Diffusers", (60, 104), "静态")
+    assert config.prompts == "prompts/vidprom_filtered_extended.txt"
+
+
+def test_values_are_laid_over_a_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML)
+    changes = ["batch=8", "distill.critic.lr=1e-5", "optimizer.betas=[0.5, 0.9]"]
+    changes += ["teacher_model.dim=64", "teacher_model.ffn_dim=64", "teacher_model.num_heads=2"]
+    config = load(path, [*changes, "teacher_model.num_layers=1"])
+    assert (config.batch, config.distill.critic.lr, config.optimizer.betas) == (8, 1e-5, (0.5, 0.9))
+    assert config.teacher_model.dim == 64 and config.distill.objective == "dmd"
+    for change, text in (
+        ("bach=8", "bach.*nearest: batch"),
+        ("optimizer.lr.x=1", "a key of a group"),
+        ("distill.critic.rate=1", "distill.critic.rate.*nearest"),
+        ("batch", "key=value"),
+        ("batch=[", "a value in YAML"),
+        ("reward.name=flow", "one of"),
+        ("reward.name=videoalign", "checkpoint.*a folder"),
+    ):
+        with pytest.raises(rf.ArgumentError, match=text):
+            load(path, [change])
 
 
 @pytest.mark.parametrize(
@@ -115,47 +142,6 @@ def test_the_published_file_is_refused_by_key(tmp_path, old, new, text):
     path.write_text(PUBLISHED.replace(old, new, 1))
     with pytest.raises(rf.ArgumentError, match=text):
         load(path)
-
-
-PUBLISHED = """
-generator_ckpt: checkpoints/ode_init.pt
-generator_fsdp_wrap_strategy: size
-real_name: Wan2.1-T2V-14B
-fake_name: Wan2.1-T2V-1.3B
-denoising_step_list: [1000, 750, 500, 250]
-warp_denoising_step: true
-ts_schedule: false
-num_train_timestep: 1000
-timestep_shift: 5.0
-guidance_scale: 3.0
-denoising_loss_type: flow
-mixed_precision: true
-seed: 0
-sharding_strategy: hybrid_full
-lr: 2.0e-06
-lr_critic: 4.0e-07
-beta1: 0.0
-beta2: 0.999
-beta1_critic: 0.0
-beta2_critic: 0.999
-data_path: prompts/vidprom_filtered_extended.txt
-batch_size: 1
-ema_weight: 0.99
-ema_start_step: 200
-gradient_accumulation_steps: 8
-log_iters: 600
-negative_prompt: ''
-dfake_gen_update_ratio: 5
-image_or_video_shape: [1, 21, 16, 60, 104]
-distribution_loss: rewardeddmd
-trainer: rewarded_distillation
-gradient_checkpointing: true
-full_training_steps: 601
-num_frame_per_block: 3
-load_raw_video: false
-beta: 2.0
-model_kwargs: {timestep_shift: 5.0, local_attn_size: 9, sink_size: 3}
-"""
 
 
 # ---- the optimizer step ------------------------------------------------------------------------------------

@@ -61,4 +61,9 @@ class DecoupledDMD(Objective):
         arguments = {name: a for name, a in batch.arguments.items() if not name.startswith("fake_")}
         t_ca = batch.timesteps("guidance", batch.next_t or 0.0)
         noise_ca = batch.draw("guidance")
-        return decoupled_dmd_loss(batch.x, **arguments, noise_ca=noise_ca, t_ca=t_ca)
+        weight = self.weight(batch)
+        return decoupled_dmd_loss(batch.x, **arguments, noise_ca=noise_ca, t_ca=t_ca, weight=weight)
+
+    def weight(self, batch: Batch) -> Tensor | None:
+        """Weight of the samples; None is 1."""
+        return None

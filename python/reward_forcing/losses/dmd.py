@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 import rf_kernels as rf
@@ -78,17 +79,26 @@ def re_dmd_loss(x: Tensor, *, reward: Tensor, beta: float, **arguments) -> Tenso
 
 
 def critic_flow_loss(
-    fake: Scorer, generated: Tensor, *, noise: Tensor, t: Tensor, scheduler: FlowMatchScheduler
+    fake: Scorer,
+    generated: Tensor,
+    *,
+    noise: Tensor,
+    t: Tensor,
+    scheduler: FlowMatchScheduler,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What the critic is trained on: ``mean((flow - (noise - x))^2)`` with ``flow = (x_t - fake(x_t, t)) /
-    sigma``, on detached x.
+    sigma``, on detached x; of the samples that ``mask`` ``[B]`` selects, 0 where it selects none.
 
     Differentiable in the critic's parameters; a scalar in the prediction's dtype.
     """
     x = generated.detach()
     x_t = scheduler.add_noise(x, noise, t)
     flow = scheduler.flow_from_x0(fake(x_t, t), x_t, t)
-    return (flow - scheduler.training_target(x, noise)).square().mean()
+    error = (flow - scheduler.training_target(x, noise)).square()
+    if mask is None:
+        return error.mean()
+    return torch.where(mask, error.flatten(1).mean(dim=1), 0).sum() / mask.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

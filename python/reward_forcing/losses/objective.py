@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._check import expect
 from ..scheduler import FlowMatchScheduler
@@ -28,14 +28,16 @@ class Batch:
         real_guidance, fake_guidance: scale s of ``c + s (c - u)``; 0 is none.
         beta: of weights exp(beta reward).
         entered, entered_t: what entered the forward that gave x, and its timesteps ``[F]``.
+        clean: the finished rollout; x, unless the objective ``revisits`` it.
         next_t: timestep that the sampler noises x to next (0: x is finished), where all chunks left at the
             same step; else None.
         draw: noise like x, by name.
         timesteps: one timestep a sample, by name, not below the second argument.
+        uniform: a number in [0, 1), by name, the same for all samples.
         prompts: the samples' prompts.
-        rewards: scores of the reward on x, ``[B]``.
-        saliency: what the reward looks at, ``[B, F, H, W]``, on the grid of x.
-        clips: real clips, like x.
+        rewards: scores of the reward on ``clean``, ``[B]``.
+        saliency: size of the reward's gradient there, ``[B, F, H, W]``, on the grid of x.
+        clips: real clips, like x. discriminator: logits of noised clips, where the objective needs one.
     """
 
     x: Tensor
@@ -45,9 +47,11 @@ class Batch:
     fake: Scorer
     entered: Tensor
     entered_t: Tensor
+    clean: Tensor
     next_t: float | None
     draw: Callable[[str], Tensor]
     timesteps: Callable[[str, float], Tensor]
+    uniform: Callable[[str], float]
     prompts: Sequence[str]
     clips: Callable[[], Tensor]
     real: Scorer | None = None
@@ -58,6 +62,7 @@ class Batch:
     beta: float = 0.0
     rewards: Callable[[], Tensor] | None = None
     saliency: Callable[[], Tensor] | None = None
+    discriminator: nn.Module | None = None
 
     @property
     def scores(self) -> dict:
@@ -77,6 +82,11 @@ class Objective:
     #: Whether ``Batch.rewards`` is asked for; whether all chunks must leave at the same step (``same_exit``).
     needs_reward: ClassVar[bool] = False
     needs_same_exit: ClassVar[bool] = False
+    #: Whether a discriminator is trained beside the critic.
+    needs_discriminator: ClassVar[bool] = False
+    #: Whether the generator's x is its answer to its own finished clips, noised to their exit steps again,
+    #: instead of the rollout.
+    revisits: ClassVar[bool] = False
 
     def generator_loss(self, batch: Batch) -> Tensor:
         """A scalar, differentiable in ``batch.x``."""

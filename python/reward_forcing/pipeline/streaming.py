@@ -45,9 +45,10 @@ def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bo
     return first + [chunk_frames] * chunks
 
 
-def _open_chunk(cache: rf.SinkWindowCache, frames: int) -> rf.Chunk:
-    """The next chunk of a cache; taken back if it fails, where the cache can."""
-    return cache.chunk(frames, undo=frames <= cache.spec.undo_frames)
+def _open_chunk(cache: rf.SinkWindowCache, frames: int, cuts: tuple[int, ...], start: int | None) -> rf.Chunk:
+    """The next chunk of a cache, or the one at ``start``; taken back if it fails, where the cache can."""
+    cut = (cache.next_frame if start is None else start) in cuts
+    return cache.chunk(frames, start=start, cut=cut, undo=frames <= cache.spec.undo_frames)
 
 
 class StreamingPipeline:
@@ -56,7 +57,7 @@ class StreamingPipeline:
     Every chunk: for each timestep t of the list, ``flow = model(z, t)``, ``x0 = z - sigma(t) flow``, and, but
     for the last step, ``z = (1 - sigma(t')) x0 + sigma(t') eps`` at the next timestep t'. Then one more
     forward, on the finished x0, without noise, at timestep ``context_noise``: it leaves the clean keys and
-    values in the cache.
+    values in the cache; without ``clean_forward`` there is none, and those of the last step stay.
 
         pipeline = StreamingPipeline(model, StreamConfig(...))
         for chunk in pipeline.stream(noise_chunks, context):  # noise_chunks: any iterable, also endless
@@ -99,6 +100,7 @@ class StreamingPipeline:
         *,
         initial_latent: Tensor | None = None,
         cache: rf.SinkWindowCache | None = None,
+        start: int | None = None,
         noise_source: NoiseSource = torch.randn_like,
         on_phase: Callable[[Phase], None] | None = None,
     ) -> Iterator[Chunk]:
@@ -112,6 +114,9 @@ class StreamingPipeline:
                 cache at timestep 0, not yielded.
             cache: a cache of ``new_cache`` to stream into: an empty one, or one that holds a stream to be
                 continued. Mutated.
+            start: first frame of the first chunk (of ``initial_latent``, if given), as for
+                ``SinkWindowCache.chunk``: any frame of an empty cache, or one to go back to. None: the frame
+                behind the last.
             noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per
                 renoising, in order.
             on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every
@@ -125,19 +130,21 @@ class StreamingPipeline:
         text = self.model.text_keys(context)
         index = 0
         if initial_latent is not None:
-            starts = cache is None or cache.next_frame == 0
+            starts = cache is None or 0 in (cache.next_frame, start)
             for given in self.split(initial_latent, starts_stream=starts):
                 cache = self._cache_for(given, cache)
-                with _open_chunk(cache, given.shape[1]) as open_chunk, clock("prefix", index):
+                with (
+                    _open_chunk(cache, given.shape[1], self.config.cuts, start) as open_chunk,
+                    clock("prefix", index),
+                ):
                     self.flow(given, 0.0, text, open_chunk)
-                index += 1
+                index, start = index + 1, None
         for noise in noise_chunks:
             cache = self._cache_for(noise, cache)
-            first_frame = cache.next_frame
-            with _open_chunk(cache, noise.shape[1]) as open_chunk:
+            with _open_chunk(cache, noise.shape[1], self.config.cuts, start) as open_chunk:
                 latents = self._generate(noise, text, open_chunk, noise_source, clock, index)
-            yield Chunk(index, first_frame, latents)
-            index += 1
+            yield Chunk(index, open_chunk.first_frame, latents)
+            index, start = index + 1, None
 
     def rollout(
         self, noise: Tensor, context: Tensor, *, initial_latent: Tensor | None = None, **options
@@ -177,6 +184,8 @@ class StreamingPipeline:
                 with clock("renoise", index, step):
                     following = torch.full((batch,), self.timesteps[step + 1], device=z.device)
                     z = scheduler.add_noise(x0, noise_source(x0), following)
+        if not self.config.clean_forward:
+            return x0
         with clock("context", index):
             self.flow(x0, float(self.config.context_noise), text, open_chunk)
         return x0

@@ -19,6 +19,7 @@ from ..config import ModelConfig, StreamConfig
 
 STAGES = ("teacher", "causal", "ode", "distill")
 COMPUTE = ("float32", "bfloat16")
+REWARDS = ("optical_flow", "videoalign")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,49 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What Re-DMD rewards.
+
+    Args:
+        name: "optical_flow" (``rewards.OpticalFlowDynamics``) or "videoalign" (motion quality,
+            ``rewards.videoalign.VideoAlign``).
+        checkpoint: of videoalign: folder of VideoReward.
+        base: of videoalign: folder of Qwen2-VL-2B-Instruct.
+        sampling, video_fps: of videoalign: "every_frame", or "by_rate" from clips of so many frames a second.
+    """
+
+    name: str = "optical_flow"
+    checkpoint: str = ""
+    base: str = ""
+    sampling: str = "every_frame"
+    video_fps: float = 16.0
+
+    def __post_init__(self):
+        expect(self.name in REWARDS, "RewardConfig", "name", f"one of {REWARDS}", repr(self.name))
+        for name in ("checkpoint", "base"):
+            given = self.name != "videoalign" or bool(getattr(self, name))
+            expect(given, "RewardConfig", name, "a folder, with name: videoalign", "none")
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Prompts from a text file, their features by UMT5, and frames by the Wan VAE.
+
+    Args:
+        folder: with ``tokenizer/``, ``text_encoder/`` and ``vae/``, as diffusers keeps them.
+        latent: rows and columns of a latent.
+        negative_prompt: what guidance leads away from.
+        features: folder where the features of prompts are kept once they are computed, and read from; ""
+            computes them anew in every run.
+    """
+
+    folder: str
+    latent: tuple[int, int] = (60, 104)
+    negative_prompt: str = ""
+    features: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training.
 
@@ -125,12 +169,14 @@ class TrainConfig:
         teacher_steps: Euler steps of a teacher's trajectory ("ode").
         stream: how the student streams, in training as in inference.
         distill: distribution matching.
-        teacher, generator, critic: checkpoints to start from; "" starts from random weights (a critic: from
-            the teacher).
+        reward: of objectives that weigh clips by one ("re_dmd").
+        wan: data of Wan ("distill" and "ode"); None: the embedded world.
+        teacher, generator, critic: checkpoints to start from, or folders of Wan's; "" starts from random
+            weights (a critic: from the teacher, if that has its size).
         head_parallel: ranks that share a sample, by tokens and, in self-attention, by heads ("teacher" and
             "distill").
         checkpointing: keep a block's input alone for backward, and compute the block again there.
-        prompts: text file of the world's prompts, one a line; "" trains on all of them.
+        prompts: text file, one prompt a line; of the world, "" is all of its prompts.
         save_every: steps between checkpoints; 0 saves at the end alone.
         sample_every: steps between sample clips (``samples/*.mp4``, made on rank 0 from a whole copy of the
             averaged weights); 0 makes none.
@@ -152,6 +198,8 @@ class TrainConfig:
     teacher_steps: int = 20
     stream: StreamConfig = field(default_factory=StreamConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    wan: WanConfig | None = None
     teacher: str = ""
     generator: str = ""
     critic: str = ""
@@ -173,12 +221,17 @@ class TrainConfig:
             expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))
         for name in ("save_every", "sample_every", "context_jitter"):
             expect(getattr(self, name) >= 0, "TrainConfig", name, "at least 0", getattr(self, name))
+        plain = self.stream.clean_forward and not self.stream.cuts
+        expect(plain, "TrainConfig", "stream", "clean forwards, and no cuts", self.stream)
         chunked = self.stage == "teacher" or self.frames % self.stream.chunk_frames == 0
         expect(chunked, "TrainConfig", "frames", f"a multiple of {self.stream.chunk_frames}", self.frames)
 
 
-def load(path: str | Path) -> TrainConfig:
+def load(path: str | Path, changes: Iterable[str] = ()) -> TrainConfig:
     """Read a YAML file: of ours, or the published one (``published.py`` says what its keys do).
+
+    Args:
+        changes: ``key=value`` or ``key.key=value``, laid over what the file says, the value as YAML.
 
     Raises:
         rf_kernels.ArgumentError: not YAML, an unknown key (the nearest known one is named), or a wrong value.
@@ -192,7 +245,34 @@ def load(path: str | Path) -> TrainConfig:
     except yaml.YAMLError as error:
         expect(False, "TrainConfig", "path", "a YAML file", f"{path}: {str(error).splitlines()[0]}")
     if published.is_published(values):
-        return published.from_published(values)
+        config = published.from_published(values)
+    else:
+        config = build(TrainConfig, values, "")
+    return changed(config, changes)
+
+
+def changed(config: TrainConfig, changes: Iterable[str]) -> TrainConfig:
+    """A configuration with ``key.key=value`` laid over it."""
+    import yaml
+
+    changes = list(changes)
+    if not changes:
+        return config
+    values = dataclasses.asdict(config)
+    for change in changes:
+        key, given, value = change.partition("=")
+        expect(bool(given), "TrainConfig", "changes", "key=value", repr(change))
+        *path, last = key.split(".")
+        node = values
+        for part in path:
+            if node.get(part) is None:  # not there, or a group that is left out
+                node[part] = {}
+            node = node[part]
+            expect(isinstance(node, dict), "TrainConfig", key, "a key of a group", f"{part} is none")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            expect(False, "TrainConfig", key, "a value in YAML", repr(value))
     return build(TrainConfig, values, "")
 
 

@@ -37,20 +37,30 @@ def read_prompts(path: str) -> tuple[world.Prompt, ...]:
     """
     if not path:
         return world.PROMPTS
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        expect(False, "read_prompts", "prompts", "a text file", f"{path}: {error}")
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in read_lines(path):
         try:
-            prompts += [world.Prompt.parse(line.strip())] if line.strip() else []
+            prompts.append(world.Prompt.parse(line))
         except ValueError as error:
             expect(
                 False, "read_prompts", "prompts", "prompts of the world", f"{path}, line {number}: {error}"
             )
-    expect(len(prompts) > 0, "read_prompts", "prompts", "one prompt a line", f"no prompt in {path}")
     return tuple(prompts)
+
+
+def read_lines(path: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers.
+
+    Raises:
+        rf_kernels.ArgumentError: no file, not text, or no line in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        expect(False, "read_prompts", "prompts", "a text file", f"{path}: {error}")
+    kept = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    expect(len(kept) > 0, "read_prompts", "prompts", "one prompt a line", f"no prompt in {path}")
+    return kept
 
 
 class WorldSource:

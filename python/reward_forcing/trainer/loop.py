@@ -21,6 +21,7 @@ from .. import rewards
 from .._check import expect
 from ..checkpoint import check_state, read_checkpoint
 from ..config import ModelConfig
+from ..losses import Discriminator
 from ..models import BidirectionalWanModel, CausalWanModel
 from ..models.blocks import WanTransformer
 from ..models.head_parallel import parallelize_heads
@@ -104,7 +105,7 @@ class RegressionStage:
 
 
 class DistillStage:
-    """Distillation: ``critic_steps`` of the critic, then one of the generator."""
+    """Distillation: ``critic_steps`` of the critic (and of a discriminator), then one of the generator."""
 
     def __init__(
         self, config: TrainConfig, source: Source, draws: Draws, reward: rewards.Reward | None = None
@@ -115,23 +116,36 @@ class DistillStage:
         critic = _network(BidirectionalWanModel, start, config)
         generator = _network(CausalWanModel, config.generator, config)
         if config.distill.build_objective().needs_reward and reward is None:
-            reward = rewards.OpticalFlowDynamics()
+            reward = _reward(config, draws)
         # Sharded parameters are float32 whatever the blocks compute in.
         heads = config.model.num_heads // config.head_parallel
         cache = {"dtype": getattr(torch, config.compute), "heads": heads}
         rollout = Rollout(StreamingPipeline(generator, config.stream), cache=cache)
-        self.distillation = Distillation(config, rollout, teacher, critic, source, draws, reward)
-        distill = config.distill
+        distill, discriminator = config.distill, None
+        if distill.build_objective().needs_discriminator:
+            torch.manual_seed(config.seed)
+            discriminator = shard(Discriminator(config.model.out_dim))
+        self.distillation = Distillation(
+            config, rollout, teacher, critic, source, draws, reward, discriminator
+        )
         self.networks = {
             "generator": Trained(generator, config.optimizer, config.steps, config.ema),
             "critic": Trained(critic, distill.critic, config.steps * distill.critic_steps),
         }
+        if discriminator is not None:
+            steps = config.steps * distill.critic_steps
+            self.networks["discriminator"] = Trained(discriminator, distill.critic, steps)
 
     def step(self, step: int) -> dict[str, float]:
         work, figures = self.distillation, {}
         for turn in range(self.config.distill.critic_steps):
             micro = _micro_steps(self.config, lambda s, turn=turn: work.critic_loss(step, s, turn), True)
             figures |= _figures("critic", self.networks["critic"].step(micro))
+            if work.objective.needs_discriminator:
+                micro = _micro_steps(
+                    self.config, lambda s, turn=turn: work.discriminator_loss(step, s, turn), True
+                )
+                figures |= _figures("discriminator", self.networks["discriminator"].step(micro))
         micro = _micro_steps(self.config, lambda s: work.generator_loss(step, s), False)
         return figures | _figures("generator", self.networks["generator"].step(micro))
 
@@ -159,7 +173,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     draws = Draws(config.seed, "cuda" if on_gpus() else "cpu")
     build = DistillStage if config.stage == "distill" else RegressionStage
-    source = source or WorldSource(draws, read_prompts(config.prompts))
+    source = source or _source(config, draws)
     stage = build(config, source, draws)
     first = _resume(stage, out)
     if rank() == 0:
@@ -256,6 +270,25 @@ def _network(
     if config.head_parallel > 1:
         parallelize_heads(model, heads_mesh(config.head_parallel))
     return shard(model.to(dtype), getattr(torch, config.compute))
+
+
+def _source(config: TrainConfig, draws: Draws) -> Source:
+    if config.wan is None:
+        return WorldSource(draws, read_prompts(config.prompts))
+    from .wan_data import WanSource  # needs an extra
+
+    return WanSource(config, draws)
+
+
+def _reward(config: TrainConfig, draws: Draws) -> rewards.Reward:
+    reward = config.reward
+    if reward.name == "optical_flow":
+        return rewards.OpticalFlowDynamics()
+    from ..rewards.videoalign import VideoAlign  # needs an extra
+
+    place = {"dtype": getattr(torch, config.compute), "device": draws.device}
+    options = {"sampling": reward.sampling, "video_fps": reward.video_fps}
+    return VideoAlign(reward.checkpoint, reward.base, **options, **place)
 
 
 def _teacher(config: TrainConfig) -> BidirectionalWanModel:

@@ -13,13 +13,13 @@ from typing import Any
 
 from .._check import expect
 from ..config import ModelConfig, StreamConfig
-from .config import DistillConfig, OptimizerConfig, TrainConfig, refuse_unknown
+from .config import DistillConfig, OptimizerConfig, RewardConfig, TrainConfig, WanConfig, refuse_unknown
 
 #: Every key of the file and of its defaults: what it does here.
 KEYS = {
     "distribution_loss": "the objective: rewardeddmd is re_dmd, dmd is dmd, sid is sid",
     "trainer": "not read: the objective says it",
-    "beta": "distill.beta",
+    "beta": "distill.beta; the reward is VideoAlign's motion quality (reward.name: videoalign)",
     "guidance_scale": "distill.real_guidance, in the same convention c + s (c - u)",
     "dfake_gen_update_ratio": "distill.critic_steps",
     "denoising_step_list": "stream.denoising_step_list",
@@ -32,9 +32,9 @@ KEYS = {
     "model_kwargs": "local_attn_size and sink_size become the stream's; timestep_shift as above",
     "same_step_across_blocks": "distill.same_exit",
     "last_step_only": "must be false",
-    "image_or_video_shape": "frames and latent channels; the batch of the shape is not read",
-    "real_name": "the teacher's architecture: Wan2.1-T2V-14B or 1.3B (its checkpoint: `teacher`)",
-    "fake_name": "the student's and the critic's architecture: Wan2.1-T2V-1.3B",
+    "image_or_video_shape": "frames, latent channels and wan.latent; the batch of the shape is not read",
+    "real_name": "the teacher, Wan2.1-T2V-14B or 1.3B: its architecture, and its folder in checkpoint_path",
+    "fake_name": "the critic, Wan2.1-T2V-1.3B: its folder in checkpoint_path, and the student's architecture",
     "generator_ckpt": "generator",
     "lr": "optimizer.lr",
     "beta1": "optimizer.betas[0]",
@@ -60,8 +60,8 @@ KEYS = {
     "real_score_fsdp_wrap_strategy": "not read",
     "fake_score_fsdp_wrap_strategy": "not read",
     "text_encoder_fsdp_wrap_strategy": "not read",
-    "data_path": "not read: pass a source of prompts",
-    "negative_prompt": "not read: the source's empty prompt",
+    "data_path": "prompts",
+    "negative_prompt": "wan.negative_prompt",
     "load_raw_video": "not read",
     "discriminator_lr_multiplier": "not read",
     "log_iters": "save_every",
@@ -70,7 +70,8 @@ KEYS = {
     "wandb_key": "not read",
     "wandb_entity": "not read",
     "wandb_project": "not read",
-    "checkpoint_path": "not read: the output folder is an argument",
+    "checkpoint_path": "the folder with Wan2.1-T2V-14B, Wan2.1-T2V-1.3B and VideoReward, and here also with"
+    " Wan2.1-T2V-1.3B-Diffusers (wan.folder) and Qwen2-VL-2B-Instruct (reward.base)",
     "ckpt_step": "not read: a run resumes from its newest checkpoint",
     "prompt_name": "not read",
     "prompt_path": "not read",
@@ -79,6 +80,7 @@ KEYS = {
     "height": "not read: image_or_video_shape says it",
     "width": "not read: image_or_video_shape says it",
     "num_frames": "not read: image_or_video_shape says it",
+    "num_training_frames": "not read: image_or_video_shape says it",
 }
 _OBJECTIVES = {"rewardeddmd": "re_dmd", "dmd": "dmd", "sid": "sid"}
 _TEACHERS = {"Wan2.1-T2V-1.3B": ModelConfig.wan_1_3b, "Wan2.1-T2V-14B": ModelConfig.wan_14b}
@@ -124,7 +126,8 @@ def from_published(values: Mapping[str, Any]) -> TrainConfig:
     given = dict(values)
     model = given.get("model_kwargs", {})
     shift = float(given.get("timestep_shift", 5.0))
-    _, frames, channels, *_ = given.get("image_or_video_shape", (1, 21, 16, 60, 104))
+    _, frames, channels, *size = given.get("image_or_video_shape", (1, 21, 16, 60, 104))
+    folder = given.get("checkpoint_path", "checkpoints")
     decay = float(given.get("weight_decay", 0.01))
     stream = StreamConfig(
         chunk_frames=given.get("num_frame_per_block", 3),
@@ -159,6 +162,15 @@ def from_published(values: Mapping[str, Any]) -> TrainConfig:
         ema=float(given.get("ema_weight", 0.99)),
         stream=stream,
         distill=distill,
+        reward=RewardConfig("videoalign", f"{folder}/VideoReward", f"{folder}/Qwen2-VL-2B-Instruct"),
+        wan=WanConfig(
+            f"{folder}/Wan2.1-T2V-1.3B-Diffusers",
+            latent=tuple(size),
+            negative_prompt=given.get("negative_prompt", ""),
+        ),
+        prompts=given.get("data_path", ""),
+        teacher=f"{folder}/{teacher}",
+        critic=f"{folder}/{given.get('fake_name', 'Wan2.1-T2V-1.3B')}",
         generator=given.get("generator_ckpt", ""),
         checkpointing=given.get("gradient_checkpointing", False),
         save_every=given.get("log_iters", 0),

@@ -14,7 +14,7 @@ Caches hold constants, so every generator loss factors through dL/dx and no grap
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,6 +96,21 @@ class Rollout:
                 written = self._context(x0, index, noise_source)
                 self._write(written, context, chunk)
             entries.append(TapeEntry(z, exit_step, x0, written))
+        return Tape(tuple(entries))
+
+    @torch.no_grad()
+    def revisit(self, tape: Tape, context: Tensor, noise: Tensor) -> Tape:
+        """The tape whose chunks enter their exit step anew, from their own results noised to it (``noise`` is
+        like x), given the same past: x is then the student's answer to its own clips."""
+        cache = self._new_cache(noise)
+        entries = []
+        parts = noise.split([entry.z.shape[1] for entry in tape.entries], dim=1)
+        for entry, part in zip(tape.entries, parts, strict=True):
+            z = self.pipeline.scheduler.add_noise(entry.x0, part, self._timesteps(part, entry.exit_step))
+            with cache.chunk(z.shape[1]) as chunk:
+                x0 = self._x0(z, entry.exit_step, context, chunk)
+                self._write(entry.context, context, chunk)
+            entries.append(replace(entry, z=z, x0=x0))
         return Tape(tuple(entries))
 
     def replay(

@@ -39,4 +39,5 @@ def write_sample(config: TrainConfig, weights: dict[str, Tensor], source: Source
             noise, context, noise_source=lambda like: torch.randn(like.shape, generator=generator)
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(tile(source.decode(latents)[None], zoom=4), path)
+    frames = source.decode(latents)
+    write_mp4(tile(frames[None], zoom=4 if frames.shape[-1] < 128 else 1), path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rf_kernels as rf
@@ -203,7 +204,7 @@ class Distillation:
     Args:
         rollout: of the student.
         teacher, critic: bidirectional models; the teacher is never trained.
-        reward: for the objectives that need one; None elsewhere.
+        reward, discriminator: for the objectives that need one; None elsewhere.
     """
 
     def __init__(
@@ -215,10 +216,12 @@ class Distillation:
         source: Source,
         draws: Draws,
         reward: rewards.Reward | None = None,
+        discriminator: losses.Discriminator | None = None,
     ):
         self.config, self.rollout, self.source, self.draws = config, rollout, source, draws
         self.teacher, self.critic, self.reward = teacher.requires_grad_(False), critic, reward
         self.objective = config.distill.build_objective()
+        self.discriminator = discriminator
         self.scheduler = rollout.pipeline.scheduler
 
     def roll(self, step: int, samples: Sequence[int], purpose: str) -> tuple[Tape, list[str]]:
@@ -251,9 +254,14 @@ class Distillation:
         parameters.
         """
         tape, prompts = self.roll(step, samples, "generator")
+        clean = tape.x
+        if self.objective.revisits:
+            noise = self.draws.normal("generator revisit noise", step, samples, clean.shape[1:])
+            tape = self.rollout.revisit(tape, self.source.embed(prompts), noise)
         x = tape.x.requires_grad_(True)
         self._finite = torch.isfinite(x.detach()).all()
-        loss = self.objective.generator_loss(self._batch(step, samples, "generator", x, tape, prompts))
+        batch = self._batch(step, samples, "generator", x, tape, prompts, clean)
+        loss = self.objective.generator_loss(batch)
         (gradient,) = torch.autograd.grad(loss, x)
         # The losses drop a sample that is not finite. In training the step must not pass for a good one; the
         # replay still runs, as the other ranks are in it too.
@@ -264,9 +272,16 @@ class Distillation:
         return loss
 
     def _batch(
-        self, step: int, samples: Sequence[int], purpose: str, x: Tensor, tape: Tape, prompts: list[str]
+        self,
+        step: int,
+        samples: Sequence[int],
+        purpose: str,
+        x: Tensor,
+        tape: Tape,
+        prompts: list[str],
+        clean: Tensor,
     ) -> losses.Batch:
-        """What the objective is given for x, the tape's or what stands for it."""
+        """What the objective is given for x, the tape's, and ``clean``, the finished rollout."""
         config, draws, distill = self.config, self.draws, self.config.distill
         context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
         teacher = Scores(self.teacher, self.scheduler, context, uncond)
@@ -292,15 +307,19 @@ class Distillation:
             scheduler=self.scheduler,
             entered=torch.cat([entry.z for entry in tape.entries], dim=1),
             entered_t=torch.tensor(entered_t, device=x.device),
+            clean=clean,
             next_t=ladder[exits.pop() + 1] if len(exits) == 1 else None,
             draw=draw,
             timesteps=times,
+            uniform=lambda name: float(draws.uniform(f"{purpose} {name}", step, [0])),
             prompts=prompts,
             clips=lambda: self.source.clips(step, samples, config.frames)[0],
             real_guidance=distill.real_guidance,
             fake_guidance=distill.fake_guidance,
             beta=distill.beta,
-            rewards=lambda: self._rewards(tape.x, prompts),
+            rewards=lambda: self._rewards(clean, prompts),
+            saliency=lambda: self._saliency(clean, prompts),
+            discriminator=self.discriminator,
             **scores,
         )
 
@@ -313,6 +332,17 @@ class Distillation:
         weight = rf.reward_weight(reward, self.config.distill.beta)
         self._finite = self._finite & torch.isfinite(weight).all()
         return reward
+
+    def _saliency(self, x: Tensor, prompts: list[str]) -> Tensor:
+        """Norm of the reward's gradient on each decoded pixel, averaged on the grid of x."""
+        with torch.enable_grad():
+            frames = self.source.decode(x).detach().requires_grad_(True)
+            total = self.reward(frames, prompts).sum()
+            name = type(self.reward).__name__
+            expect(total.requires_grad, name, "scores", "a reward that has a gradient", "one without")
+            (gradient,) = torch.autograd.grad(total, frames)
+        size = (x.shape[1], *x.shape[3:])
+        return F.adaptive_avg_pool3d(gradient.norm(dim=2), size).to(x.device)
 
     def _watched(self, scorer: losses.Scorer) -> losses.Scorer:
         """The scorer, its predictions counted into ``_finite``."""
@@ -329,4 +359,16 @@ class Distillation:
         within the generator's step."""
         purpose = f"critic {turn}"
         tape, prompts = self.roll(step, samples, purpose)
-        return self.objective.critic_loss(self._batch(step, samples, purpose, tape.x, tape, prompts))
+        return self.objective.critic_loss(self._batch(step, samples, purpose, tape.x, tape, prompts, tape.x))
+
+    def discriminator_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:
+        """One discriminator micro-step: real clips against the student's, at the critic's draws of the same
+        turn."""
+        purpose = f"critic {turn}"
+        tape, prompts = self.roll(step, samples, purpose)
+        batch = self._batch(step, samples, purpose, tape.x, tape, prompts, tape.x)
+        noised = [
+            self.scheduler.add_noise(clips, noise, batch.t)
+            for clips, noise in ((batch.clips(), batch.draw("real")), (batch.x, batch.noise))
+        ]
+        return losses.discriminator_loss(*(self.discriminator(x_t, batch.t) for x_t in noised))

@@ -31,7 +31,9 @@ class StreamRule:
     rope: rf.RoPE
 
     def chunks(self) -> list[tuple[int, int]]:
-        step = self.stream.chunk_frames
+        step, policy = self.stream.chunk_frames, self.stream.sink_policy
+        known = policy in ("none", "static", "ema")
+        expect(known, "StreamRule", "sink_policy", "none, static or ema", policy)
         expect(self.frames % step == 0, "StreamRule", "frames", f"a multiple of {step}", self.frames)
         return [(first, first + step) for first in range(0, self.frames, step)]
 

@@ -1,0 +1,26 @@
+"""Sink policies of published systems, by name (docs/policies.md)."""
+
+from .cyclic import CyclicSink
+from .memory import MemoryState
+from .named import NAMES, parse
+from .placed import PlacedSink
+from .shots import PinnedShots, RopeCut
+from .state_slot import StateSlot
+from .strided import StridedMemory
+from .two_rates import TwoRateMemory
+from .weighted import LogBias, RandomHistory
+
+__all__ = [
+    "NAMES",
+    "CyclicSink",
+    "LogBias",
+    "MemoryState",
+    "PinnedShots",
+    "PlacedSink",
+    "RandomHistory",
+    "RopeCut",
+    "StateSlot",
+    "StridedMemory",
+    "TwoRateMemory",
+    "parse",
+]

@@ -1,0 +1,59 @@
+"""What policies share whose sink frames are written from a state, at every chunk that moves or changes
+them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import rf_kernels as rf
+
+
+class MemoryState(rf.SinkState):
+    """Sink frames in float32 (float64 for a float64 cache), keys at the phase of their own slot. A subclass
+    changes them in ``absorb``; the slots are written from them. By itself: a static sink.
+
+    Bytes beside the slots: ``2 S n H D`` numbers a layer and sample.
+    """
+
+    def __init__(self, policy: rf.SinkPolicy, spec: rf.CacheSpec):
+        super().__init__(policy, spec)
+        if self.has_state():
+            for name in ("k_state", "v_state"):
+                self.allocate(name, torch.promote_types(spec.dtype, torch.float32))
+
+    def has_state(self) -> bool:
+        """Whether the sink ever differs from its slots."""
+        return self.spec.sink_frames > 0 and self.turns
+
+    def absorb(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
+        """Change the state by ``plan.sources``."""
+
+    def tokens(self, slot: int) -> slice:
+        n = self.spec.frame_tokens
+        return slice(slot * n, (slot + 1) * n)
+
+    def state(self, layer: int, j: int) -> tuple[Tensor, Tensor]:
+        """Key and value ``[B, n, H, D]`` of sink frame ``j``: views."""
+        return tuple(self.tensors[name][layer][:, self.tokens(j)] for name in ("k_state", "v_state"))
+
+    def source(self, k: Tensor, v: Tensor, plan: rf.ChunkPlan, j: int, i: int) -> tuple[Tensor, Tensor]:
+        """Source ``i`` of sink frame ``j``, its key at the phase of slot ``j``."""
+        at = self.tokens(plan.ring.slot(plan.sources[j][i]))
+        return self.turned(k[:, at], plan.turns[j, i]), v[:, at].to(self.tensors["v_state"].dtype)
+
+    def evict(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
+        if plan.first:
+            for name, slots in (("k_state", k), ("v_state", v)):
+                state = self.tensors[name][layer]
+                state.copy_(slots[:, : state.shape[1]])
+        self.absorb(layer, k, v, plan)
+        for j in range(self.spec.sink_frames):
+            key, value = self.state(layer, j)
+            k[:, self.tokens(j)] = self.turned(key, plan.turns[j, -1]).to(k.dtype)
+            v[:, self.tokens(j)] = value.to(v.dtype)
+
+    def keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.tensors:
+            return k, v
+        return self.tensors["k_state"][layer], self.tensors["v_state"][layer]

@@ -1,0 +1,179 @@
+"""The rules of the policies in float64, each written from its formula over the list of all past raw keys and
+values: what a chunk sees beside itself, without slots, rings or states."""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Told:
+    """A stream so far, and the chunk [begin, end) that is about to be seen.
+
+    ``k``, ``v``: raw key and value ``[B, n, H, D]`` of every past frame; ``ends``: of all chunks, this one's
+    the last; ``cuts``: first frames of the shots after the first; ``S``, ``W``: sizes; ``at``: position of
+    every past frame.
+    """
+
+    S: int
+    W: int
+    k: dict = field(default_factory=dict)
+    v: dict = field(default_factory=dict)
+    q: dict = field(default_factory=dict)
+    ends: list = field(default_factory=list)
+    cuts: list = field(default_factory=list)
+    at: dict = field(default_factory=dict)
+
+    @property
+    def begin(self):
+        return self.ends[-2] if len(self.ends) > 1 else 0
+
+    @property
+    def end(self):
+        return self.ends[-1]
+
+    def oldest(self, chunk=-1):
+        """The window's first frame beside the sink, when a chunk is in."""
+        return max(self.S, self.ends[chunk] - self.W)
+
+    def gone(self):
+        """Frames that left, chunk by chunk, where any did."""
+        firsts = [self.S, *(self.oldest(i) for i in range(len(self.ends)))]
+        pairs = zip(firsts[:-1], firsts[1:], strict=True)
+        return [list(range(a, b)) for a, b in pairs if b > a]
+
+    def window(self):
+        return [(self.at[f], self.k[f], self.v[f]) for f in range(self.oldest(), self.begin)]
+
+    def shift(self, span=None):
+        return max(0, self.end - (span or self.S + self.W))
+
+    def sink(self, frames, shift):
+        return [(j + shift, self.k[j], self.v[j]) for j in frames if j < self.begin]
+
+
+def static(told, rephase=True):
+    return told.sink(range(told.S), told.shift() if rephase else 0) + told.window()
+
+
+def steady(told, alpha, held):
+    average = {j: (told.k[j], told.v[j]) for j in range(told.S) if j < told.begin}
+    for e in (e for frames in told.gone() for e in frames):
+        j = (e - told.S) % told.S
+        if j not in held:
+            pairs = zip(average[j], (told.k[e], told.v[e]), strict=True)
+            average[j] = tuple(alpha * a + (1 - alpha) * x for a, x in pairs)
+    return [(j + told.shift(), *kv) for j, kv in average.items()] + told.window()
+
+
+def two_rates(told, long, short, adaptive=False):
+    S = told.S
+    seen = told.sink(range(S - 2), told.shift())
+    for j, rate in ((S - 2, long), (S - 1, short)):
+        if j >= told.begin:
+            continue
+        memory = [told.k[j], told.v[j]]
+        for frames in told.gone():
+            means = [torch.stack([x[e] for e in frames]).mean(0) for x in (told.k, told.v)]
+            a = torch.tensor(rate, dtype=torch.float64)
+            if adaptive and j == S - 1:
+                d = (means[0] - memory[0]).norm(dim=-1).mean(-1)
+                a = (rate * (0.1 + 4.9 * d / (d.max(-1, keepdim=True).values + 1e-8)))[..., None, None]
+            memory = [a * mean + (1 - a) * old for mean, old in zip(means, memory, strict=True)]
+        seen.append((j + told.shift(), *memory))
+    return seen + told.window()
+
+
+def strided(told, memories, taps=None):
+    first = told.S - memories
+    pool = [(told.k[j], told.v[j]) for j in range(first, told.S) if j < told.begin]
+    for frames in told.gone():
+        row = pool + [(told.k[e], told.v[e]) for e in frames]
+        size, more = divmod(len(row), memories)
+        ends = [0]
+        for i in range(memories):
+            ends.append(ends[-1] + size + (i < more))
+        pool = []
+        for a, b in zip(ends[:-1], ends[1:], strict=True):
+            w = taps or [1 / (b - a)] * (b - a)
+            pool.append(tuple(sum(w[i] * row[a + i][part] for i in range(b - a)) for part in (0, 1)))
+    seen = [(first + i + told.shift(), *kv) for i, kv in enumerate(pool)]
+    return told.sink(range(first), told.shift()) + seen + told.window()
+
+
+def cyclic(told, bank):
+    def copied(f):
+        lap = list(range(bank)) + list(range(bank))[::-1]
+        return lap[f % (2 * bank)]
+
+    before = range(max(0, told.oldest() - told.S), min(told.oldest(), told.begin))
+    return [(f, told.k[copied(f)], told.v[copied(f)]) for f in before] + told.window()
+
+
+def placed(told, ahead=None, at=None):
+    if told.begin < told.S:
+        return static(told, rephase=False)
+    place = [at if ahead is None else told.end - 1 + ahead + j for j in range(told.S)]
+    return [(place[j], told.k[j], told.v[j]) for j in range(told.S)] + told.window()
+
+
+def shots(told, pinned, offset=0, span=None, where="sink"):
+    G, span = told.S - pinned, span or told.S + told.W
+    shift = told.shift(span)
+    if shift:
+        shift += offset * len(told.cuts)
+    seen = told.sink(range(G), shift)
+    if not told.cuts:
+        if told.end <= told.S + told.W:
+            seen += told.sink(range(G, told.S), shift)
+        return seen + told.window()
+    shot = told.cuts[-1]
+    base = G if where == "sink" else min(shot, span - (told.end - told.begin))
+    for i in range(pinned):
+        if shot + i < told.oldest():
+            seen.append((base + i + shift, told.k[shot + i], told.v[shot + i]))
+    return seen + told.window()
+
+
+def rope_cut(told, jump, keep):
+    window = []
+    for begin, end in zip([0, *told.ends[:-1]], told.ends, strict=True):
+        if begin in told.cuts and keep is not None:
+            window = window[max(0, len(window) - keep) :]
+        room = told.W - len([f for f in range(begin, end) if f >= told.S])
+        window = window[max(0, len(window) - room) :] + [f for f in range(begin, end) if f >= told.S]
+    shift = told.shift()
+    if shift:
+        shift += jump * len(told.cuts)
+    past = [(told.at[f], told.k[f], told.v[f]) for f in window if f < told.begin]
+    return told.sink(range(told.S), shift) + past
+
+
+def log_bias(told, factor):
+    weight = math.log(factor)
+    seen = [(j, told.k[j], told.v[j], weight if j else 0.0) for j in range(told.S) if j < told.begin]
+    return seen + [(*x, weight if x[0] else 0.0) for x in told.window()]
+
+
+def random_history(told, keep, seed):
+    window = told.window()
+    drawn = random.Random(f"{seed} {told.begin}").sample(range(len(window)), min(keep, len(window)))
+    return told.sink(range(told.S), 0) + [window[i] for i in sorted(drawn)]
+
+
+def state_slot(told, chunk):
+    begin = told.begin
+    state = [begin - chunk] if begin else []
+    content = [f for f in range(begin) if f % chunk]
+    room = told.W - chunk
+    content = content[max(0, len(content) - room) :]
+    seen = [f for f in content]  # the state before this chunk's has left
+    assert not state or state[0] not in seen
+    return [(told.at[f], told.k[f], told.v[f]) for f in seen]
+
+
+def jumping(begin, frames, cuts, jump):
+    """Positions that jump at every cut."""
+    return [f + jump * sum(c <= f for c in cuts) for f in range(begin, begin + frames)]
