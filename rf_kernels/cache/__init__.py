@@ -3,6 +3,7 @@
 from .cache import SinkWindowCache, StreamClosedError
 from .chunk import KV, Chunk
 from .plan import CacheSpec, ChunkPlan, Ring
+from .rows import ChunkBatch, SinkWindowRows
 from .sinks import EMASink, NonFiniteError, NoSink, SinkPolicy, SinkState, StaticSink
 from .stream import Opening
 
@@ -10,6 +11,7 @@ __all__ = [
     "KV",
     "CacheSpec",
     "Chunk",
+    "ChunkBatch",
     "ChunkPlan",
     "EMASink",
     "NoSink",
@@ -19,6 +21,7 @@ __all__ = [
     "SinkPolicy",
     "SinkState",
     "SinkWindowCache",
+    "SinkWindowRows",
     "StaticSink",
     "StreamClosedError",
 ]

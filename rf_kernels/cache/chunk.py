@@ -334,10 +334,11 @@ class Chunk:
         if deterministic is not None:
             flag(f"{_OP}.attend", "deterministic", deterministic)
 
-    def _blamed(self, error: ArgumentError, q, k, v) -> ArgumentError:
+    def _blamed(self, error: ArgumentError, q, k, v, samples: int | None = None) -> ArgumentError:
         """The error of an op that knows the cache and the chunk only as its own arguments, and blames them:
-        here it is the inputs that do not fit."""
+        here it is the inputs that do not fit. ``samples``: of the inputs, where not the cache's."""
         spec, text = self._cache.spec, str(error)
+        samples = samples or spec.batch
         if not any(f"argument `{name}`" in text for name in _BLAMED):
             return error
         tokens = f"{self.frames * spec.frame_tokens} tokens: {self.frames} frames of {spec.frame_tokens}"
@@ -346,7 +347,7 @@ class Chunk:
             (f"{spec.dtype}, the cache's dtype", lambda x: (x.dtype, spec.dtype)),
             (f"a tensor on {spec.device.type}", lambda x: (x.device.type, spec.device.type)),
             ("[B, F * n, H, D]", lambda x: (x.dim(), 4)),
-            (f"{spec.batch} samples", lambda x: (x.shape[0], spec.batch)),
+            (f"{samples} samples", lambda x: (x.shape[0], samples)),
             (tokens, lambda x: (x.shape[1], self.frames * spec.frame_tokens)),
             (f"{spec.heads} heads", lambda x: (x.shape[2], spec.heads if x is not q else x.shape[2])),
             (f"a head dim of {spec.head_dim}", lambda x: (x.shape[3], spec.head_dim)),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .chunk import Chunk
+    from .rows import ChunkBatch
 
 _library = torch.library.Library("rf_kernels", "FRAGMENT")
 _library.define(
@@ -29,11 +30,11 @@ _library.define(
     " -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
-_chunks: weakref.WeakValueDictionary[int, Chunk] = weakref.WeakValueDictionary()
+_chunks: weakref.WeakValueDictionary[int, Chunk | ChunkBatch] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def handle_of(chunk: Chunk) -> Tensor:
+def handle_of(chunk: Chunk | ChunkBatch) -> Tensor:
     """By what the op finds the chunk, as long as that lives."""
     number = next(_numbers)
     _chunks[number] = chunk

@@ -323,6 +323,19 @@ class PlanBuffers:
             "event": torch.cuda.Event(),
         }
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them, by name."""
+        names = ("ints", "floats", "bias", "frame_bias")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def move_to(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on in other memory, which holds the same."""
+        self.__dict__.update(tensors)
+        self._views.clear()
+        if self.ints.device.type == "cpu":
+            self._stages = [self._stage(self.ints.device)]
+
     def views(self, frames):
         """(slots, angles, axes, schedule, turns) for a chunk of so many frames: views of the buffers, made
         once per length."""

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
 from helpers.training import DISTILL
-from reward_forcing import FlowMatchScheduler, losses
-from reward_forcing.trainer import DistillConfig, loop
-from reward_forcing.trainer.config import build
+from reward_forcing import FlowMatchScheduler, losses, rewards
+from reward_forcing.trainer import DistillConfig, loop, train
+from reward_forcing.trainer.config import RewardConfig, build, changed
 from reward_forcing.trainer.data import WorldSource
 from reward_forcing.trainer.draws import Draws
 
@@ -23,13 +24,6 @@ GUIDANCE = 2.0
 
 def noise(seed, shape=SHAPE):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class FrameDifference:
-    """A reward that has a gradient: how much changes from frame to frame."""
-
-    def __call__(self, frames, prompts):
-        return 10 * frames.diff(dim=1).square().mean(dim=(1, 2, 3, 4))
 
 
 class Scores:
@@ -514,6 +508,47 @@ def test_diffusion_opd(scale):
     close(of(loss, leaf)[0], of(expected, plain)[0])
 
 
+# ---- one launch --------------------------------------------------------------------------------------------
+class Launches(TorchDispatchMode):
+    """Counts the calls of the op."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.rf_kernels.dmd_gradient.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("objective", sorted(losses.OBJECTIVES))
+def test_a_loss_is_one_launch(objective):
+    """Two for Diagonal Distillation, of frames and of their differences; none for SiD as published."""
+    with Launches() as launches:
+        assert gradient_in(torch.float64, objective).ne(0).any()
+    assert launches.count == {"diagonal": 2, "sid": 0}.get(objective, 1)
+
+
+def gradient_in(dtype, objective):
+    """The gradient on x of an objective, all tensors and predictions in a dtype."""
+    needed = {"adastate": {"ratio": 2.0}, "self_forcing_pp": {"window": 2}, "multi_student": {"students": 1}}
+    kind = losses.OBJECTIVES[objective](**needed.get(objective, {}))
+    leaf, scores = noise(0).to(dtype).requires_grad_(), Scores()
+    names = ("fake", "real", "fake_uncond", "real_uncond")
+    given = {n: (lambda x_t, t, n=n: scores.predict(n, x_t, t).to(x_t.dtype)) for n in names}
+    given |= {n: noise(i).to(dtype) for n, i in (("noise", 1), ("clean", 3), ("entered", 5))}
+    torch.manual_seed(0)
+    given["discriminator"] = losses.Discriminator(SHAPE[2], width=4).to(dtype)
+    kind.generator_loss(batch(leaf, **given, draw=lambda name: noise(len(name)).to(dtype))).backward()
+    assert leaf.grad.dtype == dtype
+    return leaf.grad.double()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("objective", sorted(losses.OBJECTIVES))
+def test_a_loss_in_the_dtypes_of_training(objective, dtype, error):
+    exact = gradient_in(torch.float64, objective)
+    assert (gradient_in(dtype, objective) - exact).norm() <= error * exact.norm()
+
+
 # ---- configuration -----------------------------------------------------------------------------------------
 OPTIONS = {
     "dmd2": {"guidance_scale": 1.5},
@@ -545,7 +580,7 @@ def stage():
     draws = Draws(3)
     distill = replace(DISTILL.distill, critic_steps=1, objective="f_distill")  # with every network there is
     config = replace(DISTILL, distill=distill)
-    stage = loop.DistillStage(config, WorldSource(draws), draws, reward=FrameDifference())
+    stage = loop.DistillStage(config, WorldSource(draws), draws, reward=rewards.FrameDifference())
     work, seed = stage.distillation, torch.Generator().manual_seed(0)
     for model in (work.teacher, work.critic, work.rollout.model):
         torch.nn.init.normal_(model.head.head.weight, std=0.2, generator=seed)
@@ -570,6 +605,21 @@ def test_every_objective_trains_a_step(objective, stage):
     figures = stage(objective, NEEDED.get(objective, {}))
     for name, value in OPTIONS.get(objective, {}).items():  # each option is used
         assert stage(objective, {name: value}) != figures
+
+
+def test_options_are_set_on_the_command_line():
+    given = changed(DISTILL, ["distill.objective=tdm", "distill.options.huber=0.5"])
+    assert given.distill.build_objective() == losses.TDM(huber=0.5)
+
+
+def test_saliency_asks_for_a_reward_with_a_gradient(tmp_path):
+    """By the keys of a file: one reward has a gradient, the other none."""
+    pytest.importorskip("cv2")
+    distill = replace(DISTILL.distill, objective="stream_r1", critic_steps=1)
+    config = replace(DISTILL, steps=1, distill=distill)
+    with pytest.raises(rf.ArgumentError, match="OpticalFlowDynamics.*gradient"):
+        train(config, tmp_path / "flow")
+    train(replace(config, reward=RewardConfig("frame_difference")), tmp_path / "difference")
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,20 @@ def start(path: Path, networks: tuple[str, ...]) -> str:
     return "".join(f"{network}: {path}\n" for network in networks)
 
 
+#: Weights that all samples of a step have a part in: ratios by bins, and standardised rewards.
+F_DISTILL, AWM = (DISTILL.replace("objective: dmd", f"objective: {name}") for name in ("f_distill", "awm"))
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("text", "heads"), [(TEACHER, 1), (DISTILL, 1), (DISTILL, 2)], ids=["teacher", "distill", "heads"]
+    ("text", "heads"),
+    [(TEACHER, 1), (DISTILL, 1), (DISTILL, 2), (F_DISTILL, 1), (AWM, 1)],
+    ids=["teacher", "distill", "heads", "f_distill", "awm"],
 )
 def test_two_ranks_are_one_process(text, heads, tmp_path):
     """Two with activation checkpointing, one without. The two split the batch, or share samples by heads."""
+    if text == AWM:
+        pytest.importorskip("cv2")
     config = tmp_path / "run.yaml"
     text += start(tmp_path / "start.safetensors", ("teacher", "generator"))
     moments = {}

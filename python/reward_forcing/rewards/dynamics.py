@@ -10,6 +10,16 @@ from torch import Tensor
 from .._check import expect
 
 
+class FrameDifference:
+    """Mean magnitude of what changes from frame to frame: a reward that has a gradient, for trials of the
+    losses that ask for one. Flicker earns it too.
+    """
+
+    def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        expect(frames.shape[1] >= 2, "FrameDifference", "frames", "at least 2 frames", frames.shape[1])
+        return frames.float().diff(dim=1).abs().flatten(1).mean(dim=1)
+
+
 class OpticalFlowDynamics:
     """Speed of what moves, in pixels per frame.
 

@@ -19,7 +19,7 @@ from ..config import ModelConfig, StreamConfig
 
 STAGES = ("teacher", "causal", "ode", "distill")
 COMPUTE = ("float32", "bfloat16")
-REWARDS = ("optical_flow", "videoalign")
+REWARDS = ("optical_flow", "videoalign", "frame_difference")
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class RewardConfig:
     """What Re-DMD rewards.
 
     Args:
-        name: "optical_flow" (``rewards.OpticalFlowDynamics``) or "videoalign" (motion quality,
-            ``rewards.videoalign.VideoAlign``).
+        name: "optical_flow" (``rewards.OpticalFlowDynamics``), "videoalign" (motion quality,
+            ``rewards.videoalign.VideoAlign``) or "frame_difference" (``rewards.FrameDifference``).
         checkpoint: of videoalign: folder of VideoReward.
         base: of videoalign: folder of Qwen2-VL-2B-Instruct.
         sampling, video_fps: of videoalign: "every_frame", or "by_rate" from clips of so many frames a second.

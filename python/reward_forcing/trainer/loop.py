@@ -284,6 +284,8 @@ def _reward(config: TrainConfig, draws: Draws) -> rewards.Reward:
     reward = config.reward
     if reward.name == "optical_flow":
         return rewards.OpticalFlowDynamics()
+    if reward.name == "frame_difference":
+        return rewards.FrameDifference()
     from ..rewards.videoalign import VideoAlign  # needs an extra
 
     place = {"dtype": getattr(torch, config.compute), "device": draws.device}

@@ -311,7 +311,7 @@ class Distillation:
             next_t=ladder[exits.pop() + 1] if len(exits) == 1 else None,
             draw=draw,
             timesteps=times,
-            uniform=lambda name: float(draws.uniform(f"{purpose} {name}", step, [0])),
+            uniform=lambda name: draws.integers(f"{purpose} {name}", step, 1 << 24, [0])[0] / (1 << 24),
             prompts=prompts,
             clips=lambda: self.source.clips(step, samples, config.frames)[0],
             real_guidance=distill.real_guidance,
