@@ -52,6 +52,9 @@ CASES = {
     "cyclic": Case(policies.CyclicSink(), of(rules.cyclic, 6), sizes=((3, 6), (4, 5))),
     "cyclic, long bank": Case(policies.CyclicSink(8), of(rules.cyclic, 8), sizes=((3, 4), (6, 5))),
     "important": Case(policies.ImportantTokens(2), of(rules.important, 2), sizes=((4, 6), (3, 5))),
+    "recall": Case(
+        policies.RecalledFrames(2, 0.35, 0.3), of(rules.recalled, 2, 0.35, 0.3), sizes=((4, 6), (3, 5))
+    ),
     "ahead": Case(policies.PlacedSink(ahead=2.5), of(rules.placed, ahead=2.5), sizes=((1, 6), (2, 5))),
     "identity": Case(policies.PlacedSink(at=0.0), of(rules.placed, at=0.0)),
     "shots": Case(
