@@ -16,6 +16,7 @@ from rf_kernels.reference.streaming import rotate, token_positions
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = dict(policies.NAMES)  # those that ship: a page adds one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +269,6 @@ def test_policies_have_names(text, expected):
 
 def test_every_policy_is_on_the_page():
     page = (ROOT / "docs/policies.md").read_text()
-    missing = [name for name in policies.NAMES if f"`{name}" not in page]
+    missing = [name for name in NAMES if f"`{name}" not in page]
     used = {type(case.policy) for case in CASES.values()} | {rf.NoSink}
-    assert not missing and {cls for cls, _ in policies.NAMES.values()} <= used
+    assert not missing and {cls for cls, _ in NAMES.values()} <= used
