@@ -122,6 +122,7 @@ ONE_RANK = """
     from dataclasses import replace
     from pathlib import Path
     from reward_forcing import rewards
+    from reward_forcing.checkpoint import CheckpointError
     from reward_forcing.trainer import checkpoint, load, loop, stages, train
     from reward_forcing.trainer.distributed import process_group
 
@@ -160,6 +161,11 @@ ONE_RANK = """
             sys.stdout.flush()
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         train(config, out)
+        try:
+            train(replace(config, teacher="nowhere.safetensors"), out / "other")
+        except (FileNotFoundError, CheckpointError) as error:
+            sys.stdout.write(f"rank {dist.get_rank()} reads: {error}\\n")
+            sys.stdout.flush()
 """
 
 
@@ -187,6 +193,8 @@ def test_not_finite_or_a_full_disk_on_one_rank_alone(tmp_path):
         ended = rf"rank {rank} ends: checkpoint step-00000006 was not written: .*; step-00000005"
         assert re.search(ended, done.stdout), done.stdout
         assert done.stdout.count(f"rank {rank} step 5 {{}}") == 2  # once more, from the older checkpoint
+    assert "rank 0 reads: no checkpoint at nowhere.safetensors" in done.stdout, done.stdout
+    assert "rank 1 reads: nowhere.safetensors: rank 0 could not read it" in done.stdout, done.stdout
     assert "File too large" in done.stdout and names(tmp_path / "out") == ["step-00000005", "step-00000006"]
 
 

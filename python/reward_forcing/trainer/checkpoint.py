@@ -14,17 +14,16 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from .._check import expect
-from .distributed import agreed, rank, world_size
+from .distributed import rank, together, world_size
 
 #: A checkpoint, or one that the checkpoint of the same step was just about to replace.
 _NAME = re.compile(r"step-(\d{8})(-replaced)?")
@@ -71,7 +70,7 @@ def save(state: dict, out: Path, step: int, *, keep: int = 2) -> Path:
             _publish(unfinished, target, keep)
 
     for action in (prepare, write, sums, publish):
-        error = _together(action)
+        error = together(action)
         if error is not None:
             if rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -98,24 +97,6 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-class ElsewhereError(Exception):
-    """Another rank failed; its own message says of what."""
-
-    def __init__(self):
-        super().__init__("another rank failed")
-
-
-def _together(action: Callable[[], None]) -> BaseException | None:
-    """Run on every rank; the error of this rank, or that there was one on another. Any failure must reach
-    the verdict, or the others would wait for ever."""
-    try:
-        action()
-        error = None
-    except (Exception, CheckpointException) as caught:  # the latter is a BaseException alone
-        error = caught
-    return None if agreed(error is None, "cpu") else error or ElsewhereError()
 
 
 def _reason(error: BaseException) -> str:
@@ -161,7 +142,7 @@ def load(state: dict, path: Path) -> None:
     whole = f"a whole checkpoint (remove {path.name} to go on from an older one)"
     same = "a checkpoint of this configuration (another one needs another output folder)"
     for action, expected in ((intact, whole), (fits, same), (read, whole)):
-        error = _together(action)
+        error = together(action)
         expect(error is None, "checkpoint.load", "path", expected, f"{path}: {error and _reason(error)}")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -56,6 +59,24 @@ def agreed(verdict: bool, device: torch.device | str) -> bool:
     return bool(together.item())
 
 
+class ElsewhereError(Exception):
+    """Another rank failed; its own message says of what."""
+
+    def __init__(self):
+        super().__init__("another rank failed")
+
+
+def together(action: Callable[[], None]) -> BaseException | None:
+    """Run on every rank; the error of this rank, or that there was one on another. Any failure must reach
+    the verdict, or the others would wait for ever."""
+    try:
+        action()
+        error = None
+    except (Exception, CheckpointException) as caught:  # the latter is a BaseException alone
+        error = caught
+    return None if agreed(error is None, "cpu") else error or ElsewhereError()
+
+
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     of_backend = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
@@ -85,6 +106,17 @@ def shard(model: WanTransformer, compute_dtype: torch.dtype | None = None) -> Wa
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def fill(model: WanTransformer, state: dict[str, Tensor]) -> None:
+    """Give a model that was made on "meta" its weights, cast to its own dtypes. Rank 0 has them, and the
+    others receive their shards."""
+    model.to_empty(device="cuda" if on_gpus() else "cpu")
+    if not dist.is_initialized():
+        model.load_state_dict(state)
+        return
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
 
 
 def heads_mesh(size: int) -> DeviceMesh:

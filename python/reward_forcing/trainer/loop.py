@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from .. import rewards
 from .._check import expect
-from ..checkpoint import check_state, read_checkpoint
+from ..checkpoint import CheckpointError, check_state, read_checkpoint
 from ..config import ModelConfig
 from ..losses import Discriminator
 from ..models import BidirectionalWanModel, CausalWanModel
@@ -30,7 +30,18 @@ from . import checkpoint
 from .average import WeightAverage
 from .config import OptimizerConfig, TrainConfig
 from .data import Source, WorldSource, read_prompts
-from .distributed import full, heads_mesh, on_gpus, process_group, rank, shard, world_size
+from .distributed import (
+    ElsewhereError,
+    fill,
+    full,
+    heads_mesh,
+    on_gpus,
+    process_group,
+    rank,
+    shard,
+    together,
+    world_size,
+)
 from .draws import Draws
 from .rollout import Rollout
 from .samples import write_sample
@@ -258,18 +269,37 @@ def _network(
     """A network, from a checkpoint or from the run's seed, its parameters kept in ``dtype``. All kinds have
     the same parameters."""
     torch.manual_seed(config.seed)
-    model = kind(sizes or config.model)
+    with torch.device("meta" if path else "cpu"):  # no memory for what a checkpoint replaces
+        model = kind(sizes or config.model)
     model.checkpointing = config.checkpointing
     if path:
-        state = read_checkpoint(path)
-        check_state(state, model, path)
-        model.load_state_dict(state)
+        state = _weights(model, path)
     else:  # the output starts at zero: a random flow would have to be unlearnt first
         nn.init.zeros_(model.head.head.weight)
         nn.init.zeros_(model.head.head.bias)
     if config.head_parallel > 1:
         parallelize_heads(model, heads_mesh(config.head_parallel))
-    return shard(model.to(dtype), getattr(torch, config.compute))
+    model = shard(model.to(dtype), getattr(torch, config.compute))
+    if path:
+        fill(model, state)
+    return model
+
+
+def _weights(model: WanTransformer, path: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint that fits the model, on rank 0; nothing on the other ranks."""
+    state = {}
+
+    def read():
+        if rank() == 0:
+            state.update(read_checkpoint(path))
+            check_state(state, model, path)
+
+    error = together(read)
+    if isinstance(error, ElsewhereError):
+        raise CheckpointError(f"{path}: rank 0 could not read it") from error
+    if error is not None:
+        raise error
+    return state
 
 
 def _source(config: TrainConfig, draws: Draws) -> Source:
