@@ -376,6 +376,8 @@ def test_streaming_never_waits_for_the_device(device):
     assert len(produced) == 4 and all(bool(chunk.latents.isfinite().all()) for chunk in produced)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @torch.no_grad()
 @pytest.mark.parametrize(
     "policy",
