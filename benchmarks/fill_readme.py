@@ -130,9 +130,31 @@ def ema_study() -> list[str]:
     return table([*header, "published: elements never changed"], rows)
 
 
+def policies() -> list[str]:
+    """What each policy does to the student of the embedded world; nothing before it was evaluated."""
+    if not (ROOT / "benchmarks/results/policies.json").is_file():
+        return ["Not measured yet."]
+    report = load("policies")
+    measures = (
+        *("drift of the colour", "drift of the background", "drift of the sharpness"),
+        *("similarity to the first frame", "optical flow", "alive"),
+    )
+    rows = []
+    for row in report["rows"]:
+        if "cache bytes" in row:
+            cells = [(row["measures"][m]["mean"], row["measures"][m]["ci95"]) for m in measures]
+            numbers = ["-" if mean is None else f"{mean:.3f} +- {half or 0:.3f}" for mean, half in cells]
+            cost = [f"{1000 * row['seconds per chunk']:.0f} ms", f"{row['cache bytes'] / 2**20:.1f} MiB"]
+            rows.append([f"`{row['sink']}`", *numbers, *cost])
+    settings = report["settings"]
+    said = f"{settings['frames']} frames of {settings['prompts']} prompts:"
+    return [said, "", *table(["policy", *measures, "a chunk", "cache"], rows)]
+
+
 SECTIONS = {
     "README.md": {"aims": aims},
     "docs/cache.md": {"layer": layer},
+    "docs/policies.md": {"policies": policies},
     "docs/numerics.md": {"accuracy": accuracy, "ema_study": ema_study},
     **{f"docs/{op}.md": {"speed": lambda op=op: speed_of(op)} for op in OPS},
 }

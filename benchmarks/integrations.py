@@ -153,7 +153,7 @@ def checked_out(folder: Path, cls):
 
 def run(folder: Path, name: str, *, repeats: int = 0) -> dict:
     cls, settings = FAULTS[name] if name in FAULTS else (SYSTEMS[name], {})
-    frames = 21 if cls.chunk == 3 else 24
+    frames = cls.frames or (21 if cls.chunk == 3 else 24)
     commit = subprocess.run(
         ["git", "-C", folder / cls.checkout, "rev-parse", "--short", cls.ref or "HEAD"],
         capture_output=True,

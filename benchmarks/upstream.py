@@ -76,6 +76,8 @@ class Rig:
     #: Their rollout of training, where gradients are measured.
     training_module, training_class = "", ""
     sink, window, chunk = 3, 9, 3
+    #: Of a stream; 0: as many as all others have.
+    frames = 0
     #: As `patch` takes it.
     family = "auto"
     extra: dict = {}
@@ -364,7 +366,19 @@ class LongLive2Shots(LongLive2):
     extra = {"multi_shot_rope_offset": 6.5, "inference_t_scale": 0.75}
 
     def prompts(self, chunks):
-        return [f"The scene changes: {i}" if i % 3 == 2 else "a prompt" for i in range(chunks)]
+        return [f"The scene changes: {i}" if i in (2, 3, 8) else "a prompt" for i in range(chunks)]
+
+
+class LongLive2Pinned(LongLive2Shots):
+    """As its configurations have it."""
+
+    ran = "the same, the first chunk of each shot pinned (`multi_shot_sink`)"
+    frames = 36
+
+    def settings(self):
+        settings = super().settings()
+        settings["inference"]["multi_shot_sink"] = True
+        return settings
 
 
 class StreamDiffusion(Rig):
@@ -551,6 +565,7 @@ SYSTEMS = {
     "longlive2": LongLive2,
     "longlive2_relative": LongLive2Relative,
     "longlive2_shots": LongLive2Shots,
+    "longlive2_pinned": LongLive2Pinned,
     "streamdiffusionv2": StreamDiffusion,
     "streamdiffusionv2_refresh": StreamDiffusionRefresh,
     "scope_reward_forcing": ScopeRewardForcing,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -244,7 +245,8 @@ def evaluate(
 ) -> dict:
     """Tables for students x sink policies, beside rendered clips and the teacher's; all numbers, for JSON.
 
-    The first student and the sink "static" (else the first) are what the others are subtracted from.
+    The first student and the sink "static" (else the first) are what the others are subtracted from. Streams
+    have their cost too: the median time of a chunk of all prompts, and the bytes of their cache.
     """
     for name, value in (("prompts", prompts), ("seeds", seeds)):
         expect(value >= 1, "evaluate", name, "at least 1", value)
@@ -259,7 +261,8 @@ def evaluate(
         for policy in policies
     }
     teacher_model, config = load_teacher(teacher)
-    table, begun = Table(chosen), time.perf_counter()
+    table, begun, side = Table(chosen), time.perf_counter(), world.SIZE // world.PATCH
+    costs: dict[tuple[str, str], dict] = {}
 
     def add(name: tuple[str, str], clip: Callable[[int], Tensor]) -> None:
         table.add(name, [clip(seed) for seed in range(seeds)])
@@ -276,9 +279,15 @@ def evaluate(
         )
     for name, pipeline in streams.items():
 
-        def clip(seed, pipeline=pipeline) -> Tensor:
-            chunks = stream_clips(pipeline, chosen, frames=frames, seed=seed)
-            return codec.decode(torch.cat([chunk.latents for chunk in chunks], dim=1))
+        def clip(seed, name=name, pipeline=pipeline) -> Tensor:
+            cache = pipeline.new_cache(len(chosen), side, side)
+            latents, ends = [], [time.perf_counter()]
+            for chunk in stream_clips(pipeline, chosen, frames=frames, seed=seed, cache=cache):
+                latents.append(chunk.latents)
+                ends.append(time.perf_counter())
+            seconds = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            costs[name] = {"seconds per chunk": statistics.median(seconds), "cache bytes": cache.nbytes}
+            return codec.decode(torch.cat(latents, dim=1))
 
         add(name, clip)
     base_sink = "static" if "static" in policies else policies[0]
@@ -294,7 +303,7 @@ def evaluate(
             "students": {name: str(path) for name, path in students.items()},
         },
         "seconds": time.perf_counter() - begun,
-        "rows": table.rows(),
+        "rows": [row | costs.get((row["checkpoint"], row["sink"]), {}) for row in table.rows()],
         "differences": [
             {"row": list(row), "minus": list(base), "measures": table.differences(row, base)}
             for row, base in pairs

@@ -245,6 +245,10 @@ class SinkWindowCache:
         if sources is None and shifts != (before.phase or still):
             sources = [[] for _ in still]  # nothing is absorbed, and the keys turn
         self._check_sources(sources, leaving)
+        over = {to for _, to in moves}
+        if any(places[e] in over for frames in sources or () for e in frames if over):
+            expected = "frames that no kept one moves over: absorb, or let more leave than must, not both"
+            raise argument_error(f"{type(sink).__name__}.sources", "result", expected, sources)
         acts = sources is not None
         taken = complete and (left or bool(leaving) or any(shifts))
         after = Stream(

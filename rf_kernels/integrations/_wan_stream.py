@@ -161,6 +161,8 @@ class Stream:
         self._turns: weakref.WeakValueDictionary[tuple[int, int, float], Turn] = weakref.WeakValueDictionary()
         #: Frame -> key (at the phase of its own position) and value, and the forward that wrote them.
         self._sources: dict[int, tuple[Tensor, Tensor, _Pass]] = {}
+        #: A chunk that outlives the window: its first frame, counted from the stream's, its keys and values.
+        self._pinned: tuple[int, Tensor, Tensor] | None = None
         #: Whether the last forward was a backward's.
         self.recomputes = False
         self._kept: list[Turn] = []
@@ -194,6 +196,7 @@ class Stream:
             cache.reset_sink()  # somebody else has written: a scene cut zeroes the sink
         if afresh or start == 0:
             self.forget()
+            self._pinned = None
             cache.reset()
             self.origin = start
         written = min(frames, geometry.window_frames) if start > self.origin else frames
@@ -219,6 +222,21 @@ class Stream:
         """How often the slots were written; None where PyTorch does not count."""
         return None if any(x.is_inference() for x in self._slots) else tuple(x._version for x in self._slots)
 
+    @property
+    def has_pinned(self) -> bool:
+        return self._pinned is not None
+
+    def pin(self, first: int, frames: int) -> None:
+        """Keep frames ``[first, first + frames)``, counted from the stream's first, when they leave the
+        window, which is so much shorter then. The last such call counts; 0 frames: none."""
+        self.close()
+        self._pinned = None
+        if frames:
+            n, held = self.geometry.frame_tokens, self.turn.chunk.plan.after.held
+            slots = [held.index(frame) for frame in range(first, first + frames)]
+            k, v = (torch.cat([x[:, s * n : (s + 1) * n] for s in slots], 1) for x in self._slots)
+            self._pinned = (first, k, v)
+
     def forget(self) -> None:
         """What was written so far is constant from here on."""
         self._sources.clear()
@@ -232,10 +250,15 @@ class Stream:
     # ---- attention -----------------------------------------------------------------------------------------
     def attend(self, turn: Turn, q: Tensor, k: Tensor, v: Tensor, norms: Norms) -> Tensor:
         self.recomputes = recomputed = turn.is_recomputation()
+        beyond = self._pinned and self._pinned[0] < turn.chunk.plan.end - self.geometry.window_frames
         if recomputed or (torch.is_grad_enabled() and self._is_differentiated(q, k, v, norms)):
+            if beyond:
+                raise argument_error("integrations.wan", "kv_cache", "no pinned chunk under grad", "one")
             out = self._attend_with_grad(turn, q, k, v, norms, recomputed)
         elif turn.chunk.frames != turn.frames:
             out = self._attend_beyond_window(turn, q, k, v, norms)
+        elif beyond:
+            out = self._attend_beside_pinned(turn, q, k, v, norms)
         else:
             out = turn.chunk.attend(0, q, k, v, **norms.options)
         self.note_writes()
@@ -269,6 +292,19 @@ class Stream:
         )
         past = turn.chunk.kv(0)
         return sink_window_attention(q, past.k, past.v, kv_tokens=past.kv_tokens)
+
+    def _attend_beside_pinned(self, turn: Turn, q, k, v, norms: Norms) -> Tensor:
+        """Sink, pinned chunk, and the newest frames for which there is room then."""
+        geometry, n, (_, *pinned) = self.geometry, self.geometry.frame_tokens, self._pinned
+        q, plan = turn.chunk.append(0, q, k, v, **norms.options), turn.chunk.plan
+        oldest = plan.end - geometry.window_frames + pinned[0].shape[1] // n
+        seen = [s for s, f in enumerate(plan.after.held) if f < geometry.sink_frames or f >= oldest]
+        past = turn.chunk.kv(0)
+        k, v = (
+            torch.cat([kept, *(x[:, s * n : (s + 1) * n] for s in seen)], 1)
+            for kept, x in zip(pinned, (past.k, past.v), strict=True)
+        )
+        return sink_window_attention(q, k, v, kv_tokens=k.shape[1])
 
     def _attend_with_grad(self, turn: Turn, q, k, v, norms: Norms, recomputed: bool) -> Tensor:
         chunk, plan, geometry = turn.chunk, turn.chunk.plan, self.geometry
@@ -374,7 +410,8 @@ class Streams:
     def attend(self, turns: list[Turn], q: Tensor, k: Tensor, v: Tensor, norms: Norms) -> Tensor:
         grad = any(turn.is_recomputation() for turn in turns)
         grad = grad or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms.weights))
-        if self._apart is None or grad or any(turn.chunk.frames != turn.frames for turn in turns):
+        plain = not grad and all(turn.chunk.frames == turn.frames for turn in turns)
+        if self._apart is None or not plain or any(stream.has_pinned for stream in self.each):
             outs = [
                 stream.attend(turn, q[i], k[i], v[i], norms)
                 for stream, turn, i in zip(self.each, turns, self.samples, strict=True)

@@ -224,6 +224,8 @@ class _Binding:
         self.streams = self.together.each
         #: Frames by which a sample's position is ahead of its frame in the stream (it may jump).
         self.ahead = [0] * len(self.streams)
+        #: How often the position of the pinned chunk had been written when it was read.
+        self.pin_version: int | None = -1
         #: The index tensors as they were left: (tensor, version, values).
         self.indices: list[tuple[Tensor, int | None, list]] = []
 
@@ -251,6 +253,31 @@ class _Binding:
             if now.flatten().tolist() != values:
                 return True
         return False
+
+    def note_pin(self, kv_cache: dict, frames: int) -> None:
+        """LongLive 2.0 pins a chunk at a scene cut: where it lies in the system's own order of slots."""
+        position = kv_cache.get("pinned_start")
+        if position is None or (version := _version(position)) == self.pin_version is not None:
+            return
+        n, geometry = self.geometry.frame_tokens, self.geometry
+        start, tokens = int(position), int(kv_cache["pinned_len"])
+        pins = start >= 0 and tokens > 0
+        if pins:
+            whole = geometry.window_frames % frames == 0 and not (start % n or tokens % n)
+            held = geometry.sink_frames + geometry.window_frames == geometry.room_frames
+            wanted = {
+                "one in memory whose writes PyTorch counts (not torch.inference_mode)": version is not None,
+                "keys that are rotated once (no use_relative_rope)": not geometry.policy.rephase,
+                f"a window of whole chunks (now {geometry.window_frames} frames, chunks of {frames})": whole,
+                "a window as large as the cache": held,
+            }
+            for expected, fits in wanted.items():
+                if not fits:
+                    raise argument_error(_FORWARD, "kv_cache", f"with a pinned chunk {expected}", "another")
+        for stream in self.streams:
+            ahead = min(stream.frames, geometry.room_frames) - start // n
+            stream.pin(stream.frames - ahead, tokens // n) if pins else stream.pin(0, 0)
+        self.pin_version = version
 
     def note_indices(self, kv_cache: dict, ends: list[int], local: list[int]) -> None:
         self.indices = []
@@ -308,6 +335,7 @@ class SelfAttention:
         if rest:
             raise argument_error(_FORWARD, "x", f"whole frames of {n} tokens", f"{x.shape[1]} tokens")
         binding, afresh = self._bound(kv_cache, grid, given)
+        binding.note_pin(kv_cache, frames)
         positions = self._positions(given["current_start"], n, len(binding.streams))
         if given.get("sink_recache_after_switch") and positions[0]:
             afresh = True  # LongLive writes window and sink anew
@@ -444,10 +472,6 @@ class SelfAttention:
         if getattr(self.module, "adapt_sink_thr", -1) > -1:
             found = self.module.adapt_sink_thr
             raise argument_error(_FORWARD, "adapt_sink_thr", "-1 (a sink that is not refreshed)", found)
-        published = getattr(_original(self.module), "__globals__", {}).get("_CURRENT_GRID_META") or {}
-        if published.get("pinned_start", -1) >= 0 and published.get("pinned_len", 0):
-            found = f"pinned_start {published['pinned_start']}"
-            raise argument_error(_FORWARD, "kv_cache", "no pinned chunk (multi_shot_sink: false)", found)
 
     def _geometry(self, k: Tensor, grid: tuple, given: dict) -> Geometry:
         module, family, n = self.module, self.family, grid[0] * grid[1]

@@ -77,11 +77,15 @@ class Attention(nn.Module):
             q, k = rotated(q, freqs, frame, **places), rotated(k, freqs, frame, **places)
         size, end = kv["k"].shape[1], start + new
         held, seen = kv["local_end_index"].item(), kv["global_end_index"].item()
+        pin, pinned = (int(kv.get(name, -1)) for name in ("pinned_start", "pinned_len"))
+        kept = sink + pinned if pin == sink and pinned > 0 else sink
         gone = max(0, held + new - size) if end > seen and self.local_attn_size != -1 else 0
         if gone:
             self.absorb(kv, slice(sink, sink + gone))
             for name in ("k", "v"):
-                kv[name][:, sink : held - gone] = kv[name][:, sink + gone : held].clone()
+                kv[name][:, kept : held - gone] = kv[name][:, kept + gone : held].clone()
+            if pin >= kept:
+                kv["pinned_start"].sub_(gone)
         stop = held + end - seen - gone
         kv["k"][:, stop - new : stop], kv["v"][:, stop - new : stop] = k, v
         keys, values = kv["k"][:, :stop], kv["v"][:, :stop]

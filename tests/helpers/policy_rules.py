@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rf_kernels.reference.streaming import rotate, token_positions
+
 
 @dataclass
 class Told:
@@ -24,6 +26,7 @@ class Told:
     q: dict = field(default_factory=dict)
     ends: list = field(default_factory=list)
     cuts: list = field(default_factory=list)
+    grid: tuple = ()
     at: dict = field(default_factory=dict)
 
     @property
@@ -43,6 +46,11 @@ class Told:
         firsts = [self.S, *(self.oldest(i) for i in range(len(self.ends)))]
         pairs = zip(firsts[:-1], firsts[1:], strict=True)
         return [list(range(a, b)) for a, b in pairs if b > a]
+
+    def asked(self, chunk):
+        """Rotated queries of a chunk's last forward ``[B, tokens, H, D]``."""
+        frames = range(self.ends[chunk - 1] if chunk else 0, self.ends[chunk])
+        return torch.cat([rotate(self.q[f], token_positions([self.at[f]], self.grid)) for f in frames], 1)
 
     def window(self):
         return [(self.at[f], self.k[f], self.v[f]) for f in range(self.oldest(), self.begin)]
@@ -110,6 +118,26 @@ def cyclic(told, bank):
 
     before = range(max(0, told.oldest() - told.S), min(told.oldest(), told.begin))
     return [(f, told.k[copied(f)], told.v[copied(f)]) for f in before] + told.window()
+
+
+def important(told, frames):
+    """Tokens are (position, key, value) of their own, one row each."""
+    G, n = told.S - frames, told.grid[0] * told.grid[1]
+
+    def rotated(fs):
+        return [(rotate(told.k[f], token_positions([told.at[f]], told.grid)), told.v[f]) for f in fs]
+
+    pool = [torch.cat(x, 1) for x in zip(*rotated(range(G, min(told.S, told.begin))), strict=True)]
+    for chunk in range(len(told.ends)):
+        gone = range(told.S if not chunk else told.oldest(chunk - 1), told.oldest(chunk))
+        if gone:
+            pool = [
+                torch.cat([p, *x], 1) for p, x in zip(pool, zip(*rotated(gone), strict=True), strict=True)
+            ]
+            phi = torch.einsum("bqhd,bkhd->bk", told.asked(chunk - 1), pool[0])
+            order = phi.argsort(dim=1, descending=True)[:, : frames * n]
+            pool = [torch.stack([x[o] for x, o in zip(p, order, strict=True)]) for p in pool]
+    return told.sink(range(G), told.shift()) + told.window() + ([(None, *pool)] if pool else [])
 
 
 def placed(told, ahead=None, at=None):

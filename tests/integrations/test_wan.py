@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
@@ -79,6 +81,42 @@ def test_shots_at_positions_of_their_own():
     wanted = run()
     wan.patch(model)
     assert distance(run(), wanted) < 1e-12
+
+
+def pinned_stream(model, cuts, chunks=10, window=6):
+    """LongLive 2.0 pins the chunk of a scene cut: it stays when it is the oldest, until another is pinned."""
+    caches, x, outs = family.kv_cache(model, 2 + window), family.video(2 * chunks), []
+    for cache in caches:
+        cache |= {"pinned_start": torch.tensor([-1]), "pinned_len": torch.tensor([0])}
+    for i in range(chunks):
+        clip = x[:, 2 * i * T : 2 * (i + 1) * T]
+        outs.append(family.stream(model, caches, clip, 2, first=2 * i)[0])
+        for cache in caches if i in cuts else ():
+            cache["pinned_start"].fill_(int(cache["local_end_index"]) - 2 * T)
+            cache["pinned_len"].fill_(2 * T)
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 3), (4, 7), (5, 6)])
+def test_pinned_chunks(cuts):
+    model = family.Model(family.LongLive2, local_attn_size=8, sink_size=2)
+    wanted, without = pinned_stream(model, cuts), pinned_stream(model, ())
+    assert distance(without, wanted) > 1e-4
+    wan.patch(model)
+    assert distance(pinned_stream(model, cuts), wanted) < 1e-12
+    assert distance(pinned_stream(model, ()), without) < 1e-12
+
+
+def test_pinned_chunks_that_are_refused():
+    model = family.Model(family.LongLive2, local_attn_size=9, sink_size=2)
+    wan.patch(model)
+    with pytest.raises(rf.ArgumentError, match="argument `kv_cache`.*whole chunks"):
+        pinned_stream(model, (3,), window=7)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        pinned_stream(model, (3,), chunks=4)
+    with pytest.raises(rf.ArgumentError, match="argument `kv_cache`.*under grad"):
+        pinned_stream(model, (3,))
 
 
 @pytest.mark.parametrize("kind", [family.SelfForcing, family.RewardForcing])
@@ -356,3 +394,23 @@ def test_a_forward_without_a_cache_is_the_modules_own():
     wanted = attention(x, None, torch.tensor([[2, *family.GRID]]), model.freqs, None)
     wan.patch(model)
     assert torch.equal(attention(x, None, torch.tensor([[2, *family.GRID]]), model.freqs, None), wanted)
+
+
+def test_a_sharded_model_streams_and_trains():
+    """Parameters that are gathered for a block's forward alone (`fully_shard`), also in recomputations."""
+    model, x = family.Model(family.SelfForcing, local_attn_size=6), family.video(6)
+    model.checkpointed = True
+    wan.patch(model)
+    wanted, _ = family.stream(model, family.kv_cache(model, 6), x, 2)
+    grads = rollout(model, 6, 3, 2, exits=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (model.blocks[0].self_attn.norm_q, *model.blocks, model):
+            fully_shard(module, mesh=mesh)
+        with torch.no_grad():
+            assert distance(family.stream(model, family.kv_cache(model, 6), x, 2)[0], wanted) < 1e-14
+        for a, b in zip(rollout(model, 6, 3, 2, exits=1), grads, strict=True):
+            assert distance(a.full_tensor() if hasattr(a, "full_tensor") else a, b) < 1e-12
+    finally:
+        dist.destroy_process_group()

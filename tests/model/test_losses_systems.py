@@ -13,7 +13,7 @@ import rf_kernels as rf
 from helpers.training import DISTILL
 from reward_forcing import FlowMatchScheduler, losses, rewards
 from reward_forcing.trainer import DistillConfig, loop, train
-from reward_forcing.trainer.config import RewardConfig, build
+from reward_forcing.trainer.config import RewardConfig, build, changed
 from reward_forcing.trainer.data import WorldSource
 from reward_forcing.trainer.draws import Draws
 
@@ -605,6 +605,11 @@ def test_every_objective_trains_a_step(objective, stage):
     figures = stage(objective, NEEDED.get(objective, {}))
     for name, value in OPTIONS.get(objective, {}).items():  # each option is used
         assert stage(objective, {name: value}) != figures
+
+
+def test_options_are_set_on_the_command_line():
+    given = changed(DISTILL, ["distill.objective=tdm", "distill.options.huber=0.5"])
+    assert given.distill.build_objective() == losses.TDM(huber=0.5)
 
 
 def test_saliency_asks_for_a_reward_with_a_gradient(tmp_path):

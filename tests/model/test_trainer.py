@@ -12,7 +12,7 @@ from helpers.training import CAUSAL, DISTILL, ODE, PUBLISHED, STREAM, TEACHER, T
 from reward_forcing.config import ModelConfig
 from reward_forcing.models import BidirectionalWanModel, CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
-from reward_forcing.trainer import OptimizerConfig, Rollout, TrainConfig, load, loop, train
+from reward_forcing.trainer import DistillConfig, OptimizerConfig, Rollout, TrainConfig, load, loop, train
 from reward_forcing.trainer.config import RewardConfig, WanConfig, build
 from reward_forcing.trainer.distributed import local, process_group
 from reward_forcing.trainer.draws import Draws
@@ -257,6 +257,21 @@ def test_replay_is_the_graph(policy):
         assert error <= 1e-12, (name, float(error))
 
 
+@pytest.mark.parametrize("policy", ["static", "ema"])
+def test_a_rollout_revisited_answers_its_own_noised_clips(policy):
+    """Given the same past, past evictions too: what enters is the finished chunk at its exit step's noise."""
+    rollout, tape, context = _rollout(policy)
+    noise = torch.randn(tape.x.shape, generator=torch.Generator().manual_seed(3), dtype=tape.x.dtype)
+    again = rollout.revisit(tape, context, noise)
+    for before, after, part in zip(tape.entries, again.entries, noise.split(3, dim=1), strict=True):
+        t = torch.full((2,), rollout.pipeline.timesteps[before.exit_step])
+        assert torch.equal(after.z, rollout.pipeline.scheduler.add_noise(before.x0, part, t))
+        assert torch.equal(after.context, before.context) and after.exit_step == before.exit_step
+    with torch.no_grad():
+        torch.testing.assert_close(again.x, rollout.graph(again, context), rtol=0, atol=1e-13)
+    assert not torch.allclose(again.x, tape.x)
+
+
 def test_gradient_of_the_last_chunks_alone():
     rollout, tape, context = _rollout("ema", frames=12)
     grad = torch.ones_like(tape.x)
@@ -298,9 +313,15 @@ def test_memory_for_backward_does_not_grow_with_the_rollout():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("config", [TEACHER, CAUSAL, ODE, DISTILL], ids=lambda config: config.stage)
+@pytest.mark.parametrize(
+    "config",
+    [TEACHER, CAUSAL, ODE, DISTILL]
+    + [replace(DISTILL, distill=DistillConfig("f_distill", {"ema": 0.5}, critic_steps=2, shift=2.0))],
+    ids=["teacher", "causal", "ode", "distill", "f_distill"],
+)
 def test_a_resumed_run_is_the_run(config, tmp_path):
-    """Interrupted at an odd step, amid the alternation: weights, averages and log, bit for bit."""
+    """Interrupted at an odd step, amid the alternation: weights, averages and log, bit for bit. The last has
+    a discriminator, and averages of its ratios."""
     whole = load_file(train(config, tmp_path / "whole"))
 
     class Interrupted(Exception):

@@ -3,16 +3,19 @@ what holds for all: a chunk is taken back, a stream saved and gone on with."""
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 import rf_kernels as rf
 from helpers import policy_rules as rules
-from helpers.cache_case import make, state_of, step, tensors
+from helpers.cache_case import make, state_of, step, tensors, write
 from reward_forcing import policies
 from rf_kernels.reference.streaming import rotate, token_positions
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,6 @@ class Case:
     lengths: tuple = ((3,) * 13, (2, 3, 1, 3, 2, 3, 1, 2, 3, 3, 1, 2, 3, 2))
     cuts: tuple = ()  # numbers of the chunks that begin a shot
     jump: float = 0.0
-    place: object = None
 
 
 def of(function, *arguments, **more):
@@ -49,6 +51,7 @@ CASES = {
     ),
     "cyclic": Case(policies.CyclicSink(), of(rules.cyclic, 6), sizes=((3, 6), (4, 5))),
     "cyclic, long bank": Case(policies.CyclicSink(8), of(rules.cyclic, 8), sizes=((3, 4), (6, 5))),
+    "important": Case(policies.ImportantTokens(2), of(rules.important, 2), sizes=((4, 6), (3, 5))),
     "ahead": Case(policies.PlacedSink(ahead=2.5), of(rules.placed, ahead=2.5), sizes=((1, 6), (2, 5))),
     "identity": Case(policies.PlacedSink(at=0.0), of(rules.placed, at=0.0)),
     "shots": Case(
@@ -83,10 +86,11 @@ def attention(q, own, seen, own_at, grid):
     entries += [
         (p, own[0][:, i * n : (i + 1) * n], own[1][:, i * n : (i + 1) * n], 0.0) for i, p in enumerate(own_at)
     ]
-    keys = torch.cat([rotate(k, token_positions([p], grid)) for p, k, _, _ in entries], 1)
+    keys = torch.cat([k if p is None else rotate(k, token_positions([p], grid)) for p, k, _, _ in entries], 1)
     values = torch.cat([v for _, _, v, _ in entries], 1)
     # the operator takes the bias in float32
-    bias = torch.tensor([w for *_, w in entries], dtype=torch.float32).double().repeat_interleave(n)
+    bias = torch.tensor([w for *_, w in entries], dtype=torch.float32).double()
+    bias = bias.repeat_interleave(torch.tensor([k.shape[1] for _, k, _, _ in entries]))
     logits = torch.einsum("bqhd,bkhd->bhqk", rotate(q, token_positions(own_at, grid)), keys)
     weights = (logits / q.shape[-1] ** 0.5 + bias).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, values)
@@ -98,7 +102,8 @@ def test_a_policy_is_its_rule(name, which):
     case, geometry = CASES[name], GEOMETRIES[which]
     S, W = case.sizes[which]
     cache = make(S, W, policy=case.policy, **geometry)
-    told, left, n, grid = rules.Told(S, W), 0, cache.spec.frame_tokens, cache.spec.grid
+    left, n, grid = 0, cache.spec.frame_tokens, cache.spec.grid
+    told = rules.Told(S, W, grid=grid)
     for number, frames in enumerate(case.lengths[which]):
         begin = told.ends[-1] if told.ends else 0
         cut = number in case.cuts
@@ -149,3 +154,117 @@ def test_a_policy_is_taken_back_saved_and_copied(name, tmp_path):
 def step_into(chunk, seed):
     for layer in range(chunk.cache.spec.layers):
         chunk.attend(layer, *tensors(chunk.cache, chunk.frames, 100 * seed + layer))
+
+
+def test_a_chunk_with_weights_has_gradients():
+    """Also when later chunks have taken its slots, and through a checkpointed block."""
+    cache = make(2, 5, policy=policies.LogBias(0.3), grid=(2, 3))
+    told, n = rules.Told(2, 5, grid=(2, 3)), 6
+    for number in range(6):
+        told.ends.append(told.begin + 3 if not told.ends else told.ends[-1] + 3)
+        q, k, v = (x.requires_grad_() for x in tensors(cache, 3, number))
+        own_at = list(range(told.begin, told.end))
+        expected = attention(q, (k, v), rules.log_bias(told, 0.3), own_at, (2, 3))
+        with cache.chunk(3) as chunk:
+            if number % 2:
+                found = chunk.attend(0, q, k, v)
+            else:
+                found = torch.utils.checkpoint.checkpoint(
+                    lambda q, k, v, chunk=chunk: chunk.attend(0, q, k, v), q, k, v, use_reentrant=False
+                )
+        with torch.no_grad():
+            step(copy.deepcopy(cache), 3, 99)
+        grads = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (found, expected)]
+        for a, b in zip(*grads, strict=True):
+            assert relative_l2(a, b) < 1e-12
+        for i, frame in enumerate(own_at):
+            at = slice(i * n, (i + 1) * n)
+            told.k[frame], told.v[frame], told.at[frame] = k[:, at].detach(), v[:, at].detach(), frame
+
+
+WRONG = {
+    "too few": ("leaving", lambda self, opening, excess: opening.window[: excess - 1], "at least 2 of"),
+    "not there": ("leaving", lambda self, opening, excess: [0, 1], "at least 2 of the frames"),
+    "twice": ("leaving", lambda self, opening, excess: opening.window[:1] * 2, "at least 2 of the frames"),
+    "a shift short": ("shifts", lambda self, opening: [1], "2 numbers"),
+    "no number": ("shifts", lambda self, opening: [None, 1], "2 numbers"),
+    "NaN": ("weights", lambda self, opening, held: [float("nan")] * len(held), "numbers below"),
+    "one position": ("positions", lambda self, opening: [3.0], "one number, or 2"),
+    "over one another": ("leaving", lambda self, opening, excess: [4, 6, 7], "no kept one moves"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_rule_must_not_say_is_refused(name, monkeypatch):
+    """Before anything is written."""
+    rule, says, expected = WRONG[name]
+    kind = policies.ImportantTokens(1) if name == "over one another" else policies.LogBias(rephase=True)
+    cache = make(2, 4, policy=kind)
+    for number in range(4):
+        step(cache, 2, number)
+    before = fingerprint(*state_of(cache), cache._buffers.ints)
+    monkeypatch.setattr(type(cache._sink), rule, says)
+    with pytest.raises(rf.ArgumentError, match=f"{type(cache._sink).__name__}.*{expected}"):
+        cache.open(2)
+    monkeypatch.undo()
+    assert fingerprint(*state_of(cache), cache._buffers.ints) == before and cache.next_frame == 8
+    step(cache, 2, 5)
+
+
+def test_reset_sink_is_refused_where_the_slots_do_not_tell():
+    cache = make(3, 4, policy=policies.CyclicSink())
+    cache.reset_sink()  # nothing has been rewritten yet
+    for number in range(5):
+        step(cache, 2, number)
+    with pytest.raises(rf.ArgumentError, match="a sink that its slots tell, found CyclicSink"):
+        cache.reset_sink()
+
+
+def test_a_chunk_of_many_noise_levels_is_committed_in_part():
+    """Six noisy frames in one query, two of which are finished: the next chunk starts two frames on."""
+    cache, told = make(2, 9, policy=rf.StaticSink(rephase=True), grid=(2, 3)), rules.Told(2, 9, grid=(2, 3))
+    for number in range(12):
+        told.ends = [*told.ends[:-1], 2 * number, 2 * number + 6] if number else [6]
+        q, k, v = tensors(cache, 6, number)
+        own_at = list(range(told.begin, told.end))
+        expected = attention(q, (k, v), rules.static(told), own_at, (2, 3))
+        with cache.chunk(6, start=2 * number) as chunk:
+            assert relative_l2(chunk.attend(0, q, k, v), expected) < 1e-12
+        for i, frame in enumerate(own_at):
+            at = slice(6 * i, 6 * (i + 1))
+            told.k[frame], told.v[frame], told.at[frame] = k[:, at], v[:, at], frame
+
+
+def test_a_full_window_begins_anew_with_an_overlap():
+    """CausVid: the last frames go through once more, as the first of another stream."""
+    cache, fresh = (make(0, 9, policy=rf.NoSink(), dtype=torch.float32) for _ in range(2))
+    for number in range(3):
+        step(cache, 3, number)
+    for number, start in ((7, 0), (8, None), (9, None)):
+        with cache.chunk(3, start=start) as chunk:
+            found = torch.stack(write(chunk, number))
+        assert_equal_bits(found, torch.stack(step(fresh, 3, number)))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("steady", rf.EMASink(0.99, held=(0,))),
+        ("steady:held=0/1,alpha=0.5", rf.EMASink(0.5, held=(0, 1))),
+        ("ema:0.9", rf.EMASink(0.9)),
+        ("static:rephase=false", rf.StaticSink()),
+        ("two-rates:long=0.02,adaptive=true", policies.TwoRateMemory(0.02, adaptive=True)),
+        ("shots:where=shot,span=21", policies.PinnedShots(where="shot", span=21)),
+        ("identity", policies.PlacedSink(at=0.0)),
+        ("ahead:ahead=none,at=3", policies.PlacedSink(at=3)),
+    ],
+)
+def test_policies_have_names(text, expected):
+    assert policies.parse(text, alpha=0.999) == expected
+
+
+def test_every_policy_is_on_the_page():
+    page = (ROOT / "docs/policies.md").read_text()
+    missing = [name for name in policies.NAMES if f"`{name}" not in page]
+    used = {type(case.policy) for case in CASES.values()} | {rf.NoSink}
+    assert not missing and {cls for cls, _ in policies.NAMES.values()} <= used

@@ -1,6 +1,7 @@
 """Sink policies of published systems, by name (docs/policies.md)."""
 
 from .cyclic import CyclicSink
+from .important import ImportantTokens
 from .memory import MemoryState
 from .named import NAMES, parse
 from .placed import PlacedSink
@@ -13,6 +14,7 @@ from .weighted import LogBias, RandomHistory
 __all__ = [
     "NAMES",
     "CyclicSink",
+    "ImportantTokens",
     "LogBias",
     "MemoryState",
     "PinnedShots",

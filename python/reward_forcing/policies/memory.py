@@ -43,12 +43,19 @@ class MemoryState(rf.SinkState):
         return self.turned(k[:, at], plan.turns[j, i]), v[:, at].to(self.tensors["v_state"].dtype)
 
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
-        if plan.first:
-            for name, slots in (("k_state", k), ("v_state", v)):
-                state = self.tensors[name][layer]
-                state.copy_(slots[:, : state.shape[1]])
+        self.unite(layer, k, v, plan)
         self.absorb(layer, k, v, plan)
-        for j in range(self.spec.sink_frames):
+        self.write(layer, k, v, plan, self.spec.sink_frames)
+
+    def unite(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
+        """Take the state from the slots, the first time."""
+        for name, slots in (("k_state", k), ("v_state", v)) if plan.first else ():
+            state = self.tensors[name][layer]
+            state.copy_(slots[:, : state.shape[1]])
+
+    def write(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan, frames: int) -> None:
+        """The slots of the first sink frames, from the state."""
+        for j in range(frames):
             key, value = self.state(layer, j)
             k[:, self.tokens(j)] = self.turned(key, plan.turns[j, -1]).to(k.dtype)
             v[:, self.tokens(j)] = value.to(v.dtype)

@@ -8,6 +8,7 @@ import rf_kernels as rf
 
 from .._check import expect
 from .cyclic import CyclicSink
+from .important import ImportantTokens
 from .placed import PlacedSink
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -24,6 +25,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "two-rates": (TwoRateMemory, {}),
     "strided": (StridedMemory, {}),
     "cyclic": (CyclicSink, {}),
+    "important": (ImportantTokens, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
     "shots": (PinnedShots, {}),
