@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import rf_kernels as rf
 from helpers.training import CAUSAL, DISTILL, ODE, PUBLISHED, STREAM, TEACHER, TINY, WORLD
 from reward_forcing.config import ModelConfig
+from reward_forcing.losses import warp_timesteps
 from reward_forcing.models import BidirectionalWanModel, CausalWanModel
 from reward_forcing.pipeline import StreamingPipeline
 from reward_forcing.trainer import DistillConfig, OptimizerConfig, Rollout, TrainConfig, load, loop, train
@@ -17,7 +18,7 @@ from reward_forcing.trainer.config import RewardConfig, WanConfig, build
 from reward_forcing.trainer.distributed import local, process_group
 from reward_forcing.trainer.draws import Draws
 from reward_forcing.trainer.loop import Trained
-from reward_forcing.trainer.stages import FlowMatching
+from reward_forcing.trainer.stages import FlowMatching, timesteps
 from reward_forcing.trainer.step import Stepper, StoppedOnNonFinite, learning_rate
 
 
@@ -210,6 +211,19 @@ def test_learning_rate_schedule():
     rates = [learning_rate(config, step, 100) for step in range(101)]
     assert rates[0] < rates[1] < rates[3] and rates[100] == pytest.approx(0.03) and max(rates) <= 1
     assert learning_rate(OptimizerConfig(lr=2.0), 50, 100) == 2.0
+
+
+def test_timesteps_of_a_range_are_drawn_as_those_of_all():
+    """Uniform before the shift, between the ends; the whole range is the integers themselves."""
+    draws, shift = Draws(0), 3.3
+    whole = timesteps(draws, "t", 0, range(400), shift=shift, min_step=0, max_step=1000)
+    n = torch.tensor(draws.integers("t", 0, 1000, range(400)))
+    assert torch.equal(whole, warp_timesteps(n, shift=shift, min_step=0, max_step=1000))
+    part = timesteps(draws, "t", 0, range(400), shift=shift, low=400.0, high=800.0)
+    assert 400 <= part.min() < 410 and 790 < part.max() < 800
+    before = part / (shift - (shift - 1) * part / 1000)  # the shift, taken back
+    ends = [t / (shift - (shift - 1) * t / 1000) for t in (400.0, 800.0)]
+    torch.testing.assert_close(before, ends[0] + (ends[1] - ends[0]) * n / 1000, rtol=1e-5, atol=1e-3)
 
 
 # ---- rollouts ----------------------------------------------------------------------------------------------

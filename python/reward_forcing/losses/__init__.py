@@ -13,19 +13,10 @@ from .objective import Batch, Objective
 from .partition import MultiStudent, partition_of
 from .phased import PhasedDMD, phased_critic_loss, phased_dmd_loss, phased_noise
 from .sid import SiD, SiDLSG, sid_gradients, sid_loss, sid_lsg_loss
+from .stream_r1 import BalancedReward, StreamR1, mixed_saliency, saliency_weight
 from .tdm import TDM, mixed_noise, tdm_critic_loss, tdm_loss
 from .temporal import Diagonal, diagonal_loss, difference_weight
-from .weights import (
-    AdaState,
-    BalancedReward,
-    HalloLive,
-    StreamR1,
-    frame_ramp,
-    mixed_saliency,
-    product_weight,
-    saliency_weight,
-    standardized,
-)
+from .weights import AdaState, HalloLive, frame_ramp, product_weight, standardized
 from .window import SelfForcingPP, window
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -52,18 +52,16 @@ def decoupled_dmd_loss(
     return rf.dmd_loss(x, **scores, weight=weight, mask=mask, options=options)
 
 
+def without_fake_guidance(batch: Batch) -> dict:
+    """The batch's arguments that this loss takes."""
+    return {name: a for name, a in batch.arguments.items() if not name.startswith("fake_")}
+
+
 @dataclass(frozen=True)
 class DecoupledDMD(Objective):
     """t over the whole range; t_ca above the level that x is noised to next (the whole range where chunks
     leave at different steps)."""
 
     def generator_loss(self, batch: Batch) -> Tensor:
-        arguments = {name: a for name, a in batch.arguments.items() if not name.startswith("fake_")}
-        t_ca = batch.timesteps("guidance", batch.next_t or 0.0)
-        noise_ca = batch.draw("guidance")
-        weight = self.weight(batch)
-        return decoupled_dmd_loss(batch.x, **arguments, noise_ca=noise_ca, t_ca=t_ca, weight=weight)
-
-    def weight(self, batch: Batch) -> Tensor | None:
-        """Weight of the samples; None is 1."""
-        return None
+        other = {"noise_ca": batch.draw("guidance"), "t_ca": batch.timesteps("guidance", batch.next_t or 0.0)}
+        return decoupled_dmd_loss(batch.x, **without_fake_guidance(batch), **other)

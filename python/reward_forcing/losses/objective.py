@@ -29,10 +29,10 @@ class Batch:
         beta: of weights exp(beta reward).
         entered, entered_t: what entered the forward that gave x, and its timesteps ``[F]``.
         clean: the finished rollout; x, unless the objective ``revisits`` it.
-        next_t: timestep that the sampler noises x to next (0: x is finished), where all chunks left at the
-            same step; else None.
+        exit_t, next_t: timestep that all chunks left at, and that the sampler noises x to next (0: x is
+            finished); None where chunks left at different steps.
         draw: noise like x, by name.
-        timesteps: one timestep a sample, by name, not below the second argument.
+        timesteps: one timestep a sample, by name, between the second and the third argument (default: all).
         uniform: a number in [0, 1), by name, the same for all samples.
         prompts: the samples' prompts.
         rewards: scores of the reward on ``clean``, ``[B]``.
@@ -48,9 +48,10 @@ class Batch:
     entered: Tensor
     entered_t: Tensor
     clean: Tensor
+    exit_t: float | None
     next_t: float | None
     draw: Callable[[str], Tensor]
-    timesteps: Callable[[str, float], Tensor]
+    timesteps: Callable[..., Tensor]
     uniform: Callable[[str], float]
     prompts: Sequence[str]
     clips: Callable[[], Tensor]

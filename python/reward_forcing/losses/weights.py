@@ -6,7 +6,6 @@ A weight is a constant of the loss. It goes to ``rf_kernels.dmd_gradient`` as it
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,7 @@ from torch import Tensor
 
 import rf_kernels as rf
 
-from .._check import expect
-from .decoupled import DecoupledDMD
+from .decoupled import decoupled_dmd_loss, without_fake_guidance
 from .dmd import dmd_loss
 from .objective import Batch, Objective, in_range
 
@@ -49,97 +47,6 @@ class AdaState(Objective):
         return dmd_loss(batch.x, **batch.arguments, weight=weight.expand(len(batch.x), -1))
 
 
-# ---- elements: Stream-R1 -----------------------------------------------------------------------------------
-def _scaled(t: Tensor, dims: Sequence[int], strength: float, floor: float) -> Tensor:
-    """t to [0, 1] over ``dims`` (1 where it is constant), mixed with 1, floored, divided by its mean."""
-    low, high = t.amin(dims, keepdim=True), t.amax(dims, keepdim=True)
-    flat = high - low <= 1e-8
-    scaled = torch.where(flat, 1.0, (t - low) / torch.where(flat, 1.0, high - low))
-    weight = ((1 - strength) + strength * scaled).clamp(min=floor)
-    return weight / weight.mean(dims, keepdim=True)
-
-
-def saliency_weight(
-    saliency: Tensor,
-    *,
-    strength: float = 1.0,
-    floor: float = 0.5,
-    temporal_strength: float = 1.0,
-    temporal_floor: float = 0.3,
-) -> Tensor:
-    """Stream-R1's weight of the elements (arXiv 2605.03849; wangbei1/Stream-R1, model/stream_r1.py), its
-    temporal part included: the mean saliency of each frame over the frames, times the saliency within each
-    frame, each ``max((1 - s) + s minmax(.), floor) / mean``, and all of it divided by its mean.
-
-    Args:
-        saliency: ``[B, F, H, W]``, not negative. Returns ``[B, F, 1, H, W]``.
-    """
-    expect(saliency.dim() == 4, "saliency_weight", "saliency", "[B, F, H, W]", tuple(saliency.shape))
-    frames = _scaled(saliency.mean(dim=(2, 3), keepdim=True), (1, 2, 3), temporal_strength, temporal_floor)
-    weight = frames * _scaled(saliency, (2, 3), strength, floor)
-    return (weight / weight.mean(dim=(1, 2, 3), keepdim=True)).unsqueeze(2)
-
-
-def mixed_saliency(maps: Tensor, scores: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Stream-R1's mix of the maps of several rewards ``[M, ...]`` by their scores ``[M]``: shares
-    ``softmax(-scores / temperature)``, so the reward that is lowest weighs most."""
-    weight = torch.softmax(-scores.to(maps.dtype) / temperature, dim=0)
-    return (weight.reshape(-1, *[1] * (maps.dim() - 1)) * maps).sum(dim=0)
-
-
-class BalancedReward:
-    """Stream-R1's reward of several: their mean, less ``penalty`` times the standard deviation (that of a
-    sample) of what each has gained within the last ``window`` calls, its second half over its first. The
-    penalty begins at call ``warmup``.
-    """
-
-    def __init__(self, *, penalty: float = 0.5, window: int = 50, warmup: int = 50):
-        self.penalty, self.warmup = penalty, warmup
-        self.history: deque[Tensor] = deque(maxlen=window)
-        self.calls = 0
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Scores ``[M]`` of one clip to a scalar."""
-        self.calls += 1
-        self.history.append(scores.detach())
-        if self.calls < self.warmup or len(self.history) < 4 or len(scores) < 2:
-            return scores.mean()
-        history = torch.stack(list(self.history))
-        half = len(history) // 2
-        gained = history[half:].mean(dim=0) - history[:half].mean(dim=0)
-        return scores.mean() - self.penalty * gained.std()
-
-
-@dataclass(frozen=True)
-class StreamR1(Objective):
-    """Stream-R1: Re-DMD with a weight of every element from where the reward has gradient.
-
-    Args:
-        strength, floor, temporal_strength, temporal_floor: of ``saliency_weight``.
-    """
-
-    strength: float = 1.0
-    floor: float = 0.5
-    temporal_strength: float = 1.0
-    temporal_floor: float = 0.3
-    needs_reward = True
-
-    def __post_init__(self):
-        for name in ("strength", "floor", "temporal_strength", "temporal_floor"):
-            in_range(self, name, 0, 1)
-
-    def generator_loss(self, batch: Batch) -> Tensor:
-        weight = saliency_weight(
-            batch.saliency(),
-            strength=self.strength,
-            floor=self.floor,
-            temporal_strength=self.temporal_strength,
-            temporal_floor=self.temporal_floor,
-        )
-        reward = rf.reward_weight(batch.rewards(), batch.beta).reshape(-1, 1, 1, 1, 1)
-        return dmd_loss(batch.x, **batch.arguments, weight=weight * reward)
-
-
 # ---- several rewards: Hallo-Live ---------------------------------------------------------------------------
 def standardized(scores: Tensor, eps: float = 1e-6) -> Tensor:
     """``(r - mean) / max(std, eps)`` over all samples of all ranks, ``[B]``; the standard deviation is that
@@ -159,17 +66,25 @@ def product_weight(rewards: Sequence[Tensor], beta: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HalloLive(DecoupledDMD):
-    """The video part of Hallo-Live (arXiv 2604.23632; hallolive/model/dual_stream_dmd_model.py): decoupled
-    DMD, weighted by exp(beta reward). Its audio stream has the same loss on its own latents.
+class HalloLive(Objective):
+    """The video part of Hallo-Live (arXiv 2604.23632; hallolive/model/dual_stream_dmd_model.py): DMD with
+    weights exp(beta reward). Its audio stream has the same loss on its own latents.
 
     Args:
         standardize: the reward over all samples of the step, as its synchronisation reward is.
+        decoupled: as Decoupled DMD, with one noise, the push of guidance at a level not above that of x's
+            exit step (off in the released configurations).
     """
 
     standardize: bool = False
+    decoupled: bool = False
     needs_reward = True
 
-    def weight(self, batch: Batch) -> Tensor:
+    def generator_loss(self, batch: Batch) -> Tensor:
         reward = batch.rewards()
-        return product_weight([standardized(reward) if self.standardize else reward], batch.beta)
+        weight = product_weight([standardized(reward) if self.standardize else reward], batch.beta)
+        if not self.decoupled:
+            return dmd_loss(batch.x, **batch.arguments, weight=weight)
+        t_ca = batch.timesteps("guidance", 0.0, 1000.0 if batch.exit_t is None else batch.exit_t)
+        other = {"noise_ca": batch.noise, "t_ca": t_ca, "weight": weight}
+        return decoupled_dmd_loss(batch.x, **without_fake_guidance(batch), **other)

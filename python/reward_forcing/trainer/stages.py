@@ -84,12 +84,13 @@ def timesteps(
     *,
     shift: float,
     low: float = 0.0,
+    high: float = 1000.0,
     **options,
 ) -> Tensor:
-    """One training timestep a sample, by counter, not below ``low``: see ``losses.warp_timesteps``."""
+    """One training timestep a sample, by counter, in [low, high): see ``losses.warp_timesteps``."""
     n = torch.tensor(draws.integers(purpose, step, 1000, samples), device=draws.device)
-    first = low / (shift - (shift - 1) * low / 1000)  # what the shift takes to ``low``
-    return losses.warp_timesteps(first + (1 - first / 1000) * n, shift=shift, **options)
+    first, end = (t / (shift - (shift - 1) * t / 1000) for t in (low, high))  # the shift takes them there
+    return losses.warp_timesteps(first + (end - first) / 1000 * n, shift=shift, **options)
 
 
 class FlowMatching:
@@ -294,10 +295,12 @@ class Distillation:
         def draw(name: str) -> Tensor:
             return draws.normal(f"{purpose} {name} noise", step, samples, x.shape[1:])
 
-        def times(name: str, low: float = 0.0) -> Tensor:
-            return timesteps(draws, f"{purpose} {name}", step, samples, low=low, **self._options())
+        def times(name: str, low: float = 0.0, high: float = 1000.0) -> Tensor:
+            ends = {"low": low, "high": high}
+            return timesteps(draws, f"{purpose} {name}", step, samples, **ends, **self._options())
 
         exits = {entry.exit_step for entry in tape.entries}
+        (left,) = exits if len(exits) == 1 else (None,)
         ladder = [*self.rollout.pipeline.timesteps, 0.0]
         entered_t = [ladder[entry.exit_step] for entry in tape.entries for _ in range(entry.z.shape[1])]
         return losses.Batch(
@@ -308,7 +311,8 @@ class Distillation:
             entered=torch.cat([entry.z for entry in tape.entries], dim=1),
             entered_t=torch.tensor(entered_t, device=x.device),
             clean=clean,
-            next_t=ladder[exits.pop() + 1] if len(exits) == 1 else None,
+            exit_t=None if left is None else ladder[left],
+            next_t=None if left is None else ladder[left + 1],
             draw=draw,
             timesteps=times,
             uniform=lambda name: draws.integers(f"{purpose} {name}", step, 1 << 24, [0])[0] / (1 << 24),
