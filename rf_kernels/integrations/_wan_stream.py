@@ -313,8 +313,8 @@ class Stream:
         return sink_window_attention(q, k, v, kv_tokens=k.shape[1])
 
     def _shown(self, turn: Turn, slots: Tensor, seen: int, kept: Tensor | None = None) -> Tensor:
-        plan, n, sink = turn.chunk.plan, self.geometry.frame_tokens, self.geometry.sink_frames
-        shown = [s for s, f in enumerate(plan.after.held) if f < sink or f >= plan.end - (seen - sink)]
+        plan, n, first = turn.chunk.plan, self.geometry.frame_tokens, self.geometry.sink_frames
+        shown = [s for s, f in enumerate(plan.after.held) if f < first or f >= plan.end - (seen - first)]
         return torch.cat(
             [*([] if kept is None else [kept]), *(slots[:, s * n : (s + 1) * n] for s in shown)], 1
         )
