@@ -20,7 +20,13 @@ _NOTHING = nullcontext()
 
 def nvtx_range(name: str, domain: str = "rf_kernels") -> AbstractContextManager:
     """A named range around a block of code; does nothing without the nvtx package."""
-    return _NOTHING if nvtx is None else nvtx.annotate(name, domain=domain)
+    return _NOTHING if nvtx is None else _range(nvtx.annotate, name, domain)
+
+
+@functools.lru_cache(maxsize=1024)
+def _range(annotate, name: str, domain: str) -> AbstractContextManager:
+    # made once: that takes longer than to enter it
+    return annotate(name, domain=domain)
 
 
 def nvtx_annotated(function):

@@ -65,6 +65,8 @@ def summary(figures: dict) -> None:
 
 def main(arguments=None) -> int:
     options = parse(arguments)
+    if options.sink_policy not in ("ema", "static", "none"):
+        fail("--policy: expected ema, static or none, whose bytes are counted here; --sinks takes any")
     with ExitStack() as stack:
         film = options.checkpoint is None
         try:

@@ -1,4 +1,5 @@
 // CPU: PyTorch's flash attention for the CPU per interval of keys; merge and sums are ours.
+#include <cstring>
 #include <limits>
 
 #include "csrc/common/aten.h"
@@ -11,7 +12,6 @@ namespace {
 
 using torch::stable::copy_;
 using torch::stable::new_empty;
-using torch::stable::transpose;
 
 // ---- The same bits at every number of threads and place in the batch.
 // The bits of a matrix product depend on how its operands lie to 64 bytes (MKL, float64 and float32), and on
@@ -27,12 +27,25 @@ bool is_aligned(const Tensor& t, int64_t elements) {
   return elements * static_cast<int64_t>(t.element_size()) % kAlignment == 0;
 }
 
-// Rows of zeros up to the smallest query tile: cut off again, and without weight in any gradient.
-Tensor pad_rows(const Tensor& t, int64_t dim) {
-  if (t.size(dim) >= kMinQueries) return t;
-  std::vector<int64_t> padding(2 * static_cast<size_t>(t.dim() - dim), 0);
-  padding.back() = kMinQueries - t.size(dim);  // pairs (before, after), last dimension first
-  return torch::stable::pad(t, padding);
+// [B, n, H, D] with rows of zeros up to the smallest query tile: cut off again, and without weight in any
+// gradient. By hand: PyTorch's pad is a handful of calls.
+Tensor pad_rows(const Tensor& t) {
+  const int64_t batch = t.size(0), rows = t.size(1), heads = t.size(2), size = t.element_size();
+  if (rows >= kMinQueries) return t;
+  const Tensor padded = new_empty(t, {batch, kMinQueries, heads, t.size(3)});
+  const int64_t bytes = t.size(3) * size;
+  const char* from = static_cast<const char*>(t.const_data_ptr());
+  char* to = static_cast<char*>(padded.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t h = 0; h < heads; ++h, to += bytes)
+        memcpy(to, from + (b * t.stride(0) + n * t.stride(1) + h * t.stride(2)) * size,
+               static_cast<size_t>(bytes));
+    const int64_t rest = (kMinQueries - rows) * heads * bytes;
+    memset(to, 0, static_cast<size_t>(rest));
+    to += rest;
+  }
+  return padded;
 }
 
 // The same with copies of the last row: of a row of zeros and an infinite key the logit would be NaN, and so
@@ -83,6 +96,19 @@ void run_units(bool single, const F& f) {
 
 // ---- One interval of keys. The kernels take [B, H, S, D] by strides: a transposed view, no copy.
 
+// [B, X, Y, D] as [B, Y, X, D], of which the first `rows` of Y. Not by way of the dispatcher: a tiny call is
+// made of such views.
+Tensor swapped(const Tensor& t, int64_t rows) {
+  const int64_t sizes[] = {t.size(0), rows, t.size(1), t.size(3)};
+  const int64_t strides[] = {t.stride(0), t.stride(2), t.stride(1), t.stride(3)};
+  AtenTensorHandle view = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 4, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+Tensor swapped(const Tensor& t) {
+  return swapped(t, t.size(2));
+}
+
 // The kernel's mask, added to the logits: float, or double where that is the dtype of q. It broadcasts.
 KeyBias mask_of(const KeyBias& bias, const Tensor& q) {
   if (!bias.has_value()) return {};
@@ -96,7 +122,7 @@ KeyBias sample(const KeyBias& bias, int64_t b) {
 
 Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, const KeyBias& bias,
                      double softmax_scale) {
-  const Tensor q = pad_rows(queries, 1);
+  const Tensor q = pad_rows(queries);
   const int64_t batch = q.size(0), heads = q.size(2), rows = queries.size(1);
   if (!samples_align(q) || !samples_align(k)) {
     const Attended all{new_empty(queries, queries.sizes()),
@@ -111,12 +137,12 @@ Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, co
   }
   std::vector<Tensor> result;
   run_units(batch * heads == 1 && q.size(1) == kMinQueries, [&] {
-    result = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", 2, transpose(align(q), 1, 2),
-                       transpose(align(k), 1, 2), transpose(align(v), 1, 2),
+    result = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu", "", 2, swapped(align(q)),
+                       swapped(align(k)), swapped(align(v)),
                        /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/mask_of(bias, q),
                        std::optional<double>(softmax_scale));
   });
-  return {slice(transpose(result[0], 1, 2), 1, 0, rows), slice(result[1], 2, 0, rows)};
+  return {swapped(result[0], rows), slice(result[1], 2, 0, rows)};
 }
 
 Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& k, const Tensor& v,
@@ -139,13 +165,12 @@ Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& 
   std::vector<Tensor> grad;
   run_units(batch * k.size(2) == 1, [&] {
     grad = call_aten("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", 3,
-                     transpose(align(pad_rows(grad_out, 1)), 1, 2), transpose(align(q), 1, 2),
-                     transpose(align(k), 1, 2), transpose(align(v), 1, 2),
-                     transpose(pad_rows(whole.out, 1), 1, 2), repeat_last_row(whole.lse, 2),
+                     swapped(align(pad_rows(grad_out))), swapped(align(q)), swapped(align(k)),
+                     swapped(align(v)), swapped(pad_rows(whole.out)), repeat_last_row(whole.lse, 2),
                      /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/mask_of(bias, q),
                      std::optional<double>(softmax_scale));
   });
-  return {slice(transpose(grad[0], 1, 2), 1, 0, rows), transpose(grad[1], 1, 2), transpose(grad[2], 1, 2)};
+  return {swapped(grad[0], rows), swapped(grad[1]), swapped(grad[2])};
 }
 
 // Strided access to [B, n, H, D] (unit stride in D), or to [B, H, n] with `head` and `row` in that order.

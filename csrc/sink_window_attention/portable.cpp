@@ -4,11 +4,15 @@
 namespace rf::sink_window_attention {
 namespace {
 
-using torch::stable::contiguous;
 using torch::stable::copy_;
 using torch::stable::fill_;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
+
+// torch::stable::contiguous is a call of the dispatcher even where there is nothing to do.
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 bool is_empty(const Problem& p) {
   return p.q.numel() == 0;
@@ -132,8 +136,8 @@ struct MaskedKeys {
 Attended attend_masked(const Problem& p, const Backend& backend) {
   const MaskedKeys masked(p);
   const Attended result = backend.forward(p.q, masked.of(p.k), masked.of(p.v), masked.bias, p.softmax_scale);
-  return {contiguous(masked.rows_of(result.out, 0.0)),
-          contiguous(masked.rows_of(result.lse, -std::numeric_limits<double>::infinity()))};
+  return {dense(masked.rows_of(result.out, 0.0)),
+          dense(masked.rows_of(result.lse, -std::numeric_limits<double>::infinity()))};
 }
 
 // For the backward kernels, which form exp(logit - lse): a query that sees nothing has no weights.
@@ -145,10 +149,9 @@ Tensor without_empty(const Tensor& lse) {
 Gradients attend_masked_backward(const Tensor& grad_out, const Problem& p, const Attended& whole,
                                  const Backend& backend) {
   const MaskedKeys masked(p);
-  const Gradients grad =
-      backend.backward(contiguous(grad_out), p.q, masked.of(p.k), masked.of(p.v), masked.bias,
-                       {whole.out, without_empty(whole.lse)}, p.softmax_scale);
-  const Gradients all{contiguous(masked.rows_of(grad.q, 0.0)), new_zeros(p.k, p.k.sizes()),
+  const Gradients grad = backend.backward(dense(grad_out), p.q, masked.of(p.k), masked.of(p.v), masked.bias,
+                                          {whole.out, without_empty(whole.lse)}, p.softmax_scale);
+  const Gradients all{dense(masked.rows_of(grad.q, 0.0)), new_zeros(p.k, p.k.sizes()),
                       new_zeros(p.v, p.v.sizes())};
   Tensor dk = keys(all.k, masked.seen, 0), dv = keys(all.v, masked.seen, 0);
   copy_(dk, masked.of(grad.k));
@@ -165,7 +168,7 @@ Attended attend(const Problem& p, const Backend& backend) {
     const KeyIntervals& seen = p.chunks[0].keys;
     const Attended result =
         backend.forward(p.q, keys(p.k, seen, 0), keys(p.v, seen, 0), bias(p, seen, 0), p.softmax_scale);
-    return {contiguous(result.out), contiguous(result.lse)};
+    return {dense(result.out), dense(result.lse)};
   }
   const int64_t batch = p.q.size(0), queries = p.q.size(1), heads = p.q.size(2);
   const Attended whole{new_empty(p.q, p.q.sizes()), new_empty(p.q, {batch, heads, queries}, lse_dtype(p.q))};
@@ -199,7 +202,7 @@ Gradients attend_backward(const Tensor& grad_out, const Problem& p, const Attend
                           const Backend& backend) {
   if (!is_empty(p) && is_masked(p)) return attend_masked_backward(grad_out, p, whole, backend);
   if (!is_empty(p) && has_rows(p)) return attend_each_backward(grad_out, p, whole, backend);
-  const Tensor dout = contiguous(grad_out);  // autograd hands over expanded gradients, e.g. of sum()
+  const Tensor dout = dense(grad_out);  // autograd hands over expanded gradients, e.g. of sum()
   // Keys of the sink are seen by every chunk: many terms, so half precision sums in float and rounds once.
   const ScalarType dtype = p.q.scalar_type();
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
@@ -214,7 +217,7 @@ Gradients attend_backward(const Tensor& grad_out, const Problem& p, const Attend
       const Tensor q = slice(p.q, 1, chunk.begin, chunk.end);
       const Tensor dout_rows = slice(dout, 1, chunk.begin, chunk.end);
       const Attended rows{slice(whole.out, 1, chunk.begin, chunk.end),
-                          contiguous(slice(lse, 2, chunk.begin, chunk.end))};
+                          dense(slice(lse, 2, chunk.begin, chunk.end))};
       for (int i = 0; i < chunk.keys.count; ++i) {
         const Gradients part =
             backend.backward(dout_rows, q, keys(p.k, chunk.keys, i), keys(p.v, chunk.keys, i),

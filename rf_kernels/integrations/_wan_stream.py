@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._backend import argument_error
-from ..cache import CacheSpec, Chunk, SinkPolicy, SinkWindowCache
+from ..cache import CacheSpec, Chunk, ChunkBatch, SinkPolicy, SinkWindowCache, SinkWindowRows
 from ..cache.grad import inside_backward, snapshot_is_wanted
 from ..ops.rope_append import rope
 from ..ops.sink_window_attention import sink_window_attention
@@ -59,6 +59,10 @@ class Norms:
     @property
     def options(self) -> dict:
         return {"q_norm": self.q_norm, "k_norm": self.k_norm, "norm": self.norm, "eps": self.eps}
+
+    @property
+    def weights(self) -> _Weights:
+        return _Weights(self.q_norm, self.k_norm)
 
 
 @dataclass
@@ -124,26 +128,31 @@ class Turn:
         return torch.cat([(own if mine else past)[:, a * n : b * n] for mine, a, b in pieces], 1)
 
 
+def _adopted(k: Tensor, v: Tensor, geometry: Geometry) -> tuple[CacheSpec, Tensor, Tensor]:
+    """What a cache is made of, on the slots that it uses."""
+    spec = CacheSpec(
+        layers=1,
+        batch=k.shape[0],
+        heads=k.shape[2],
+        head_dim=k.shape[3],
+        grid=geometry.grid,
+        sink_frames=geometry.sink_frames,
+        window_frames=geometry.window_frames,
+        rope=geometry.rope,
+        dtype=k.dtype,
+        device=k.device,
+    )
+    tokens = (geometry.sink_frames + geometry.window_frames) * geometry.frame_tokens
+    return spec, k[:, :tokens].detach(), v[:, :tokens].detach()
+
+
 class Stream:
     """The frames of one or more samples that stream in step, in ``k`` and ``v`` ``[B, T, H, D]``."""
 
-    def __init__(self, k: Tensor, v: Tensor, geometry: Geometry):
+    def __init__(self, k: Tensor, v: Tensor, geometry: Geometry, cache: SinkWindowCache | None = None):
         self.geometry = geometry
-        tokens = (geometry.sink_frames + geometry.window_frames) * geometry.frame_tokens
-        spec = CacheSpec(
-            layers=1,
-            batch=k.shape[0],
-            heads=k.shape[2],
-            head_dim=k.shape[3],
-            grid=geometry.grid,
-            sink_frames=geometry.sink_frames,
-            window_frames=geometry.window_frames,
-            rope=geometry.rope,
-            dtype=k.dtype,
-            device=k.device,
-        )
-        k, v = (x[:, :tokens].detach() for x in (k, v))
-        self.cache = SinkWindowCache(spec, sink=geometry.policy, k=[k], v=[v])
+        spec, k, v = _adopted(k, v, geometry)
+        self.cache = SinkWindowCache(spec, sink=geometry.policy, k=[k], v=[v]) if cache is None else cache
         #: The slots, and how often they had been written when we were through.
         self._slots, self._writes = (k, v), None
         self.turn: Turn | None = None
@@ -213,6 +222,10 @@ class Stream:
         """How often the slots were written; None where PyTorch does not count."""
         return None if any(x.is_inference() for x in self._slots) else tuple(x._version for x in self._slots)
 
+    @property
+    def has_pinned(self) -> bool:
+        return self._pinned is not None
+
     def pin(self, first: int, frames: int) -> None:
         """Keep frames ``[first, first + frames)``, counted from the stream's first, when they leave the
         window, which is so much shorter then. The last such call counts; 0 frames: none."""
@@ -248,12 +261,14 @@ class Stream:
             out = self._attend_beside_pinned(turn, q, k, v, norms)
         else:
             out = turn.chunk.attend(0, q, k, v, **norms.options)
-        self._writes = self._counted()
+        self.note_writes()
         return out
 
+    def note_writes(self) -> None:
+        self._writes = self._counted()
+
     def _is_differentiated(self, q, k, v, norms: Norms) -> bool:
-        weights = _Weights(norms.q_norm, norms.k_norm)
-        return snapshot_is_wanted(q, k, v, weights)
+        return snapshot_is_wanted(q, k, v, norms.weights)
 
     def _attend_beyond_window(self, turn: Turn, q, k, v, norms: Norms) -> Tensor:
         """More frames than the window holds, behind a sink that stays: all of them are queries, the last ones
@@ -374,6 +389,42 @@ class Stream:
             ([shift], [0] * rows, [0] * columns), dtype=key.dtype, device=key.device
         )
         return rope(key, angles=angles, axes=axes, layout=self.cache.spec.layout)
+
+
+class Streams:
+    """The streams of one dictionary: one of all samples, or one a sample, which one attention serves."""
+
+    def __init__(self, k: Tensor, v: Tensor, geometry: Geometry, apart: bool):
+        self._apart: SinkWindowRows | None = None
+        self._batch: ChunkBatch | None = None
+        if not apart:
+            self.each, self.samples = [Stream(k, v, geometry)], [slice(None)]
+            return
+        spec, k_slots, v_slots = _adopted(k, v, geometry)
+        self._apart = SinkWindowRows(spec, sink=geometry.policy, k=[k_slots], v=[v_slots])
+        self.samples = [slice(i, i + 1) for i in range(len(self._apart))]
+        self.each = [
+            Stream(k[i], v[i], geometry, cache) for i, cache in zip(self.samples, self._apart, strict=True)
+        ]
+
+    def attend(self, turns: list[Turn], q: Tensor, k: Tensor, v: Tensor, norms: Norms) -> Tensor:
+        grad = any(turn.is_recomputation() for turn in turns)
+        grad = grad or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms.weights))
+        plain = not grad and all(turn.chunk.frames == turn.frames for turn in turns)
+        if self._apart is None or not plain or any(stream.has_pinned for stream in self.each):
+            outs = [
+                stream.attend(turn, q[i], k[i], v[i], norms)
+                for stream, turn, i in zip(self.each, turns, self.samples, strict=True)
+            ]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+        chunks = tuple(turn.chunk for turn in turns)
+        if self._batch is None or self._batch.chunks != chunks:
+            self._batch = self._apart.batch(chunks)
+        out = self._batch.attend(0, q, k, v, **norms.options)
+        for stream in self.each:
+            stream.recomputes = False
+            stream.note_writes()
+        return out
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .._backend import argument_error, choice
 from ..cache import EMASink, NoSink, StaticSink
 from ..positions import RoPE, RoPE3D
-from ._wan_stream import Geometry, Norms, Stream
+from ._wan_stream import Geometry, Norms, Streams
 
 _OP = "integrations.wan.patch"
 #: Where a dictionary of a pipeline's kv_cache keeps its streams.
@@ -220,10 +220,10 @@ class _Binding:
 
     def __init__(self, k: Tensor, v: Tensor, settings: tuple, geometry: Geometry, rows_apart: bool):
         self.k, self.v, self.settings, self.geometry = k, v, settings, geometry
-        self.rows = [slice(i, i + 1) for i in range(k.shape[0])] if rows_apart else [slice(None)]
-        self.streams = [Stream(k[row], v[row], geometry) for row in self.rows]
+        self.together = Streams(k, v, geometry, rows_apart)
+        self.streams = self.together.each
         #: Frames by which a sample's position is ahead of its frame in the stream (it may jump).
-        self.ahead = [0] * len(self.rows)
+        self.ahead = [0] * len(self.streams)
         #: How often the position of the pinned chunk had been written when it was read.
         self.pin_version: int | None = -1
         #: The index tensors as they were left: (tensor, version, values).
@@ -336,7 +336,7 @@ class SelfAttention:
             raise argument_error(_FORWARD, "x", f"whole frames of {n} tokens", f"{x.shape[1]} tokens")
         binding, afresh = self._bound(kv_cache, grid, given)
         binding.note_pin(kv_cache, frames)
-        positions = self._positions(given["current_start"], n, len(binding.rows))
+        positions = self._positions(given["current_start"], n, len(binding.streams))
         if given.get("sink_recache_after_switch") and positions[0]:
             afresh = True  # LongLive writes window and sink anew
 
@@ -348,12 +348,12 @@ class SelfAttention:
         q, k, v = (t.to(binding.k.dtype).unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
 
         offset = self._offset(given) if binding.geometry.moved else None
-        outs = []
-        for i, (stream, row) in enumerate(zip(binding.streams, binding.rows, strict=True)):
-            start = self._frame(binding, i, positions[i], frames, afresh)
-            turn = stream.at(start, frames, None if offset is None else positions[i] + offset, afresh=afresh)
-            outs.append(stream.attend(turn, q[row], k[row], v[row], norms))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        turns = []
+        for i, (stream, position) in enumerate(zip(binding.streams, positions, strict=True)):
+            start = self._frame(binding, i, position, frames, afresh)
+            place = None if offset is None else position + offset
+            turns.append(stream.at(start, frames, place, afresh=afresh))
+        out = binding.together.attend(turns, q, k, v, norms)
 
         ends = [(position + frames) * n for position in positions]
         local = [min(stream.frames, binding.geometry.room_frames) * n for stream in binding.streams]

@@ -140,6 +140,51 @@ def important(told, frames):
     return told.sink(range(G), told.shift()) + told.window() + ([(None, *pool)] if pool else [])
 
 
+def recalled(told, frames, weight, tau):
+    """One sample after the other, frame by frame."""
+    G, B = told.S - frames, len(told.k[0]) if told.k else 0
+    if told.begin < told.S:
+        return static(told)
+
+    def like(x, trusted):
+        mean, std, to = x.mean(0), x.std(0, unbiased=False), torch.cat(trusted)
+        return (1 - tau) * x + tau * (to.std(0, unbiased=False) * (x - mean) / std + to.mean(0))
+
+    memory = [[(f, told.k[f][b], told.v[f][b]) for f in range(G, told.S)] for b in range(B)]
+    for chunk in range(1, len(told.ends)):
+        gone = range(told.oldest(chunk - 1), told.oldest(chunk))
+        asked = range(told.ends[chunk - 2] if chunk > 1 else 0, told.ends[chunk - 1])
+        for b in range(B if gone else 0):
+            pool = memory[b] + [(f, told.k[f][b], told.v[f][b]) for f in gone]
+            q = torch.cat([told.q[f][b] for f in asked])
+            pairs = [torch.einsum("qhd,khd->hqk", q, k).mean() / q.shape[-1] ** 0.5 for _, k, _ in pool]
+            mass = torch.stack(pairs).softmax(0).tolist()
+            names = [f for f, _, _ in pool]
+            s = max(1.0, 0.5 * (max(names) - min(names) + 1))
+            near = [
+                max(math.exp(-abs(f - g) / s) * m for g, m in zip(names, mass, strict=True) if g != f)
+                for f in names
+            ]
+            score = [m + weight * max(0.0, 1 - x) for m, x in zip(mass, near, strict=True)]
+            best = sorted(sorted(range(len(pool)), key=lambda i: -score[i])[:frames])
+            sides = [
+                [x[b] for x in side] for side in zip(*[(told.k[j], told.v[j]) for j in range(G)], strict=True)
+            ]
+            sides = sides or [[], []]
+            trusted = [side + [m[1 + i] for m in memory[b]] for i, side in enumerate(sides)]
+            memory[b] = [
+                pool[i]
+                if i < frames
+                else (pool[i][0], like(pool[i][1], trusted[0]), like(pool[i][2], trusted[1]))
+                for i in best
+            ]
+    seen = [
+        (G + i + told.shift(), *(torch.stack([m[i][part] for m in memory]) for part in (1, 2)))
+        for i in range(frames)
+    ]
+    return told.sink(range(G), told.shift()) + seen + told.window()
+
+
 def placed(told, ahead=None, at=None):
     if told.begin < told.S:
         return static(told, rephase=False)

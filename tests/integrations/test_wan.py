@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
 from helpers import family_case as family
@@ -197,6 +198,18 @@ def test_nothing_is_read_on_the_host(monkeypatch):
             model(x[:, i * T : (i + 2) * T], caches, i * T)
 
 
+class Calls(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def rows_case(frames, steps, jump=None):
     """StreamDiffusionV2's loop: a first chunk in one row, repeated for a row a step, then staggered rows."""
     model = family.Model(family.StreamDiffusion, local_attn_size=5, sink_size=2)
@@ -234,12 +247,15 @@ def rows_case(frames, steps, jump=None):
 
 @pytest.mark.parametrize("jump", [None, 9])
 def test_rows_at_positions_of_their_own(jump):
+    """One attention serves them."""
     model, run = rows_case(14, 3, jump)
     wanted, wanted_ends = run()
     wan.patch(model)
-    found, ends = run()
+    with Calls() as calls:
+        found, ends = run()
     assert distance(found, wanted) < 1e-12
     assert ends == wanted_ends
+    assert calls.names.count("rf_kernels::sink_window_attention") == len(model.blocks) * (2 + 14 - 2)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------

@@ -101,13 +101,13 @@ class _Double:
 
 def test_the_command_writes_the_tables(tmp_path, capsys):
     path, _ = evaluate.shipped("distill")
-    options = ["--student", f"a={path}", "--student", f"b={path}", "--sinks", "none", "static"]
+    options = ["--student", f"a={path}", "--student", f"b={path}", "--sinks", "none", "static", "two-rates@2"]
     small = ["--prompts", "2", "--seeds", "2", "--frames", "12", "--guidance", "0"]
     assert cli.main(["evaluate", "--out", str(tmp_path / "e.json"), *options, *small]) == 0
     report = json.loads((tmp_path / "e.json").read_text())
     names = [(row["checkpoint"], row["sink"]) for row in report["rows"]]
     assert names[:2] == [("real", ""), ("teacher", "guidance 0")]
-    assert names[2:] == [(n, s) for n in "ab" for s in ("none", "static")]
+    assert names[2:] == [(n, s) for n in "ab" for s in ("none", "static", "two-rates@2")]
     pairs = {(*d["row"], *d["minus"]): d["measures"] for d in report["differences"]}
     null = pairs["b", "none", "a", "none"]  # the same weights: paired differences are exactly 0
     assert all(d["mean"] in (0, None) and not d["beyond noise"] for d in null.values())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -116,11 +117,12 @@ def test_three_in_a_row_stop_the_run_with_its_state_saved(tmp_path, monkeypatch)
 
 
 ONE_RANK = """
-    import sys
+    import resource, sys
     import torch, torch.distributed as dist
+    from dataclasses import replace
     from pathlib import Path
     from reward_forcing import rewards
-    from reward_forcing.trainer import load, loop, stages, train
+    from reward_forcing.trainer import checkpoint, load, loop, stages, train
     from reward_forcing.trainer.distributed import process_group
 
     now, who = [0], [0]
@@ -145,13 +147,26 @@ ONE_RANK = """
 
     loop.DistillStage.step = watched
     with process_group():
-        train(load(sys.argv[1]), Path(sys.argv[2]))
+        config, out = load(sys.argv[1]), Path(sys.argv[2])
+        train(config, out)
+        config = replace(config, steps=6)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == 1:  # its disk is full
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            train(config, out)
+        except OSError as error:
+            sys.stdout.write(f"rank {dist.get_rank()} ends: {error}; {checkpoint.newest(out).name}\\n")
+            sys.stdout.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        train(config, out)
 """
 
 
 @pytest.mark.heavy
-def test_not_finite_on_one_rank_alone(tmp_path):
-    """A prediction on rank 1, a reward on rank 0, a loss on rank 1: both ranks skip the same steps."""
+def test_not_finite_or_a_full_disk_on_one_rank_alone(tmp_path):
+    """A prediction on rank 1, a reward on rank 0, a loss on rank 1: both ranks skip the same steps. Then rank
+    1 cannot write its part of a checkpoint: both end, the older one is whole, and the run goes on from it."""
     pytest.importorskip("cv2")
     script, config = tmp_path / "script.py", tmp_path / "run.yaml"
     script.write_text(textwrap.dedent(ONE_RANK))
@@ -169,6 +184,10 @@ def test_not_finite_on_one_rank_alone(tmp_path):
     for rank in (0, 1):
         for number, figures in enumerate(expected):
             assert f"rank {rank} step {number} {figures}" in done.stdout, done.stdout
+        ended = rf"rank {rank} ends: checkpoint step-00000006 was not written: .*; step-00000005"
+        assert re.search(ended, done.stdout), done.stdout
+        assert done.stdout.count(f"rank {rank} step 5 {{}}") == 2  # once more, from the older checkpoint
+    assert "File too large" in done.stdout and names(tmp_path / "out") == ["step-00000005", "step-00000006"]
 
 
 # ---- saving ------------------------------------------------------------------------------------------------

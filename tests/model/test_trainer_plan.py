@@ -1,6 +1,7 @@
 """``train --plan`` against runs whose bytes are measured."""
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ import rf_kernels as rf
 from helpers.training import CAUSAL, DISTILL, TEACHER
 from reward_forcing.cli import main
 from reward_forcing.models import BidirectionalWanModel
+from reward_forcing.models.head_parallel import parallelize_heads
 from reward_forcing.trainer import loop
 from reward_forcing.trainer.data import WorldSource
-from reward_forcing.trainer.distributed import local, shard
+from reward_forcing.trainer.distributed import heads_mesh, local, shard
 from reward_forcing.trainer.draws import Draws
 from reward_forcing.trainer.plan import plan
 
@@ -56,15 +58,38 @@ def test_what_stays_is_what_a_run_holds(monkeypatch):
 
 
 def test_shards_are_what_fsdp_makes():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    try:
+    with fake_ranks(8):
         model = shard(BidirectionalWanModel(TEACHER.model))
         held = count(local(p) for p in model.parameters())
+    assert plan(TEACHER, 8, height=8, width=8)["networks"]["teacher"]["parameters"] == held
+
+
+@contextmanager
+def fake_ranks(count):
+    """A process group of one process, whose collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
     finally:
         dist.destroy_process_group()
-    assert plan(TEACHER, 8, height=8, width=8)["networks"]["teacher"]["parameters"] == held
+
+
+def test_ranks_that_share_a_sample_have_its_heads_in_the_cache(monkeypatch):
+    caches, build = [], rf.SinkWindowCache
+    monkeypatch.setattr(rf, "SinkWindowCache", lambda *a, **k: caches.append(build(*a, **k)) or caches[-1])
+    config = replace(DMD, head_parallel=2, batch=2)
+    with fake_ranks(4):
+        draws = Draws(0)
+        loop.DistillStage(config, WorldSource(draws), draws).step(0)
+    planned = plan(config, 4, height=8, width=8)
+    assert planned["samples_per_rank"] == 1 and {planned["cache"]} == {cache.nbytes for cache in caches}
+    alone = plan(replace(config, head_parallel=1), 4, height=8, width=8)
+    for name, entry in planned["networks"].items():
+        assert entry["held"] == alone["networks"][name]["held"]  # parameters are sharded over all ranks
+    with pytest.raises(rf.ArgumentError, match="head_parallel.*a divisor of 3 ranks, found 2"):
+        plan(config, 3, height=8, width=8)
 
 
 def allocated(run, path):
@@ -91,20 +116,31 @@ def one_thread():
 @pytest.mark.heavy
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("config", [TEACHER, CAUSAL, DMD], ids=lambda config: config.stage)
-def test_activations_are_what_the_allocator_gives(config, checkpointing, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [(TEACHER, 1), (CAUSAL, 1), (DMD, 1), (TEACHER, 2), (DMD, 2)],
+    ids=lambda value: value if isinstance(value, int) else value.stage,
+)
+def test_activations_are_what_the_allocator_gives(config, ranks, checkpointing, tmp_path):
     """The plan's forwards and backwards on the CPU, seen from the allocator, which also sees what an op takes
-    and gives back inside."""
+    and gives back inside. On two ranks the model shares the sample by a real mesh."""
     from reward_forcing.trainer import plan as module
 
-    config = replace(config, checkpointing=checkpointing, batch=1)
+    config = replace(config, checkpointing=checkpointing, batch=1, head_parallel=ranks)
     for network in module.networks(config):
-        planned = plan(config, 1, height=32, width=32)["networks"][network.name]["activations"]
+        planned = plan(config, ranks, height=32, width=32)["networks"][network.name]["activations"]
         model = network.kind(network.sizes)
         work = module._Work(config, model, 1, 32, 32, device="cpu")
-        forward = work.prepare(network)
-        measured = allocated(lambda n=network, f=forward: module._Work.run(n, f), tmp_path / "trace.json")
-        assert 0.98 * planned <= measured <= 1.4 * planned, network.name
+        with fake_ranks(ranks) if ranks > 1 else nullcontext():
+            if ranks > 1:
+                parallelize_heads(model, heads_mesh(ranks))
+            forward = work.prepare(network)
+            measured = allocated(lambda n=network, f=forward: module._Work.run(n, f), tmp_path / "trace.json")
+        inside = 2**20  # of the CPU's attention, whatever its sizes
+        assert 0.98 * planned <= measured <= 1.1 * planned + inside, network.name
+        if ranks > 1:
+            alone = plan(replace(config, head_parallel=1), 1, height=32, width=32)["networks"]
+            assert planned < 0.75 * alone[network.name]["activations"]
 
 
 def test_the_command_line_prints_a_table_and_writes_json(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Two ranks train what one process trains: the gradient of every parameter, by name."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,13 +86,56 @@ def test_two_ranks_are_one_process(text, heads, tmp_path):
     assert sum(norm > 0 for norm in norms) > 0.9 * len(norms)
 
 
+@pytest.mark.heavy
+def test_another_number_of_ranks_goes_on(tmp_path):
+    """What two ranks saved goes on in one process, and what one saved on two: weights, averages, both moments
+    and counts after a second step are those of a run that no one stopped."""
+    config, text = (
+        tmp_path / "run.yaml",
+        DISTILL + start(tmp_path / "start.safetensors", ("teacher", "generator")),
+    )
+
+    def run(out: str, ranks: int, steps: int) -> dict:
+        config.write_text(text.replace("\nsteps: 1", f"\nsteps: {steps}"))
+        done = launch(config, tmp_path / out, ranks)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return whole(tmp_path / out / f"step-{steps:08d}", tmp_path / "whole.pt")
+
+    wanted = run("alone", 1, 2)
+    assert wanted["step"] == 2
+    for out, (before, after) in {"fewer": (2, 1), "more": (1, 2)}.items():
+        run(out, before, 1)
+        found = run(out, after, 2)
+        assert found.keys() == wanted.keys()
+        kinds = {}  # AdamW divides by the second moment: one small gradient's rounding is not the run's
+        for name, value in wanted.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                kind = re.sub(r"(model|optimizer\.state|average)\..*?(exp_avg_sq|exp_avg|)$", r"\1 \2", name)
+                pair = kinds.setdefault(kind, ([], []))
+                pair[0].append(found[name].flatten())
+                pair[1].append(value.flatten())
+            else:
+                assert found[name] == value, (out, name)
+        assert len(kinds) == 7, kinds.keys()  # of the generator 4, of the critic 3
+        for kind, (one, other) in kinds.items():
+            one, other = torch.cat(one), torch.cat(other)
+            assert (one - other).norm() <= 1e-5 * other.norm(), (out, kind)
+        assert [json.loads(line)["step"] for line in (tmp_path / out / "log.jsonl").open()] == [1, 2]
+
+
 def first_moments(checkpoint: Path, file: Path) -> dict[str, torch.Tensor]:
     """The optimizers' first moments of a sharded checkpoint, by network and parameter."""
+    state = whole(checkpoint, file)
+    return {name: value for name, value in state.items() if name.endswith(".exp_avg")}
+
+
+def whole(checkpoint: Path, file: Path) -> dict:
+    """All that a sharded checkpoint holds, by dotted name."""
     dcp_to_torch_save(checkpoint, file)
-    networks = torch.load(file, weights_only=True)["networks"]
-    return {
-        f"{network} {name}": value
-        for network, state in networks.items()
-        for name, value in state["optimizer"].items()
-        if name.endswith(".exp_avg")
-    }
+
+    def flat(values: dict, prefix: str) -> dict:
+        pairs = ((f"{prefix}{key}", value) for key, value in values.items())
+        nested = [flat(v, f"{name}.") if isinstance(v, dict) else {name: v} for name, v in pairs]
+        return {name: value for part in nested for name, value in part.items()}
+
+    return flat(torch.load(file, weights_only=True), "")

@@ -25,10 +25,21 @@ class HeadParallel:
     """
 
     def __init__(self, mesh: DeviceMesh, heads: int):
-        self.group, self.size, self.rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
-        fits = heads % self.size == 0
-        expect(fits, "HeadParallel", "heads", f"a multiple of {self.size} ranks", heads)
-        self.heads = heads // self.size
+        self._share(mesh.get_group(), mesh.size(), mesh.get_local_rank(), heads)
+
+    @classmethod
+    def alone(cls, size: int, heads: int) -> HeadParallel:
+        """One rank's share without the others, for its bytes: nothing is sent, and what would be received is
+        not written."""
+        parallel = cls.__new__(cls)
+        parallel._share(None, size, 0, heads)
+        return parallel
+
+    def _share(self, group: dist.ProcessGroup | None, size: int, rank: int, heads: int) -> None:
+        self.group, self.size, self.rank = group, size, rank
+        fits = heads % size == 0
+        expect(fits, "HeadParallel", "heads", f"a multiple of {size} ranks", heads)
+        self.heads = heads // size
 
     def split(self, x: Tensor, frames: int) -> Tensor:
         """This rank's share of every frame: ``[B, F * n, dim]`` -> ``[B, F * n / ranks, dim]``."""
@@ -59,7 +70,11 @@ class HeadParallel:
 
 def parallelize_heads(model, mesh: DeviceMesh) -> None:
     """Spread a transformer's tokens and heads over a mesh; its parameters stay whole on every rank."""
-    parallel = HeadParallel(mesh, model.config.num_heads)
+    share_heads(model, HeadParallel(mesh, model.config.num_heads))
+
+
+def share_heads(model, parallel: HeadParallel) -> None:
+    """Let a transformer and its blocks compute one rank's share."""
     model.parallel = parallel
     for block in model.blocks:
         block.self_attn.parallel = parallel
@@ -73,7 +88,8 @@ class _Exchange(torch.autograd.Function):
         ctx.group = group
         x = x.contiguous()
         received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=group)
+        if group is not None:
+            dist.all_to_all_single(received, x, group=group)
         return received
 
     @staticmethod
@@ -88,11 +104,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x: Tensor, group, size: int, rank: int) -> Tensor:
         ctx.group, ctx.rank = group, rank
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
-        dist.all_gather(parts, x.contiguous(), group=group)
+        x = x.contiguous()
+        if group is not None:
+            dist.all_gather(parts, x, group=group)
         return torch.stack(parts)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
+        if ctx.group is not None:
+            dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.rank], None, None, None

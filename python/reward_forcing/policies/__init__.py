@@ -5,6 +5,7 @@ from .important import ImportantTokens
 from .memory import MemoryState
 from .named import NAMES, parse
 from .placed import PlacedSink
+from .recall import RecalledFrames
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
 from .strided import StridedMemory
@@ -20,6 +21,7 @@ __all__ = [
     "PinnedShots",
     "PlacedSink",
     "RandomHistory",
+    "RecalledFrames",
     "RopeCut",
     "StateSlot",
     "StridedMemory",

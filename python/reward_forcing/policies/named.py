@@ -10,6 +10,7 @@ from .._check import expect
 from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .placed import PlacedSink
+from .recall import RecalledFrames
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
 from .strided import StridedMemory
@@ -26,6 +27,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "strided": (StridedMemory, {}),
     "cyclic": (CyclicSink, {}),
     "important": (ImportantTokens, {}),
+    "recall": (RecalledFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
     "shots": (PinnedShots, {}),

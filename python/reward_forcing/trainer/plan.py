@@ -24,6 +24,7 @@ from .._check import expect
 from ..config import ModelConfig
 from ..models import BidirectionalWanModel, CausalWanModel
 from ..models.blocks import WanTransformer
+from ..models.head_parallel import HeadParallel, share_heads
 from .config import TrainConfig
 from .teacher_forcing import TeacherForcedWan
 
@@ -94,10 +95,10 @@ def plan(config: TrainConfig, ranks: int, *, height: int, width: int) -> dict:
         peak of activations, which come and go), ``cache``, and ``total``: all that stays, and the largest of
         what comes and goes.
     """
-    known = config.head_parallel == 1
-    expect(known, "plan", "head_parallel", "1: samples shared by ranks are not planned", config.head_parallel)
+    together = config.head_parallel
+    expect(ranks % together == 0, "plan", "head_parallel", f"a divisor of {ranks} ranks", together)
     dtype = getattr(torch, config.compute)
-    samples = max(1, config.batch // ranks)
+    samples = max(1, config.batch // (ranks // together))
     found = {"ranks": ranks, "samples_per_rank": samples, "networks": {}, "cache": 0}
     for network in networks(config):
         with torch.device("meta"):
@@ -145,6 +146,8 @@ class _Work:
         self.config, self.model, self.samples, self.device = config, model, samples, device
         self.size, self.cache_bytes = (height, width), 0
         model.checkpointing = config.checkpointing
+        if config.head_parallel > 1:
+            share_heads(model, HeadParallel.alone(config.head_parallel, model.config.num_heads))
 
     def _latent(self, frames: int) -> Tensor:
         return torch.zeros(self.samples, self.model.config.in_dim, frames, *self.size, device=self.device)
@@ -192,7 +195,8 @@ class _Work:
         """The exit forward of a chunk that fills the window, as replay runs it."""
         stream, step = self.config.stream, self.config.stream.chunk_frames
         frames = {"sink_frames": stream.sink_frames, "window_frames": stream.window_frames}
-        spec = self.model.cache_spec(*self.size, batch=self.samples, **frames)
+        heads = self.model.config.num_heads // self.config.head_parallel
+        spec = self.model.cache_spec(*self.size, batch=self.samples, heads=heads, **frames)
         cache = rf.SinkWindowCache(spec, sink=stream.policy())
         self.cache_bytes = cache.nbytes
         before = min(self.config.frames, stream.local_attn_size) // step - 1
