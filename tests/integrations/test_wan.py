@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rf_kernels as rf
 from helpers import family_case as family
@@ -76,6 +77,26 @@ def test_shots_at_positions_of_their_own():
             return {"temporal_offset": start // (6 * T) * 4.5, "t_scale": 0.75}
 
         return family.stream(model, family.kv_cache(model, 6), x, 2, options=options)[0]
+
+    wanted = run()
+    wan.patch(model)
+    assert distance(run(), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("sink", [0, 2])
+def test_a_window_that_changes_over_the_denoising_steps(sink):
+    """LongLive's schedule: forwards of one chunk attend different numbers of frames."""
+    model, x = family.Model(family.LongLive, local_attn_size=8, sink_size=sink), family.video(16)
+
+    def run():
+        forwards = iter(range(1000))
+
+        def options(start):
+            for block in model.blocks:
+                block.self_attn.max_attention_size = (4, 8, 6)[next(forwards) % 3] * T
+            return {}
+
+        return family.stream(model, family.kv_cache(model, 9), x, 2, options=options)[0]
 
     wanted = run()
     wan.patch(model)
@@ -197,6 +218,18 @@ def test_nothing_is_read_on_the_host(monkeypatch):
             model(x[:, i * T : (i + 2) * T], caches, i * T)
 
 
+class Calls(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def rows_case(frames, steps, jump=None):
     """StreamDiffusionV2's loop: a first chunk in one row, repeated for a row a step, then staggered rows."""
     model = family.Model(family.StreamDiffusion, local_attn_size=5, sink_size=2)
@@ -234,12 +267,15 @@ def rows_case(frames, steps, jump=None):
 
 @pytest.mark.parametrize("jump", [None, 9])
 def test_rows_at_positions_of_their_own(jump):
+    """One attention serves them."""
     model, run = rows_case(14, 3, jump)
     wanted, wanted_ends = run()
     wan.patch(model)
-    found, ends = run()
+    with Calls() as calls:
+        found, ends = run()
     assert distance(found, wanted) < 1e-12
     assert ends == wanted_ends
+    assert calls.names.count("rf_kernels::sink_window_attention") == len(model.blocks) * (2 + 14 - 2)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
@@ -269,7 +305,9 @@ def rollout(model, room, chunks, chunk, exits, backward="end", frames_of_loss=No
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind, sink", [(family.SelfForcing, 0), (family.RewardForcing, 2)])
+@pytest.mark.parametrize(
+    "kind, sink", [(family.SelfForcing, 0), (family.RewardForcing, 2), (family.LongLive, 2)]
+)
 def test_gradients_of_a_rollout(kind, sink, checkpointed):
     """Those of the unpatched modules, which train under checkpoints: gradients also reach the chunks that
     wrote the cached keys and values."""
