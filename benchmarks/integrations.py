@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed
 
 import rf_kernels.integrations.wan as integration
 
@@ -114,7 +115,7 @@ def _rollout(rig: Rig, frames: int, patched: bool, chunk: int | None, midway: bo
             waiting.pop().backward()
         return out
 
-    trainer.generator = generator
+    generator.model, trainer.generator = wrapper.model, generator
     text = rig.text(torch.float64)(["a prompt"])
     with same_noise(), contextlib.redirect_stdout(None):
         video = trainer.inference_with_trajectory(noise, **text)[0]
@@ -127,6 +128,7 @@ def _rollout(rig: Rig, frames: int, patched: bool, chunk: int | None, midway: bo
 def gradients(rig: Rig, frames: int = 15) -> dict:
     """Relative L2 of the gradients of their training rollout, patched from unpatched, in float64."""
     found = {}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     for name, chunk in (("all", None), ("one", 2)):
         video, wanted = _rollout(rig, frames, False, chunk, False)
         ours, grads = _rollout(rig, frames, True, chunk, chunk is not None)

@@ -1,6 +1,6 @@
 """What a call costs beside its arithmetic: tiny tensors on one thread of the CPU, side by side with PyTorch.
 
-    python -m benchmarks.small_calls [--seconds N]
+    python -m benchmarks.small_calls [--seconds N] [--calls N]
 
 The table of docs/architecture.md, "The cost of a call". `attention` is `sink_window_attention` beside
 `F.scaled_dot_product_attention` on the same tensors; `layer` is `Chunk.attend` (norm, RoPE, write, attention)
@@ -8,6 +8,7 @@ beside the same in eager PyTorch.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -71,18 +72,28 @@ def layer(queries: int, keys: int, heads: int, dim: int) -> dict:
     return {"ours": lambda: chunk.attend(0, q, k, v, q_norm=norms[0], k_norm=norms[1]), "PyTorch": eager}
 
 
+def in_a_row(call: Callable, calls: int) -> Callable:
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return run
+
+
 @torch.no_grad()
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="per candidate (default 2)")
-    seconds = parser.parse_args(arguments).seconds
+    parser.add_argument("--calls", type=int, default=1, help="calls in a row (default 1: they take turns)")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("| queries x keys, heads x dim | `attention` | `layer` |\n| --- | --- | --- |")
     for shape in SHAPES:
         cells = []
         for case in (attention, layer):
-            times = measure(case(*shape), seconds=seconds, warmup=20)
+            candidates = {name: in_a_row(call, options.calls) for name, call in case(*shape).items()}
+            times = measure(candidates, seconds=options.seconds, warmup=20)
             cells.append(f"{times['ours'].p20 / times['PyTorch'].p20:.2f}x")
         queries, keys, heads, dim = shape
         print(f"| {queries} x {keys}, {heads} x {dim} | {' | '.join(cells)} |", flush=True)

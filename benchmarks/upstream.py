@@ -75,6 +75,7 @@ class Rig:
     model_package, wrapper_module, pipeline_module = "wan.modules", "utils.wan_wrapper", ""
     #: Their rollout of training, where gradients are measured.
     training_module, training_class = "", ""
+    training_options: dict = {}
     sink, window, chunk = 3, 9, 3
     #: Of a stream; 0: as many as all others have.
     frames = 0
@@ -187,6 +188,10 @@ class Rig:
 
     pipeline_class = "CausalInferencePipeline"
 
+    def exits(self, chunks):
+        """The denoising step of each chunk that has a gradient."""
+        return [(i + 1) % 3 for i in range(chunks)]
+
     def trainer(self, frames):
         """Their rollout of `frames` frames in float64, under activation checkpointing, as they train."""
         generator = self.generator(torch.float64)
@@ -195,11 +200,15 @@ class Rig:
         for block in generator.model.blocks:
             block.self_attn.max_attention_size = self.window * self.frame_tokens
         made = getattr(_import(self.training_module), self.training_class)(
-            torch.tensor([1000, 600, 300]), generator.scheduler, generator, num_frame_per_block=self.chunk
+            torch.tensor([1000, 600, 300]),
+            generator.scheduler,
+            generator,
+            num_frame_per_block=self.chunk,
+            **self.training_options,
         )
         made.num_transformer_blocks, made.frame_seq_length = self.layers, self.frame_tokens
         made.kv_cache_size = frames * self.frame_tokens
-        made.generate_and_sync_list = lambda blocks, steps, device: [(i + 1) % steps for i in range(blocks)]
+        made.generate_and_sync_list = lambda blocks, steps, device: self.exits(blocks)
         _resized(made, self.heads, self.head_dim)
         return made
 
@@ -292,6 +301,17 @@ class InfiniteForcingSink(InfiniteForcing):
 class LongLive(Rig):
     checkout, ref, pipeline_module = "LongLive", "origin/v1.0", "pipeline.causal_inference"
     ran = "inference pipeline"
+
+
+class LongLiveSchedule(LongLive):
+    """Its trainer's schedule of windows over the denoising steps. With gradients at other steps its own
+    checkpoints fail: they are computed again with the window that was set last."""
+
+    training_module, training_class = "pipeline.self_forcing_training", "SelfForcingTrainingPipeline"
+    training_options = {"local_attn_size": [9, 6, 7]}
+
+    def exits(self, chunks):
+        return [2] * chunks
 
 
 class LongLiveSwitch(LongLive):
@@ -560,6 +580,7 @@ SYSTEMS = {
     "infinite_forcing": InfiniteForcing,
     "infinite_forcing_sink": InfiniteForcingSink,
     "longlive": LongLive,
+    "longlive_schedule": LongLiveSchedule,
     "longlive_switch": LongLiveSwitch,
     "longlive_global_sink": LongLiveGlobalSink,
     "longlive2": LongLive2,

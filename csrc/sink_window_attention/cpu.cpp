@@ -109,6 +109,24 @@ Tensor swapped(const Tensor& t) {
   return swapped(t, t.size(2));
 }
 
+// The first rows of the kernel's LSE, [B, H, n] without gaps. By hand, as above.
+Tensor first_rows(const Tensor& lse, int64_t rows) {
+  if (lse.size(2) == rows && lse.is_contiguous()) return lse;
+  const Tensor first = new_empty(lse, {lse.size(0), lse.size(1), rows});
+  const auto copy = [&]<typename A>() {
+    const A* from = static_cast<const A*>(lse.const_data_ptr());
+    A* to = static_cast<A*>(first.mutable_data_ptr());
+    const int64_t heads = lse.size(1), batch_step = lse.stride(0), head_step = lse.stride(1),
+                  step = lse.stride(2);
+    for (int64_t i = 0; i < lse.size(0) * heads; ++i)
+      for (int64_t n = 0; n < rows; ++n)
+        *to++ = from[i / heads * batch_step + i % heads * head_step + n * step];
+  };
+  lse.scalar_type() == ScalarType::Double ? copy.template operator()<double>()
+                                          : copy.template operator()<float>();
+  return first;
+}
+
 // The kernel's mask, added to the logits: float, or double where that is the dtype of q. It broadcasts.
 KeyBias mask_of(const KeyBias& bias, const Tensor& q) {
   if (!bias.has_value()) return {};
@@ -142,7 +160,7 @@ Attended attend_keys(const Tensor& queries, const Tensor& k, const Tensor& v, co
                        /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/mask_of(bias, q),
                        std::optional<double>(softmax_scale));
   });
-  return {swapped(result[0], rows), slice(result[1], 2, 0, rows)};
+  return {swapped(result[0], rows), first_rows(result[1], rows)};
 }
 
 Gradients backward(const Tensor& grad_out, const Tensor& queries, const Tensor& k, const Tensor& v,

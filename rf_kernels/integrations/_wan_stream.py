@@ -111,6 +111,8 @@ class Turn:
         #: Of frames of the past: place, shift since, key and value as they were written.
         self.sources: list[tuple[int, int, Tensor, Tensor]] = []
         self.angles: Tensor | None = None
+        #: Attended frames of the forward under grad.
+        self.seen: int | None = None
 
     @property
     def key(self) -> tuple[int, int, float]:
@@ -248,17 +250,22 @@ class Stream:
             self.turn.chunk.commit()
 
     # ---- attention -----------------------------------------------------------------------------------------
-    def attend(self, turn: Turn, q: Tensor, k: Tensor, v: Tensor, norms: Norms) -> Tensor:
+    def attend(
+        self, turn: Turn, q: Tensor, k: Tensor, v: Tensor, norms: Norms, seen: int | None = None
+    ) -> Tensor:
+        """``seen``: attended frames, sink and newest ones; None for all."""
+        held = self.geometry.sink_frames + self.geometry.window_frames
+        seen = None if seen is None or seen >= min(held, turn.chunk.plan.end) else seen
         self.recomputes = recomputed = turn.is_recomputation()
         beyond = self._pinned and self._pinned[0] < turn.chunk.plan.end - self.geometry.window_frames
         if recomputed or (torch.is_grad_enabled() and self._is_differentiated(q, k, v, norms)):
             if beyond:
                 raise argument_error("integrations.wan", "kv_cache", "no pinned chunk under grad", "one")
-            out = self._attend_with_grad(turn, q, k, v, norms, recomputed)
+            out = self._attend_with_grad(turn, q, k, v, norms, recomputed, seen)
         elif turn.chunk.frames != turn.frames:
             out = self._attend_beyond_window(turn, q, k, v, norms)
-        elif beyond:
-            out = self._attend_beside_pinned(turn, q, k, v, norms)
+        elif beyond or seen is not None:
+            out = self._attend_some(turn, q, k, v, norms, seen)
         else:
             out = turn.chunk.attend(0, q, k, v, **norms.options)
         self.note_writes()
@@ -293,20 +300,26 @@ class Stream:
         past = turn.chunk.kv(0)
         return sink_window_attention(q, past.k, past.v, kv_tokens=past.kv_tokens)
 
-    def _attend_beside_pinned(self, turn: Turn, q, k, v, norms: Norms) -> Tensor:
-        """Sink, pinned chunk, and the newest frames for which there is room then."""
-        geometry, n, (_, *pinned) = self.geometry, self.geometry.frame_tokens, self._pinned
-        q, plan = turn.chunk.append(0, q, k, v, **norms.options), turn.chunk.plan
-        oldest = plan.end - geometry.window_frames + pinned[0].shape[1] // n
-        seen = [s for s, f in enumerate(plan.after.held) if f < geometry.sink_frames or f >= oldest]
-        past = turn.chunk.kv(0)
-        k, v = (
-            torch.cat([kept, *(x[:, s * n : (s + 1) * n] for s in seen)], 1)
-            for kept, x in zip(pinned, (past.k, past.v), strict=True)
-        )
+    def _attend_some(self, turn: Turn, q, k, v, norms: Norms, seen: int | None) -> Tensor:
+        """Sink and newest frames, copied: the ``seen`` ones, or those for which there is room beside the
+        pinned chunk."""
+        q = turn.chunk.append(0, q, k, v, **norms.options)
+        past, pinned = turn.chunk.kv(0), (None, None)
+        if seen is None:
+            _, *pinned = self._pinned
+            seen = self.geometry.sink_frames + self.geometry.window_frames
+            seen -= pinned[0].shape[1] // self.geometry.frame_tokens
+        k, v = (self._shown(turn, x, seen, kept) for x, kept in zip((past.k, past.v), pinned, strict=True))
         return sink_window_attention(q, k, v, kv_tokens=k.shape[1])
 
-    def _attend_with_grad(self, turn: Turn, q, k, v, norms: Norms, recomputed: bool) -> Tensor:
+    def _shown(self, turn: Turn, slots: Tensor, seen: int, kept: Tensor | None = None) -> Tensor:
+        plan, n, first = turn.chunk.plan, self.geometry.frame_tokens, self.geometry.sink_frames
+        shown = [s for s, f in enumerate(plan.after.held) if f < first or f >= plan.end - (seen - first)]
+        return torch.cat(
+            [*([] if kept is None else [kept]), *(slots[:, s * n : (s + 1) * n] for s in shown)], 1
+        )
+
+    def _attend_with_grad(self, turn: Turn, q, k, v, norms: Norms, recomputed: bool, seen) -> Tensor:
         chunk, plan, geometry = turn.chunk, turn.chunk.plan, self.geometry
         if chunk.frames != turn.frames:
             found = f"{turn.frames} frames, with grad"
@@ -341,9 +354,12 @@ class Stream:
             keys = [self._moved(key, shift) for key, shift in zip(keys, shifts, strict=True)]
             past_k = _Linked.apply(past_k, geometry.frame_tokens, places, *keys)
             past_v = _Linked.apply(past_v, geometry.frame_tokens, places, *values)
-        out = sink_window_attention(
-            q, turn.joined(past_k, k), turn.joined(past_v, v), kv_tokens=plan.kv_tokens
-        )
+        if not recomputed:
+            turn.seen = seen
+        keys, values = turn.joined(past_k, k), turn.joined(past_v, v)
+        if turn.seen is not None:
+            keys, values = (self._shown(turn, x, turn.seen) for x in (keys, values))
+        out = sink_window_attention(q, keys, values, kv_tokens=keys.shape[1])
         if not out.requires_grad:
             self._kept.append(turn)  # no graph keeps it for the recomputation
             return out
@@ -407,13 +423,13 @@ class Streams:
             Stream(k[i], v[i], geometry, cache) for i, cache in zip(self.samples, self._apart, strict=True)
         ]
 
-    def attend(self, turns: list[Turn], q: Tensor, k: Tensor, v: Tensor, norms: Norms) -> Tensor:
+    def attend(self, turns: list[Turn], q, k, v, norms: Norms, seen: int | None = None) -> Tensor:
         grad = any(turn.is_recomputation() for turn in turns)
         grad = grad or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms.weights))
-        plain = not grad and all(turn.chunk.frames == turn.frames for turn in turns)
+        plain = not grad and seen is None and all(turn.chunk.frames == turn.frames for turn in turns)
         if self._apart is None or not plain or any(stream.has_pinned for stream in self.each):
             outs = [
-                stream.attend(turn, q[i], k[i], v[i], norms)
+                stream.attend(turn, q[i], k[i], v[i], norms, seen)
                 for stream, turn, i in zip(self.each, turns, self.samples, strict=True)
             ]
             return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -50,6 +50,8 @@ class Family:
             Self-Forcing attends the newest tokens of the cache, and then its sink is not among them.
         rows_apart: samples have positions of their own, and positions may jump (StreamDiffusionV2).
         always_evicts: whatever ``local_attn_size`` says.
+        scheduled: the number of attended frames may change between forwards of a stream (LongLive's schedule
+            over the denoising steps); the cache then keeps what it has room for.
         returns_update: the forward returns what the model then writes to the cache (LongLive).
     """
 
@@ -59,6 +61,7 @@ class Family:
     sink_in_slice: bool = True
     rows_apart: bool = False
     always_evicts: bool = False
+    scheduled: bool = False
     returns_update: bool = False
 
 
@@ -68,7 +71,7 @@ FAMILIES = {
         Family("self_forcing", sink_in_slice=False),
         Family("reward_forcing", relative=True, averages=True),
         Family("infinite_forcing", relative=True),
-        Family("longlive", returns_update=True),
+        Family("longlive", scheduled=True, returns_update=True),
         Family("longlive2", returns_update=True),
         Family("streamdiffusionv2", rows_apart=True),
         Family("scope_streamdiffusionv2", always_evicts=True),
@@ -336,6 +339,7 @@ class SelfAttention:
             raise argument_error(_FORWARD, "x", f"whole frames of {n} tokens", f"{x.shape[1]} tokens")
         binding, afresh = self._bound(kv_cache, grid, given)
         binding.note_pin(kv_cache, frames)
+        seen = self._attended(n, binding.geometry.room_frames) if self._is_scheduled() else None
         positions = self._positions(given["current_start"], n, len(binding.streams))
         if given.get("sink_recache_after_switch") and positions[0]:
             afresh = True  # LongLive writes window and sink anew
@@ -353,7 +357,7 @@ class SelfAttention:
             start = self._frame(binding, i, position, frames, afresh)
             place = None if offset is None else position + offset
             turns.append(stream.at(start, frames, place, afresh=afresh))
-        out = binding.together.attend(turns, q, k, v, norms)
+        out = binding.together.attend(turns, q, k, v, norms, seen)
 
         ends = [(position + frames) * n for position in positions]
         local = [min(stream.frames, binding.geometry.room_frames) * n for stream in binding.streams]
@@ -423,7 +427,8 @@ class SelfAttention:
         module = self.module
         settings = (
             grid,
-            *(getattr(module, name, None) for name in ("local_attn_size", "max_attention_size", "sink_size")),
+            *(getattr(module, name, None) for name in ("local_attn_size", "sink_size")),
+            None if self._is_scheduled() else getattr(module, "max_attention_size", None),
             getattr(module, "global_sink_size", 0),
             getattr(module, "compression_alpha", None),
             given.get("use_relative_rope", False),
@@ -473,6 +478,14 @@ class SelfAttention:
             found = self.module.adapt_sink_thr
             raise argument_error(_FORWARD, "adapt_sink_thr", "-1 (a sink that is not refreshed)", found)
 
+    def _is_scheduled(self) -> bool:
+        return self.family.scheduled and not self.family.relative
+
+    def _attended(self, n: int, room: int) -> int:
+        """Frames of the cache that are attended."""
+        seen = getattr(self.module, "max_attention_size", room * n)
+        return min(room, seen // n) if seen % n == 0 else room
+
     def _geometry(self, k: Tensor, grid: tuple, given: dict) -> Geometry:
         module, family, n = self.module, self.family, grid[0] * grid[1]
         room = k.shape[1] // n
@@ -480,8 +493,7 @@ class SelfAttention:
         rolls = family.always_evicts or not isinstance(local, int) or local != -1
         # Constructors write 1560 tokens a frame, whatever the frames are: what is no number of frames was not
         # meant for these.
-        seen = getattr(module, "max_attention_size", k.shape[1])
-        length = min(room, seen // n) if seen % n == 0 else room
+        length = room if self._is_scheduled() else self._attended(n, room)
         kept = max(int(getattr(module, "sink_size", 0)), int(getattr(module, "global_sink_size", 0)))
         relative = family.relative or bool(given.get("use_relative_rope", False))
         ends = None

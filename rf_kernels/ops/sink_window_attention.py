@@ -91,8 +91,8 @@ def sink_window_attention(
     their LSE is that of FlashAttention-2 (arXiv 2307.08691, section 3.1).
     """
     if softmax_scale is None:
-        known = isinstance(q, torch.Tensor) and q.dim() > 0 and q.shape[-1] > 0
-        softmax_scale = q.shape[-1] ** -0.5 if known else 1.0
+        dim = q.size(-1) if isinstance(q, torch.Tensor) and q.dim() > 0 else 0
+        softmax_scale = dim**-0.5 if dim > 0 else 1.0
     rows = None
     if isinstance(kv_tokens, torch.Tensor) and kv_tokens.dim() > 0:
         if kv_tokens.dtype == torch.int32:

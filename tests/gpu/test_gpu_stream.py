@@ -376,6 +376,31 @@ def test_streaming_never_waits_for_the_device(device):
     assert len(produced) == 4 and all(bool(chunk.latents.isfinite().all()) for chunk in produced)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy",
+    ["two-rates:adaptive=true", "strided", "cyclic", "important", "recall", "ahead", "shots", "random"],
+)
+def test_policies_by_name_never_wait_and_are_those_of_the_cpu(policy):
+    """In float32: to the rounding of other kernels."""
+    config = StreamConfig(denoising_step_list=(1000, 500), sink_policy=policy, cuts=(9,))
+    found = []
+    for place in ("cpu", "cuda"):
+        pipeline = StreamingPipeline(make_model(place, torch.float32), config)
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(1, 3, 4, *LATENT[3:], generator=generator).to(place) for _ in range(6)]
+        cache = pipeline.new_cache(1, *LATENT[3:])
+        text = torch.zeros(1, 8, 16, device=place)
+        chunks = pipeline.stream(noise, text, cache=cache, noise_source=torch.zeros_like)
+        first = next(chunks)
+        with no_synchronisation(place):
+            rest = list(chunks)
+        found.append(torch.cat([chunk.latents.cpu() for chunk in (first, *rest)], 1))
+    assert (found[0] - found[1]).norm() <= 1e-3 * found[0].norm()
+
+
 def test_losses_never_wait_for_the_device(device):
     x, kw = made((2, 3, 4, 19, 23), torch.bfloat16)
     x, kw = moved(x, device).requires_grad_(), {name: moved(value, device) for name, value in kw.items()}

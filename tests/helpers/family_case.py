@@ -136,6 +136,8 @@ class InfiniteForcing(SelfForcing):
 class LongLive(Attention):
     """Returns the indices; the model writes them."""
 
+    cut = RewardForcing.cut
+
     def forward(
         self,
         x,

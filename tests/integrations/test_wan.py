@@ -83,6 +83,26 @@ def test_shots_at_positions_of_their_own():
     assert distance(run(), wanted) < 1e-12
 
 
+@pytest.mark.parametrize("sink", [0, 2])
+def test_a_window_that_changes_over_the_denoising_steps(sink):
+    """LongLive's schedule: forwards of one chunk attend different numbers of frames."""
+    model, x = family.Model(family.LongLive, local_attn_size=8, sink_size=sink), family.video(16)
+
+    def run():
+        forwards = iter(range(1000))
+
+        def options(start):
+            for block in model.blocks:
+                block.self_attn.max_attention_size = (4, 8, 6)[next(forwards) % 3] * T
+            return {}
+
+        return family.stream(model, family.kv_cache(model, 9), x, 2, options=options)[0]
+
+    wanted = run()
+    wan.patch(model)
+    assert distance(run(), wanted) < 1e-12
+
+
 def pinned_stream(model, cuts, chunks=10, window=6):
     """LongLive 2.0 pins the chunk of a scene cut: it stays when it is the oldest, until another is pinned."""
     caches, x, outs = family.kv_cache(model, 2 + window), family.video(2 * chunks), []
@@ -285,7 +305,9 @@ def rollout(model, room, chunks, chunk, exits, backward="end", frames_of_loss=No
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind, sink", [(family.SelfForcing, 0), (family.RewardForcing, 2)])
+@pytest.mark.parametrize(
+    "kind, sink", [(family.SelfForcing, 0), (family.RewardForcing, 2), (family.LongLive, 2)]
+)
 def test_gradients_of_a_rollout(kind, sink, checkpointed):
     """Those of the unpatched modules, which train under checkpoints: gradients also reach the chunks that
     wrote the cached keys and values."""

@@ -3,6 +3,7 @@ what holds for all: a chunk is taken back, a stream saved and gone on with."""
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,49 @@ CASES = {
         policies.StateSlot(4), of(rules.state_slot, 4), sizes=((0, 10), (0, 7)), lengths=((4,) * 12,) * 2
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOther(rf.SinkPolicy):
+    """A stranger's: odd frames of the window leave first, each shot stands 5 positions further on, and
+    what is older than the shot weighs half."""
+
+    def bind(self, spec):
+        return EveryOtherState(self, spec)
+
+
+class EveryOtherState(rf.SinkState):
+    weighs = True
+
+    def positions(self, opening):
+        if opening.begin:
+            begin = opening.position(opening.begin - 1) + 1 + 5 * opening.cut
+            return [begin + i for i in range(opening.end - opening.begin)]
+
+    def leaving(self, opening, excess):
+        return sorted(opening.window, key=lambda f: (f % 2 == 0, f))[:excess]
+
+    def weights(self, opening, held):
+        return [math.log(0.5) if f < opening.shot else 0.0 for f in held]
+
+
+def every_other(told):
+    window = []
+    for begin, end in zip([0, *told.ends[:-1]], told.ends, strict=True):
+        own = [f for f in range(begin, end) if f >= told.S]
+        excess = max(0, len(window) + len(own) - told.W)
+        odd, even = ([f for f in window if f % 2 == x] for x in (1, 0))
+        window = sorted((odd + even)[excess:] + own)
+    shot = told.cuts[-1] if told.cuts else 0
+    seen = [f for f in (*range(told.S), *window) if f < told.begin]
+    return [(told.at[f], told.k[f], told.v[f], math.log(0.5) * (f < shot)) for f in seen]
+
+
+CASES["a stranger's"] = Case(EveryOther(), every_other, sizes=((2, 9), (1, 7)), cuts=CUTS, jump=5)
 GEOMETRIES = [{"grid": (2, 3), "heads": 2, "batch": 2}, {"grid": (3, 1), "heads": 3, "head_dim": 16}]
 
 
-def attention(q, own, seen, own_at, grid):
+def attention(q, own, seen, own_at, grid, dtype=torch.float64):
     """Softmax over what the rule says, and the chunk itself; queries and keys rotated here."""
     n = grid[0] * grid[1]
     entries = [(*x, 0.0)[:4] for x in seen]
@@ -95,9 +135,18 @@ def attention(q, own, seen, own_at, grid):
     # the operator takes the bias in float32
     bias = torch.tensor([w for *_, w in entries], dtype=torch.float32).double()
     bias = bias.repeat_interleave(torch.tensor([k.shape[1] for _, k, _, _ in entries]))
-    logits = torch.einsum("bqhd,bkhd->bhqk", rotate(q, token_positions(own_at, grid)), keys)
-    weights = (logits / q.shape[-1] ** 0.5 + bias).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+    q = rotate(q, token_positions(own_at, grid))
+    q, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, keys, values))
+    bias = bias.to(dtype).expand(q.shape[2], -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
+
+
+def own_positions(name, told, case):
+    frames = told.end - told.begin
+    if name != "state":
+        return rules.jumping(told.begin, frames, told.cuts, case.jump)
+    content = told.begin // frames * (frames - 1)
+    return [content - (told.W - frames + 1), *range(content, content + frames - 1)]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -113,11 +162,7 @@ def test_a_policy_is_its_rule(name, which):
         cut = number in case.cuts
         told.ends.append(begin + frames)
         told.cuts += [begin] * cut
-        own_at = rules.jumping(begin, frames, told.cuts, case.jump)
-        if name == "state":
-            content = begin // frames * (frames - 1)
-            own_at = [content - (W - frames + 1), *range(content, content + frames - 1)]
-        seen = case.rule(told)
+        seen, own_at = case.rule(told), own_positions(name, told, case)
         with cache.chunk(frames, cut=cut) as chunk:
             left += len(chunk.plan.leaving)
             for forward in range(2):
@@ -129,6 +174,32 @@ def test_a_policy_is_its_rule(name, which):
             told.q[begin + i], told.k[begin + i], told.v[begin + i] = q[:, at], k[:, at], v[:, at]
             told.at[begin + i] = own_at[i]
     assert len(told.ends) >= 12 and left >= 5
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("important", "recall")])
+def test_a_policy_in_bfloat16_is_as_near_as_plain_attention(name):
+    """Whose keys were rotated in float64 and rounded once. (Where scores choose, rounding chooses too.)"""
+    case = CASES[name]
+    (S, W), lengths = case.sizes[1], case.lengths[1]
+    cache = make(S, W, policy=case.policy, dtype=torch.bfloat16, grid=(3, 4))
+    told, n, grid, errors = rules.Told(S, W, grid=(3, 4)), 12, (3, 4), []
+    for number, frames in enumerate(lengths):
+        begin = told.ends[-1] if told.ends else 0
+        told.ends.append(begin + frames)
+        told.cuts += [begin] * (number in case.cuts)
+        seen, own_at = case.rule(told), own_positions(name, told, case)
+        inputs = tensors(cache, frames, number)
+        q, k, v = (x.double() for x in inputs)
+        with cache.chunk(frames, cut=number in case.cuts) as chunk:
+            found = chunk.attend(0, *inputs)
+        expected = attention(q, (k, v), seen, own_at, grid)
+        eager = attention(q, (k, v), seen, own_at, grid, torch.bfloat16)
+        errors.append((relative_l2(found.double(), expected), relative_l2(eager.double(), expected)))
+        for i in range(frames):
+            at = slice(i * n, (i + 1) * n)
+            told.k[begin + i], told.v[begin + i], told.at[begin + i] = k[:, at], v[:, at], own_at[i]
+    ours, plain = (max(e) for e in zip(*errors, strict=True))
+    assert ours <= 2 * plain
 
 
 @pytest.mark.parametrize("name", CASES)

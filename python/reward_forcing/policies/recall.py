@@ -58,6 +58,7 @@ class _RecalledState(MemoryState):
         numbers = torch.zeros(spec.layers, spec.batch, policy.frames, dtype=torch.int64, device=spec.device)
         self.tensors["number"] = numbers
         self._tables = [self._table(j, wide) for j in range(spec.sink_frames)]
+        self._back = torch.tensor([1.0, -1.0], dtype=wide, device=spec.device)  # turns a rotation round
 
     def has_state(self) -> bool:
         return True
@@ -73,8 +74,13 @@ class _RecalledState(MemoryState):
         if table is None:
             return x
         angles, axes = table
-        angles = angles * angles.new_tensor([1.0, -1.0]) if back else angles
+        angles = angles * self._back if back else angles
         return rf.rope(x.contiguous(), angles=angles, axes=axes, layout=self.spec.layout)
+
+    def _numbers(self, frames: Sequence[int]) -> Tensor:
+        """``[B, len(frames)]``, made on the device: a copy from the host would wait."""
+        like = {"dtype": torch.int64, "device": self.spec.device}
+        return torch.cat([torch.full((self.spec.batch, 1), frame, **like) for frame in frames], 1)
 
     def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         still = [[] for _ in range(self.spec.sink_frames - 1)]
@@ -93,24 +99,19 @@ class _RecalledState(MemoryState):
             key.copy_(self._rotated(key, self._tables[j], back=True))
         if plan.first:
             numbers = range(self.static, self.spec.sink_frames)
-            self.tensors["number"][layer].copy_(torch.tensor(numbers, device=self.spec.device))
+            self.tensors["number"][layer].copy_(self._numbers(numbers))
 
     def absorb(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
-        count, j, n, M = (
-            len(plan.sources[-1]),
-            self.spec.sink_frames - 1,
-            self.spec.frame_tokens,
-            self.policy.frames,
-        )
+        count, j = len(plan.sources[-1]), self.spec.sink_frames - 1
+        n, M = self.spec.frame_tokens, self.policy.frames
         if not count:
             return
         trusted = [self.tensors[name][layer] for name in ("k_state", "v_state")]
         old = [x[:, self.static * n :].unflatten(1, (M, n)) for x in trusted]
         new = [self.source(k, v, plan, j, i) for i in range(count)]
         new = [(self._rotated(key, self._tables[j], back=True), value) for key, value in new]
-        numbers = torch.tensor(list(plan.sources[-1]), device=self.spec.device)
         known = self.tensors["number"][layer]
-        numbers = torch.cat([known, numbers.expand(len(known), -1)], 1)
+        numbers = torch.cat([known, self._numbers(plan.sources[-1])], 1)
 
         keys = torch.cat([old[0], torch.stack([key for key, _ in new], 1)], 1)
         logits = (keys.mean(dim=2) * self.tensors["q_mean"][layer]).sum(dim=-1).mean(dim=-1)
