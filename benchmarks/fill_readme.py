@@ -139,12 +139,18 @@ def policies() -> list[str]:
         *("drift of the colour", "drift of the background", "drift of the sharpness"),
         *("similarity to the first frame", "optical flow", "alive"),
     )
+    apart = {d["row"][1]: d["measures"] for d in report["differences"]}
     rows = []
     for row in report["rows"]:
         if "cache bytes" in row:
-            cells = [(row["measures"][m]["mean"], row["measures"][m]["ci95"]) for m in measures]
-            numbers = ["-" if mean is None else f"{mean:.3f} +- {half or 0:.3f}" for mean, half in cells]
-            cost = [f"{1000 * row['seconds per chunk']:.0f} ms", f"{row['cache bytes'] / 2**20:.1f} MiB"]
+            beyond = {m: d["beyond noise"] for m, d in apart.get(row["sink"], {}).items()}
+            cells = [(row["measures"][m], "\\*" * beyond.get(m, False)) for m in measures]
+            numbers = [
+                "-" if c["mean"] is None else f"{c['mean']:.3f} +- {c['ci95'] or 0:.3f}{mark}"
+                for c, mark in cells
+            ]
+            time = row.get("seconds per chunk")
+            cost = ["-" if time is None else f"{1000 * time:.0f} ms", f"{row['cache bytes'] / 2**20:.1f} MiB"]
             rows.append([f"`{row['sink']}`", *numbers, *cost])
     settings = report["settings"]
     said = f"{settings['frames']} frames of {settings['prompts']} prompts:"
