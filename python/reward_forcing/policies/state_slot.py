@@ -16,17 +16,15 @@ class StateSlot(rf.SinkPolicy):
     """The first frame of every chunk is the state (AdaState, arXiv 2605.30349). The state of the chunk before
     leaves when a chunk opens, whatever room there is; then the oldest frames do. Content is numbered by
     itself: frame ``i`` of chunk ``c`` stands at ``c (F - 1) + i - 1``, and the state ``distance`` positions
-    before the chunk's first content.
+    before the chunk's first content. There is no sink.
 
     Args:
         chunk: F, frames of every chunk, the state included.
         distance: 0 for just behind the window's content: ``W - F + 1``.
-        rephase: of the sink, which is static.
     """
 
     chunk: int = 4
     distance: float = 0
-    rephase: bool = False
 
     def bind(self, spec: rf.CacheSpec) -> rf.SinkState:
         fits = 2 <= self.chunk <= spec.window_frames
