@@ -78,7 +78,8 @@ class ReferenceStream:
         self.next_frame = self.frames = 0
         self.cache = self
 
-    def open(self, frames, undo=False):
+    def open(self, frames, start=None, cut=False, undo=False):
+        assert start is None and not cut
         for layer in self.layers:
             layer.begin(frames)
         self.frames = frames
