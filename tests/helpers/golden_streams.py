@@ -75,14 +75,14 @@ class ReferenceStream:
     def __init__(self, geometry: Geometry, layers: int, batch: int):
         self.spec = SimpleNamespace(grid=geometry.grid, batch=batch, layers=layers, undo_frames=0)
         self.layers = [geometry.reference() for _ in range(layers)]
-        self.next_frame = self.frames = 0
+        self.next_frame = self.first_frame = self.frames = 0
         self.cache = self
 
     def open(self, frames, start=None, cut=False, undo=False):
         assert start is None and not cut
         for layer in self.layers:
             layer.begin(frames)
-        self.frames = frames
+        self.first_frame, self.frames = self.next_frame, frames
         return self
 
     chunk = open
