@@ -24,7 +24,7 @@ from .adopt import adopted
 from .cache import SinkWindowCache
 from .chunk import _BEGUN, _DONE, Chunk, Norms, norms_of
 from .grad import snapshot_is_wanted
-from .plan import CacheSpec, is_integer
+from .plan import CacheSpec, PlanBuffers, is_integer
 from .sinks import SinkPolicy
 
 _OP = "SinkWindowRows"
@@ -36,7 +36,7 @@ class SinkWindowRows:
 
     Args:
         spec: as for ``SinkWindowCache``; ``batch`` is the number of rows.
-        sink: the policy of every row. Each row has a state of its own.
+        sink: the policy of every row, or a sequence of one a row. Each row has a state of its own.
         k, v: memory that the caller has allocated, as for ``SinkWindowCache``.
 
     ``rows[i]`` is row i, a ``SinkWindowCache`` of batch 1 with all that such a cache can do. ``len(rows)``
@@ -51,13 +51,14 @@ class SinkWindowRows:
         self,
         spec: CacheSpec,
         *,
-        sink: SinkPolicy,
+        sink: SinkPolicy | Sequence[SinkPolicy],
         k: Tensor | Sequence[Tensor] | None = None,
         v: Tensor | Sequence[Tensor] | None = None,
     ):
         if not isinstance(spec, CacheSpec):
             raise argument_error(_OP, "spec", "a CacheSpec", type(spec).__name__)
-        self.spec = spec
+        self.spec, self.sink = spec, tuple(sink) if isinstance(sink, Sequence) else sink
+        sinks = self._for_each(_OP, "sink", self.sink, spec.batch)
         with torch.inference_mode(False):
             if k is None and v is None:
                 k, v = (spec.zeros(spec.ring.length * spec.frame_tokens) for _ in range(2))
@@ -65,14 +66,19 @@ class SinkWindowRows:
                 k, v = adopted(spec, k, v)
             one = dataclasses.replace(spec, batch=1)
             self._rows = tuple(
-                SinkWindowCache(one, sink=sink, k=_part(k, i), v=_part(v, i)) for i in range(spec.batch)
+                SinkWindowCache(one, sink=sinks[i], k=_part(k, i), v=_part(v, i)) for i in range(spec.batch)
             )
+            needs = {(row._sink.max_sources, row._sink.weighs) for row in self._rows}
+            if len(needs) > 1:  # one layout of the plans: that of the policies which need most
+                sources, weighs = (max(need) for need in zip(*needs, strict=True))
+                for row in self._rows:
+                    row._buffers = PlanBuffers(one, sources, weighs)
             plans = [row._buffers.tensors for row in self._rows]
             #: Plans of the rows, as one tensor of each kind.
             self._plans = {name: torch.stack([plan[name] for plan in plans]) for name in plans[0]}
             for i, row in enumerate(self._rows):
                 row._buffers.move_to({name: tensor[i] for name, tensor in self._plans.items()})
-        self.k, self.v, self.sink = k, v, sink
+        self.k, self.v = k, v
         self._index = {id(row): i for i, row in enumerate(self._rows)}
 
     def __len__(self) -> int:
@@ -460,9 +466,9 @@ class ChunkBatch:
             rotated = [rope_append(*tensors, **options) for tensors, options in calls]
         except ArgumentError as error:
             raise self._blamed(error, q, k, v) from None
-        if self.chunks[0].cache._sink.observes:
-            for run, part in zip(self._runs, rotated, strict=True):
-                for i, chunk in enumerate(self.chunks[run.samples]):
+        for run, part in zip(self._runs, rotated, strict=True):
+            for i, chunk in enumerate(self.chunks[run.samples]):
+                if chunk.cache._sink.observes:
                     slots = chunk.cache._slots[layer]
                     chunk.cache._sink.observe(layer, part[i : i + 1], *slots, chunk.plan)
         for chunk in self.chunks:

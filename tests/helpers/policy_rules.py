@@ -236,6 +236,11 @@ def random_history(told, keep, seed):
     return told.sink(range(told.S), 0) + [window[i] for i in sorted(drawn)]
 
 
+def short(told, frames):
+    window = told.window()
+    return told.sink(range(told.S), 0) + window[max(0, len(window) - frames) :]
+
+
 def state_slot(told, chunk):
     begin = told.begin
     state = [begin - chunk] if begin else []

@@ -77,6 +77,8 @@ CASES = {
     ),
     "log bias": Case(policies.LogBias(0.3), of(rules.log_bias, 0.3), sizes=((0, 9), (2, 5))),
     "random": Case(policies.RandomHistory(2, seed=3), of(rules.random_history, 2, 3), sizes=((0, 9), (2, 5))),
+    "short": Case(policies.ShortWindow(1), of(rules.short, 1), sizes=((2, 6), (3, 5))),
+    "short, the chunk alone": Case(policies.ShortWindow(0), of(rules.short, 0), sizes=((0, 6), (1, 7))),
     "state": Case(
         policies.StateSlot(4), of(rules.state_slot, 4), sizes=((0, 10), (0, 7)), lengths=((4,) * 12,) * 2
     ),

@@ -1,14 +1,17 @@
 """Rows of one memory, under every policy that ships."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 import rf_kernels as rf
+from helpers import policy_rules as rules
 from helpers.cache_case import make, tensors
 from reward_forcing import policies
-from rf_kernels.testing import assert_equal_bits
+from rf_kernels.reference.streaming import rotate, token_positions
+from rf_kernels.testing import assert_equal_bits, relative_l2
 
 PARTS = ([0, 1, 2], [1], [2, 0], [0, 1])
 
@@ -28,3 +31,58 @@ def test_a_row_has_the_bits_of_the_row_alone(name):
             with alone[row].chunk(frames, cut=cut) as chunk:
                 assert_equal_bits(chunk.attend(0, *data[i], deterministic=True), out[i : i + 1])
     assert all(row._stream.left for row in rows)
+
+
+def test_rows_with_policies_of_their_own():
+    """They need unequal room in a plan, some weigh frames, and some look at queries."""
+    names = ("ema:0.9", "log-bias", "important", "two-rates", "short", "static")
+    sinks = [policies.parse(name) for name in names]
+    alone = [make(3, 6, policy=sink, dtype=torch.float64) for sink in sinks]
+    spec = dataclasses.replace(alone[0].spec, batch=len(sinks))
+    rows = rf.SinkWindowRows(spec, sink=sinks)
+    assert [row.sink for row in rows] == sinks == list(copy.deepcopy(rows).sink)
+    for number in range(9):
+        data = [tensors(alone[0], 3, 10 * number + row) for row in range(len(sinks))]
+        with rows.chunk(3) as batch:
+            out = batch.attend(0, *(torch.cat(x) for x in zip(*data, strict=True)))
+        for row, cache in enumerate(alone):
+            with cache.chunk(3) as chunk:
+                assert relative_l2(out[row : row + 1], chunk.attend(0, *data[row])) < 1e-13
+        if number == 5:
+            rows = copy.deepcopy(rows)
+    with pytest.raises(rf.ArgumentError, match="sink.*one for each of the 6 rows.*5"):
+        rf.SinkWindowRows(spec, sink=sinks[:5])
+
+
+def test_heads_with_windows_of_their_own():
+    """Heads as rows (Dummy Forcing): one sees the chunk alone, one a frame more, one all of the window."""
+    H, W, F, grid = 3, 7, 2, (2, 3)
+    n = grid[0] * grid[1]
+    sinks = [policies.ShortWindow(0), policies.ShortWindow(1), rf.NoSink()]
+    whole = make(0, W, grid=grid, heads=H, dtype=torch.float64)
+    rows = rf.SinkWindowRows(dataclasses.replace(whole.spec, batch=H, heads=1), sink=sinks)
+    told = rules.Told(0, W, grid=grid)
+    for number in range(12):
+        told.ends.append(F * (number + 1))
+        q, k, v = tensors(whole, F, number)  # [1, F * n, H, D]
+        own_at = range(told.begin, told.end)
+        for i, frame in enumerate(own_at):
+            at = slice(i * n, (i + 1) * n)
+            told.k[frame], told.v[frame], told.at[frame] = k[:, at], v[:, at], frame
+        with rows.chunk(F) as batch:
+            y = batch.attend(0, *(x[0].transpose(0, 1).unsqueeze(2) for x in (q, k, v)))
+        assert [chunk.kv_tokens // n - F for chunk in batch.chunks] == [
+            0,
+            min(1, told.begin),
+            min(5, told.begin),
+        ]
+        for head, past in enumerate((0, 1, W - F)):
+            frames = range(max(0, told.begin - past), told.end)
+            keys = torch.cat(
+                [rotate(told.k[f][:, :, head : head + 1], token_positions([f], grid)) for f in frames], 1
+            )
+            values = torch.cat([told.v[f][:, :, head : head + 1] for f in frames], 1)
+            query = rotate(q[:, :, head : head + 1], token_positions(list(own_at), grid))
+            query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+            expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+            assert relative_l2(y[head : head + 1], expected) < 1e-12

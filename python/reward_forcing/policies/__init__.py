@@ -6,6 +6,7 @@ from .memory import MemoryState
 from .named import NAMES, parse
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
 from .strided import StridedMemory
@@ -23,6 +24,7 @@ __all__ = [
     "RandomHistory",
     "RecalledFrames",
     "RopeCut",
+    "ShortWindow",
     "StateSlot",
     "StridedMemory",
     "TwoRateMemory",

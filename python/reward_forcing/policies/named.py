@@ -11,6 +11,7 @@ from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
 from .strided import StridedMemory
@@ -34,6 +35,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "rope-cut": (RopeCut, {}),
     "log-bias": (LogBias, {"rephase": True}),
     "random": (RandomHistory, {"rephase": True}),
+    "short": (ShortWindow, {"rephase": True}),
     "state": (StateSlot, {}),
 }
 
