@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ pytest.register_assert_rewrite("helpers", "chip.harness")
 if os.environ.get("TRITON_INTERPRET") == "1":
     import helpers.quick_interpreter  # noqa: F401
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in jobs in the background: Ctrl-C is tested too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the processes share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
