@@ -13,6 +13,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -71,6 +72,10 @@ def main(arguments=None) -> int:
         film = options.checkpoint is None
         try:
             if film:
+                # The student is tiny: a second thread gains nothing. Where other work runs, two of them wait
+                # for one another at every operator; chunks then took a hundred times as long.
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(1)
                 options.checkpoint, _ = evaluate.shipped("distill")
                 options.context = (
                     Path(stack.enter_context(tempfile.TemporaryDirectory())) / "text.safetensors"
