@@ -225,8 +225,8 @@ class Distillation:
         self.discriminator = discriminator
         self.scheduler = rollout.pipeline.scheduler
 
-    def roll(self, step: int, samples: Sequence[int], purpose: str) -> tuple[Tape, list[str]]:
-        """A rollout without gradient on the prompts and noise of a step."""
+    def roll(self, step: int, samples: Sequence[int], purpose: str) -> tuple[Tape, list[str], Tensor]:
+        """A rollout without gradient on the noise of a step, its prompts, and their features."""
         config, draws = self.config, self.draws
         prompts = self.source.prompts(step, samples)
         shape = (config.frames, *self.source.latent_shape)
@@ -236,7 +236,8 @@ class Distillation:
             return draws.normal(f"{purpose} {name}, chunk {chunk}", step, samples, like.shape[1:])
 
         exits = self._exits(step, purpose)
-        return self.rollout.generate(noise, self.source.embed(prompts), exits, renoise), prompts
+        context = self.source.embed(prompts)
+        return self.rollout.generate(noise, context, exits, renoise), prompts, context
 
     def _exits(self, step: int, purpose: str) -> list[int]:
         """Denoising steps at which the chunks leave: the same for all samples of the batch, on every rank."""
@@ -254,14 +255,14 @@ class Distillation:
         """One generator micro-step: rollout, gradient on x, replay. Gradients are added to the student's
         parameters.
         """
-        tape, prompts = self.roll(step, samples, "generator")
+        tape, prompts, context = self.roll(step, samples, "generator")
         clean = tape.x
         if self.objective.revisits:
             noise = self.draws.normal("generator revisit noise", step, samples, clean.shape[1:])
-            tape = self.rollout.revisit(tape, self.source.embed(prompts), noise)
+            tape = self.rollout.revisit(tape, context, noise)
         x = tape.x.requires_grad_(True)
         self._finite = torch.isfinite(x.detach()).all()
-        batch = self._batch(step, samples, "generator", x, tape, prompts, clean)
+        batch = self._batch(step, samples, "generator", x, tape, prompts, context, clean)
         loss = self.objective.generator_loss(batch)
         (gradient,) = torch.autograd.grad(loss, x)
         # The losses drop a sample that is not finite. In training the step must not pass for a good one; the
@@ -269,7 +270,7 @@ class Distillation:
         loss = torch.where(self._finite, loss.detach(), float("nan"))
         last, count = self.config.distill.grad_chunks, len(tape.entries)
         chunks = None if last == 0 else range(max(0, count - last), count)
-        self.rollout.replay(tape, self.source.embed(prompts), gradient, chunks=chunks)
+        self.rollout.replay(tape, context, gradient, chunks=chunks)
         return loss
 
     def _batch(
@@ -280,11 +281,12 @@ class Distillation:
         x: Tensor,
         tape: Tape,
         prompts: list[str],
+        context: Tensor,
         clean: Tensor,
     ) -> losses.Batch:
         """What the objective is given for x, the tape's, and ``clean``, the finished rollout."""
         config, draws, distill = self.config, self.draws, self.config.distill
-        context, uncond = self.source.embed(prompts), self.source.no_text(len(prompts))
+        uncond = self.source.no_text(len(prompts))
         teacher = Scores(self.teacher, self.scheduler, context, uncond)
         critic = Scores(self.critic, self.scheduler, context, uncond)
         scores = {"fake": critic.cond, "fake_uncond": critic.uncond}
@@ -358,19 +360,20 @@ class Distillation:
 
         return predict
 
+    def _rolled(self, step: int, samples: Sequence[int], purpose: str) -> losses.Batch:
+        """What an objective is given for a rollout as it is."""
+        tape, prompts, context = self.roll(step, samples, purpose)
+        return self._batch(step, samples, purpose, tape.x, tape, prompts, context, tape.x)
+
     def critic_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:
         """One critic micro-step: flow matching on the student's own clips. ``turn`` counts the critic's steps
         within the generator's step."""
-        purpose = f"critic {turn}"
-        tape, prompts = self.roll(step, samples, purpose)
-        return self.objective.critic_loss(self._batch(step, samples, purpose, tape.x, tape, prompts, tape.x))
+        return self.objective.critic_loss(self._rolled(step, samples, f"critic {turn}"))
 
     def discriminator_loss(self, step: int, samples: Sequence[int], turn: int) -> Tensor:
         """One discriminator micro-step: real clips against the student's, at the critic's draws of the same
         turn."""
-        purpose = f"critic {turn}"
-        tape, prompts = self.roll(step, samples, purpose)
-        batch = self._batch(step, samples, purpose, tape.x, tape, prompts, tape.x)
+        batch = self._rolled(step, samples, f"critic {turn}")
         noised = [
             self.scheduler.add_noise(clips, noise, batch.t)
             for clips, noise in ((batch.clips(), batch.draw("real")), (batch.x, batch.noise))
