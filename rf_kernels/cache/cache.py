@@ -362,8 +362,11 @@ class SinkWindowCache:
         self._restart(stream)
 
     def save(self, path) -> None:
-        """Write the stream to a safetensors file (between chunks). Raises ``OSError`` where the file cannot be
-        written."""
+        """Write the stream to a safetensors file (between chunks).
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self._check_between("save")
         stream_file.save(self, path)
 

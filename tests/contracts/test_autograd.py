@@ -16,7 +16,8 @@ WRITTEN = {
     "rope_append": ("k_cache", "v_cache"),
     "ema_evict": ("k_cache", "v_cache", "k_state", "k_state_lo", "v_state", "skipped"),
 }
-SIZES = {"layers": 1, "batch": 1, "heads": 1, "head_dim": 2, "grid": (2,), "sink_frames": 1, "window_frames": 2}
+SIZES = {"layers": 1, "batch": 1, "heads": 1, "head_dim": 2, "grid": (2,)}
+FRAMES = {"sink_frames": 1, "window_frames": 2}
 MUTATED = [(op, name) for op, names in WRITTEN.items() for name in names]
 DIFFERENTIABLE = {"rope": ("x", "weight"), "sink_window_attention": ("q", "k", "v"), "dmd_loss": ("x",)}
 CONSTANT = {
@@ -123,7 +124,7 @@ def test_torch_func_says_that_it_is_not_implemented(transform, op, name):
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_cache_inside_torch_func_says_that_it_is_not_implemented(transform, method, chunks, rows):
     """In the first forward of a layer and when something is to be evicted, with nothing written."""
-    spec = rf.CacheSpec(**SIZES, rope=None, dtype=torch.float64, device="cpu")
+    spec = rf.CacheSpec(**SIZES, **FRAMES, rope=None, dtype=torch.float64, device="cpu")
     kind, x = rf.SinkWindowRows if rows else rf.SinkWindowCache, torch.randn(1, 2, 1, 2).double()
     cache = kind(spec, sink=rf.EMASink())
     for _ in range(chunks):
