@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import ArgumentError, argument_error, number
+from .._backend import ArgumentError, argument_error, number, refuse_transforms
 from . import stream_file
 from .adopt import adopted
 from .chunk import Chunk
@@ -186,6 +186,7 @@ class SinkWindowCache:
         ``Chunk.commit`` or ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are
         saved)."""
         op, chunk = f"{_OP}.open", self._chunk
+        refuse_transforms(op)
         if not is_integer(frames) or frames < 1:
             raise argument_error(op, "frames", "an integer >= 1", repr(frames))
         if start is not None:
@@ -361,7 +362,11 @@ class SinkWindowCache:
         self._restart(stream)
 
     def save(self, path) -> None:
-        """Write the stream to a safetensors file (between chunks)."""
+        """Write the stream to a safetensors file (between chunks).
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self._check_between("save")
         stream_file.save(self, path)
 

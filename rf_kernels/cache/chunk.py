@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._backend import ArgumentError, argument_error, check_tensors, choice, flag, integer
+from .._backend import (
+    ArgumentError,
+    argument_error,
+    check_tensors,
+    choice,
+    flag,
+    integer,
+    number,
+    refuse_transforms,
+)
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled
@@ -67,12 +76,10 @@ def _weight_and_eps(name: str, norm, dtype: torch.dtype) -> tuple[Tensor | None,
 def norms_of(spec: CacheSpec, q_norm, k_norm, norm: str | None, eps: float | None) -> Norms:
     """The arguments of ``attend`` and ``append`` about norms, as the ops take them."""
     if q_norm is None and k_norm is None:
-        return Norms(
-            None,
-            None,
-            choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model",
-            _DEFAULT_EPS,
-        )
+        if eps is not None:
+            number(f"{_OP}.attend", "eps", eps)
+        norm = choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model"
+        return Norms(None, None, norm, _DEFAULT_EPS)
     q_weight, q_eps = _weight_and_eps("q_norm", q_norm, spec.dtype)
     k_weight, k_eps = _weight_and_eps("k_norm", k_norm, spec.dtype)
     if eps is None:
@@ -184,6 +191,7 @@ class Chunk:
         if torch.compiler.is_compiling():
             norms = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
             return self._attend_compiled(layer, q, k, v, softmax_scale, deterministic, **norms)
+        refuse_transforms(f"{_OP}.attend")
         try:
             return self._attend(layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic)
         except ArgumentError as error:
@@ -205,13 +213,11 @@ class Chunk:
         Raises:
             ArgumentError: before anything is written.
         """
-        if not torch.compiler.is_compiling() and self._is_recomputation():
-            raise argument_error(
-                f"{_OP}.append",
-                "self",
-                "a forward (only `attend` can be recomputed)",
-                "a recomputation inside backward",
-            )
+        if not torch.compiler.is_compiling():
+            refuse_transforms(f"{_OP}.append")
+            if self._is_recomputation():
+                expected = "a forward (only `attend` can be recomputed)"
+                raise argument_error(f"{_OP}.append", "self", expected, "a recomputation inside backward")
         layer = self._check_layer("append", layer)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if torch.compiler.is_compiling():

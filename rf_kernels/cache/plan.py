@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .._backend import argument_error
+from .._backend import argument_error, integer
 from ..positions import RoPE, table_dtype
 from .stream import Stream
 
@@ -84,6 +84,7 @@ class CacheSpec:
         ]:
             if not is_integer(value) or value < bound:
                 raise argument_error(op, name, f"an integer >= {bound}", repr(value))
+            integer(op, name, value)  # of 64 bits
         length = self.sink_frames + self.window_frames
         if length < 1:
             raise argument_error(op, "sink_frames + window_frames", "an integer >= 1", 0)

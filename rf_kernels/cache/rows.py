@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import ArgumentError, argument_error, integer
+from .._backend import ArgumentError, argument_error, integer, refuse_transforms
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled, stream_file
@@ -393,6 +393,7 @@ class ChunkBatch:
 
     def _checked(self, what: str, layer, inputs, norms: dict, again: bool) -> tuple[int, Norms]:
         """The layer as a number, and the norms as the ops take them."""
+        refuse_transforms(f"{_BATCH}.{what}")
         number = self.chunks[0]._number_of(what, layer)
         for row, chunk in zip(self.rows, self.chunks, strict=True):
             try:

@@ -240,7 +240,7 @@ class EMASink(SinkPolicy):
             # Host tensors name their device throughout: a model is often built under torch.device("meta") or
             # a default device.
             alpha = torch.as_tensor(self.alpha, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise argument_error(
                 "EMASink", "alpha", "a number, or nested sequences of them", repr(self.alpha)
             ) from None
