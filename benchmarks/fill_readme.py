@@ -149,12 +149,12 @@ def policies() -> list[str]:
                 "-" if c["mean"] is None else f"{c['mean']:.3f} +- {c['ci95'] or 0:.3f}{mark}"
                 for c, mark in cells
             ]
-            time = row.get("seconds per chunk")
-            cost = ["-" if time is None else f"{1000 * time:.0f} ms", f"{row['cache bytes'] / 2**20:.1f} MiB"]
+            time = row.get("chunk time")
+            cost = ["-" if time is None else f"{time:.2f}", f"{row['cache bytes'] / 2**20:.1f} MiB"]
             rows.append([f"`{row['sink']}`", *numbers, *cost])
     settings = report["settings"]
     said = f"{settings['frames']} frames of {settings['prompts']} prompts:"
-    return [said, "", *table(["policy", *measures, "a chunk", "cache"], rows)]
+    return [said, "", *table(["policy", *measures, "time of a chunk", "cache"], rows)]
 
 
 SECTIONS = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -231,6 +232,29 @@ class Table:
         return name in self._values
 
 
+def times_over_base(
+    pipelines: Mapping[tuple[str, str], StreamingPipeline],
+    base: tuple[str, str],
+    prompts: Sequence[world.Prompt],
+    frames: int,
+) -> dict[tuple[str, str], float]:
+    """Time of a chunk over that of ``base``, for streams that take turns chunk by chunk: the median over the
+    second half of the chunks, when every window is full."""
+    streams = {name: stream_clips(p, prompts, frames=frames, seed=0) for name, p in pipelines.items()}
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in streams}
+    step = pipelines[base].config.chunk_frames
+    for _ in range(frames // step):
+        for name, stream in streams.items():
+            begun = time.perf_counter()
+            next(stream)
+            seconds[name].append(time.perf_counter() - begun)
+    half = frames // step // 2
+    return {
+        name: statistics.median(a / b for a, b in zip(taken[half:], seconds[base][half:], strict=True))
+        for name, taken in seconds.items()
+    }
+
+
 def evaluate(
     students: Mapping[str, Path | str],
     *,
@@ -245,7 +269,7 @@ def evaluate(
     """Tables for students x sink policies, beside rendered clips and the teacher's; all numbers, for JSON.
 
     The first student and the sink "static" (else the first) are what the others are subtracted from. Streams
-    have their cost too: the 20th percentile of a chunk's time, of all prompts, and the bytes of their cache.
+    have their cost too: the bytes of their cache, and ``times_over_base`` with 8 prompts and 90 frames.
     """
     for name, value in (("prompts", prompts), ("seeds", seeds)):
         expect(value >= 1, "evaluate", name, "at least 1", value)
@@ -262,6 +286,10 @@ def evaluate(
     teacher_model, config = load_teacher(teacher)
     table, begun, side = Table(chosen), time.perf_counter(), world.SIZE // world.PATCH
     costs: dict[tuple[str, str], dict] = {}
+    base_sink = "static" if "static" in policies else policies[0]
+    base_student = next(iter(students))
+    times = times_over_base(streams, (base_student, base_sink), chosen[:8], min(frames, 90))
+    progress(f"times of a chunk: {time.perf_counter() - begun:.0f} s")
 
     def add(name: tuple[str, str], clip: Callable[[int], Tensor]) -> None:
         table.add(name, [clip(seed) for seed in range(seeds)])
@@ -280,19 +308,11 @@ def evaluate(
 
         def clip(seed, name=name, pipeline=pipeline) -> Tensor:
             cache = pipeline.new_cache(len(chosen), side, side)
-            latents, ends = [], [time.perf_counter()]
-            for chunk in stream_clips(pipeline, chosen, frames=frames, seed=seed, cache=cache):
-                latents.append(chunk.latents)
-                ends.append(time.perf_counter())
-            seconds = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
-            # the calm fifth: with other work on the machine a median measures the scheduler
-            calm = sorted(seconds)[len(seconds) // 5]
-            costs[name] = {"seconds per chunk": calm, "cache bytes": cache.nbytes}
-            return codec.decode(torch.cat(latents, dim=1))
+            costs[name] = {"chunk time": times[name], "cache bytes": cache.nbytes}
+            chunks = stream_clips(pipeline, chosen, frames=frames, seed=seed, cache=cache)
+            return codec.decode(torch.cat([chunk.latents for chunk in chunks], dim=1))
 
         add(name, clip)
-    base_sink = "static" if "static" in policies else policies[0]
-    base_student = next(iter(students))
     pairs = [(row, (row[0], base_sink)) for row in streams if row[1] != base_sink]
     pairs += [(row, (base_student, row[1])) for row in streams if row[0] != base_student]
     return {

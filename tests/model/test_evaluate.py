@@ -108,6 +108,9 @@ def test_the_command_writes_the_tables(tmp_path, capsys):
     names = [(row["checkpoint"], row["sink"]) for row in report["rows"]]
     assert names[:2] == [("real", ""), ("teacher", "guidance 0")]
     assert names[2:] == [(n, s) for n in "ab" for s in ("none", "static", "two-rates@2")]
+    streams = [row for row in report["rows"] if "cache bytes" in row]
+    assert len(streams) == 6 and streams[1]["chunk time"] == 1  # the first student's static sink is the unit
+    assert all(row["chunk time"] > 0.1 for row in streams)
     pairs = {(*d["row"], *d["minus"]): d["measures"] for d in report["differences"]}
     null = pairs["b", "none", "a", "none"]  # the same weights: paired differences are exactly 0
     assert all(d["mean"] in (0, None) and not d["beyond noise"] for d in null.values())
