@@ -5,6 +5,7 @@ from .important import ImportantTokens
 from .memory import MemoryState
 from .merged import MergedTokens
 from .named import NAMES, parse
+from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -16,6 +17,7 @@ from .weighted import LogBias, RandomHistory
 
 __all__ = [
     "NAMES",
+    "ChangingPatches",
     "CyclicSink",
     "ImportantTokens",
     "LogBias",

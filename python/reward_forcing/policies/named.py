@@ -10,6 +10,7 @@ from .._check import expect
 from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .merged import MergedTokens
+from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -38,6 +39,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "log-bias": (LogBias, {"rephase": True}),
     "random": (RandomHistory, {"rephase": True}),
     "short": (ShortWindow, {"rephase": True}),
+    "patches": (ChangingPatches, {"rephase": True}),
     "state": (StateSlot, {}),
 }
 
