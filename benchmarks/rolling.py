@@ -3,8 +3,8 @@
     python -m benchmarks.rolling DIR            DIR holds the checkout RollingForcing
 
 In float64, for each length: whether the denoising forwards are the same (their order, the timestep of every
-frame, the first frame), how many frames each forward attends, and the relative L2 between the latents. Some of
-their modules compute in float32. ``docs/policies.md`` says where the two differ.
+frame, the first frame), how many frames each forward attends, and the relative L2 between the latents. Some
+of their modules compute in float32. ``docs/policies.md`` says where the two differ.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from reward_forcing.pipeline import StreamingPipeline
 
 from . import upstream
 
+#: Frames that the cache holds: those of one forward, and with "rolling" those of a context pass too.
+POLICIES = {"static": {"local_attn_size": 21}, "rolling": {"local_attn_size": 36}}
 SIZES = {"heads": 2, "head_dim": 32, "grid": (4, 6)}
 
 
@@ -112,7 +114,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[21, 45])
     options = parser.parse_args()
     for frames in options.frames:
-        print(json.dumps(compare(options.folder, frames)))
+        for name, sizes in POLICIES.items():
+            found = compare(options.folder, frames, sink_policy=name, **sizes)
+            print(json.dumps({"policy": name} | found))
 
 
 if __name__ == "__main__":

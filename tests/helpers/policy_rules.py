@@ -278,6 +278,14 @@ def random_history(told, keep, seed):
     return told.sink(range(told.S), 0) + [window[i] for i in sorted(drawn)]
 
 
+def rolling(told, frames):
+    first = max(0, told.end - frames)
+    window = [
+        (told.at[f], told.k[f], told.v[f]) for f in range(told.oldest(), told.begin) if f >= first + told.S
+    ]
+    return told.sink(range(told.S), first) + window
+
+
 def short(told, frames):
     window = told.window()
     return told.sink(range(told.S), 0) + window[max(0, len(window) - frames) :]

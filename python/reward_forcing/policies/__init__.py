@@ -8,6 +8,7 @@ from .named import NAMES, parse
 from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .rolling import RollingAnchor
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -27,6 +28,7 @@ __all__ = [
     "PlacedSink",
     "RandomHistory",
     "RecalledFrames",
+    "RollingAnchor",
     "RopeCut",
     "ShortWindow",
     "StateSlot",
