@@ -42,6 +42,9 @@ class KV(NamedTuple):
     v: Tensor
     """As k."""
     kv_tokens: int
+    bias: Tensor | None = None
+    """float32 [kv_tokens] or [B, kv_tokens], to be added to the logits of a key; None where the policy weighs
+    nothing."""
 
 
 class Norms(NamedTuple):
@@ -236,7 +239,8 @@ class Chunk:
                 f"{_OP}.kv", "layer", "a layer that this chunk has written", f"{layer}, not written yet"
             )
         (k, v), tokens = self._cache._slots[layer], self.plan.kv_tokens
-        return KV(k[:, :tokens], v[:, :tokens], tokens)
+        bias = self._bias(self._key_bias(layer))
+        return KV(k[:, :tokens], v[:, :tokens], tokens, None if bias is None else bias[..., :tokens])
 
     def mark_written(self) -> None:
         """Note that all layers were written by other means: the replay of a captured CUDA graph, or the raw
@@ -394,10 +398,7 @@ class Chunk:
         rope_append_check(q, k, v, *cache._slots[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
-        if self.plan.moves or self.plan.fresh:
-            cache._make_room(layer, self.plan)
-        if self.plan.sources is not None:
-            cache._sink.evict(layer, *cache._slots[layer], self.plan)
+        cache._prepare(layer, self.plan)
         self._evicted[layer] = _DONE
 
     def _attend(self, layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic) -> Tensor:
@@ -407,6 +408,7 @@ class Chunk:
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms)):
             return self._attend_with_grad(layer, q, k, v, norms, softmax_scale, deterministic, recomputed)
+        key_bias = self._key_bias(layer)
         q = self._append(layer, q, k, v, norms)
         k_slots, v_slots = self._cache._slots[layer]
         return sink_window_attention(
@@ -416,8 +418,26 @@ class Chunk:
             kv_tokens=self.plan.kv_tokens,
             softmax_scale=softmax_scale,
             deterministic=deterministic,
-            kv_bias=self.plan.bias,
+            kv_bias=self._bias(key_bias),
         )
+
+    def _key_bias(self, layer: int) -> Tensor | None:
+        """The layer's log-weights as the policy keeps them, refused here if attention would refuse them."""
+        sink, spec = self._cache._sink, self._cache.spec
+        if not sink.weighs_keys or (bias := sink.key_bias(layer, self.plan)) is None:
+            return None
+        tokens, device = spec.ring.length * spec.frame_tokens, self._cache._slots[layer][0].device
+        fits = isinstance(bias, Tensor) and bias.dtype == torch.float32 and bias.device == device
+        if not fits or bias.shape not in ((tokens,), (spec.batch, tokens)):
+            found = f"{bias.dtype} {list(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+            expected = f"None, or float32 [{tokens}] or [{spec.batch}, {tokens}] on {device}"
+            raise argument_error(f"{type(sink).__name__}.key_bias", "result", expected, found)
+        return bias
+
+    def _bias(self, key_bias: Tensor | None) -> Tensor | None:
+        """With the weights of frames."""
+        frames = self.plan.bias
+        return frames if key_bias is None else key_bias if frames is None else key_bias + frames
 
     def _attend_compiled(self, layer, q, k, v, softmax_scale, deterministic, **norms) -> Tensor:
         """What a compiler traces. It sees neither which layer this is nor what the chunk will do there."""
@@ -453,6 +473,7 @@ class Chunk:
                     " reentrant one runs its forward without grad, and the past that it saw is gone)"
                 )
             with torch.no_grad():
+                key_bias = self._key_bias(layer)
                 if self._evicted[layer] != _DONE:
                     self._evict(
                         layer,
@@ -460,7 +481,8 @@ class Chunk:
                         self._options(norms),
                     )
                 frozen = next(iter(self._pasts.values()), None)
-                past = self._pasts[layer] = Past.of(*cache._slots[layer], plan, cache.spec, frozen)
+                past = Past.of(*cache._slots[layer], plan, cache.spec, frozen, key_bias)
+                self._pasts[layer] = past
         if recomputed:
             return attend_with_grad(q, k, v, norms, past, None, None, softmax_scale, deterministic)
 

@@ -200,7 +200,7 @@ class ChunkPlan:
     leaving: Sequence[int]
     sources: list[list[int]] | None
     first: bool
-    #: Slots (from, to) of kept frames that move before anything else is written.
+    #: Slots (from, to) of kept frames that move, once the sink is rewritten.
     moves: tuple[tuple[int, int], ...]
     #: Whether the chunk starts over a stream that had frames: the sink's state is zeroed first.
     fresh: bool
@@ -243,6 +243,11 @@ class ChunkPlan:
     def position_of(self, frame: int) -> float:
         """Temporal position of one of the chunk's frames, counted from the stream's first."""
         return self.after.origin + frame + self.offsets.get(frame, 0)
+
+    def slot_of(self, frame: int) -> int:
+        """Slot of a frame that leaves or is kept, counted from the stream's first, before any frame moves."""
+        slot = self.ring.slot(frame)
+        return slot if frame in self.leaving else {to: at for at, to in self.moves}.get(slot, slot)
 
     @property
     def prepares(self) -> bool:

@@ -381,7 +381,17 @@ def test_streaming_never_waits_for_the_device(device):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "policy",
-    ["two-rates:adaptive=true", "strided", "cyclic", "important", "recall", "ahead", "shots", "random"],
+    [
+        "two-rates:adaptive=true",
+        "strided",
+        "cyclic",
+        "important",
+        "merged",
+        "recall",
+        "ahead",
+        "shots",
+        "random",
+    ],
 )
 def test_policies_by_name_never_wait_and_are_those_of_the_cpu(policy):
     """In float32: to the rounding of other kernels."""

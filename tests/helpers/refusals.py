@@ -475,6 +475,7 @@ def op_entries():
 
 DMD_OPTIONS = {
     "eps": (-1.0, float("nan"), float("inf"), None, "x"),
+    "floor": (-1.0, float("nan"), float("inf"), None, "x"),
     "nan": ("skip", 1, None),
     "guidance": ("cfg", 1, None),
     "reduction": ("batchmean", None, 1),

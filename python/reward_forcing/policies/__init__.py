@@ -3,6 +3,7 @@
 from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .memory import MemoryState
+from .merged import MergedTokens
 from .named import NAMES, parse
 from .placed import PlacedSink
 from .recall import RecalledFrames
@@ -19,6 +20,7 @@ __all__ = [
     "ImportantTokens",
     "LogBias",
     "MemoryState",
+    "MergedTokens",
     "PinnedShots",
     "PlacedSink",
     "RandomHistory",
