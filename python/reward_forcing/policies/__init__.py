@@ -2,6 +2,7 @@
 
 from .cyclic import CyclicSink
 from .important import ImportantTokens
+from .linear import LinearState
 from .memory import MemoryState
 from .named import NAMES, parse
 from .placed import PlacedSink
@@ -17,6 +18,7 @@ __all__ = [
     "NAMES",
     "CyclicSink",
     "ImportantTokens",
+    "LinearState",
     "LogBias",
     "MemoryState",
     "PinnedShots",

@@ -9,6 +9,7 @@ import rf_kernels as rf
 from .._check import expect
 from .cyclic import CyclicSink
 from .important import ImportantTokens
+from .linear import LinearState
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -28,6 +29,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "strided": (StridedMemory, {}),
     "cyclic": (CyclicSink, {}),
     "important": (ImportantTokens, {}),
+    "linear": (LinearState, {}),
     "recall": (RecalledFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
