@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "dmd_gradient",
       "(Tensor x, Tensor fake, Tensor real, Tensor? fake_uncond, Tensor? real_uncond, "
       "float fake_guidance, float real_guidance, Tensor? x_t, Tensor? sigma, Tensor? weight, Tensor? mask, "
-      "bool normalize, float eps, int nan, int reduction, bool scale_gradient) -> "
+      "bool normalize, float eps, float floor, int nan, int reduction, bool scale_gradient) -> "
       "(Tensor gradient, Tensor loss, Tensor per_sample_loss, Tensor gradient_norm, Tensor normalizer, "
       "Tensor dropped, Tensor scale)");
 
@@ -85,7 +85,8 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
   m.def(
       "triton_dmd_gradient(Tensor x, Tensor fake, Tensor real, Tensor? fake_uncond, Tensor? real_uncond, "
       "float fake_guidance, float real_guidance, Tensor? x_t, Tensor? sigma, Tensor? weight, Tensor? mask, "
-      "bool normalize, float eps, int nan, int reduction, bool scale_gradient, Tensor(a!) gradient, "
+      "bool normalize, float eps, float floor, int nan, int reduction, bool scale_gradient, Tensor(a!) "
+      "gradient, "
       "Tensor(b!) loss, Tensor(c!) per_sample_loss, Tensor(d!) gradient_norm, Tensor(e!) normalizer, "
       "Tensor(f!) dropped, Tensor(g!) scale) -> ()");
 }

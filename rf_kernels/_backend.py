@@ -386,6 +386,15 @@ def refuse_grad(op: str, why: str = "the op writes in place and has no backward"
             )
 
 
+def refuse_transforms(op: str) -> None:
+    """For what keeps a state between calls: inside torch.func's transforms its tensors have no memory."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{_PREFIX}{op}: torch.func's grad, vjp, jvp and vmap are not implemented for it; use"
+            " torch.autograd, and a batch"
+        )
+
+
 def refuse_negative(op: str, **tensors) -> None:
     """A view with PyTorch's negative bit (of the imaginary part of a conjugate) cannot be written in place:
     the dispatcher would hand the op a copy of it, and fail after the op has written the others."""

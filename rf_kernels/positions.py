@@ -85,7 +85,7 @@ class RoPE:
             if values is not None:
                 try:
                     array = np.asarray(values, dtype=np.float64)
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     array = np.zeros(0) if pairs else np.zeros(1)
                 if array.shape != (pairs,) or not np.isfinite(array).all():
                     expected = f"{pairs} finite numbers, or None"
@@ -208,5 +208,5 @@ class RoPE3D(RoPE):
         the frame (22, 21, 21 for D = 128); adjacent pairs; each axis' base runs over its own width."""
         if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
             raise argument_error("RoPE3D.wan", "head_dim", "an even number >= 2", head_dim)
-        spatial = head_dim // 2 // 3
-        return cls(pairs=(head_dim // 2 - 2 * spatial, spatial, spatial), bases=(float(base),) * 3)
+        base, spatial = number("RoPE3D.wan", "base", base), head_dim // 2 // 3
+        return cls(pairs=(head_dim // 2 - 2 * spatial, spatial, spatial), bases=(base,) * 3)

@@ -73,9 +73,9 @@ __device__ __forceinline__ Normalizer<A> sample_normalizer(const Params& p, Shar
   }
   __syncthreads();
   if (threadIdx.x == 0)
-    shared.normalizer = make_normalizer<A>(tree_sum<kWarps>(shared.wide), p.sample_size, p.normalize, p.eps,
-                                           warps_max(shared.peak[0]), p.nan_rule == NanRule::kPublished,
-                                           static_cast<A>(largest_finite<P>()));
+    shared.normalizer = make_normalizer<A>(
+        tree_sum<kWarps>(shared.wide), p.sample_size, p.normalize, p.eps, p.floor, warps_max(shared.peak[0]),
+        p.nan_rule == NanRule::kPublished, static_cast<A>(largest_finite<P>()));
   __syncthreads();
   return shared.normalizer;
 }
@@ -110,7 +110,7 @@ __device__ __forceinline__ void finish_batch(const Params& p, Shared<A>& shared,
       static_cast<A*>(p.gradient_norm)[b] =
           static_cast<A>(p.tiles > 0 ? norm / static_cast<double>(p.sample_size) : 0.0);
       if (p.tiles == 0)  // no block has met this sample
-        static_cast<A*>(p.normalizer)[b] = p.normalize ? static_cast<A>(p.eps) : A(1);
+        static_cast<A*>(p.normalizer)[b] = p.normalize ? static_cast<A>(fmax(p.eps, p.floor)) : A(1);
     }
   }
   if (lane == 0) {

@@ -131,7 +131,7 @@ void run_as(const Params& p) {
       const magnitude_t<A> m = static_cast<const magnitude_t<A>*>(p.peak)[t];
       peak = m > peak ? m : peak;
     }
-    return make_normalizer<A>(distance, p.sample_size, p.normalize, p.eps, peak,
+    return make_normalizer<A>(distance, p.sample_size, p.normalize, p.eps, p.floor, peak,
                               p.nan_rule == NanRule::kPublished, limit);
   };
   int64_t selected = 0;

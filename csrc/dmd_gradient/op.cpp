@@ -91,7 +91,8 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
                      const OptionalTensor& fake_uncond_in, const OptionalTensor& real_uncond_in,
                      double fake_guidance, double real_guidance, const OptionalTensor& x_t_in,
                      const OptionalTensor& sigma, const OptionalTensor& weight, const OptionalTensor& mask,
-                     bool normalize, double eps, int64_t nan, int64_t reduction, bool scale_gradient) {
+                     bool normalize, double eps, double floor, int64_t nan, int64_t reduction,
+                     bool scale_gradient) {
   Params p;
   p.dtype = checked_dtype(kOp, "x", x_in);
   RF_CHECK_ARG(x_in.dim() >= 1 && x_in.dim() <= kMaxDims + 1, kOp, "x",
@@ -128,6 +129,7 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
   if (weight) p.weight = checked_broadcast("weight", *weight, x_in, acc, true, width);
   if (mask) p.mask = checked_broadcast("mask", *mask, x_in, ScalarType::Bool, true, width);
   RF_CHECK_ARG(std::isfinite(eps) && eps >= 0, kOp, "eps", "a finite number >= 0", eps);
+  RF_CHECK_ARG(std::isfinite(floor) && floor >= 0, kOp, "floor", "a finite number >= 0", floor);
   RF_CHECK_ARG(nan >= 0 && nan <= 2, kOp, "nan", "0 (published), 1 (sample) or 2 (raise)", nan);
   RF_CHECK_ARG(reduction >= 0 && reduction <= 2, kOp, "reduction", "0 (mean), 1 (sum) or 2 (none)",
                reduction);
@@ -146,6 +148,7 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
   p.fake_guidance = fake_guidance;
   p.real_guidance = real_guidance;
   p.eps = eps;
+  p.floor = floor;
   p.normalize = normalize;
   p.mean = static_cast<Reduction>(reduction) == Reduction::kMean;
   p.scale_gradient = scale_gradient;
@@ -182,8 +185,8 @@ Outputs dmd_gradient(const Tensor& x_in, const Tensor& fake_in, const Tensor& re
       },
       [&] {
         call_triton(kOp, x, fake, real, fake_uncond, real_uncond, fake_guidance, real_guidance, x_t, sigma,
-                    weight, mask, normalize, eps, nan, reduction, scale_gradient, gradient, loss, sample_loss,
-                    gradient_norm, normalizer, dropped, scale);
+                    weight, mask, normalize, eps, floor, nan, reduction, scale_gradient, gradient, loss,
+                    sample_loss, gradient_norm, normalizer, dropped, scale);
       });
   if (p.nan_rule == NanRule::kRaise) {  // the only mode that waits for the device
     const Tensor host = x.is_cpu()

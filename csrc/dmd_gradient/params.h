@@ -56,7 +56,7 @@ struct Params {
   int64_t sample_size = 0;  // M
   int64_t tiles = 0;        // per sample: ceil(M / kTile)
   double fake_guidance = 0, real_guidance = 0;
-  double eps = 0;
+  double eps = 0, floor = 0;  // divisor = max(mean|x - real| + eps, floor)
   bool normalize = true;
   bool mean = true;            // the loss (and, if scale_gradient, the gradient) is divided by N
   bool scale_gradient = true;  // false: the gradient is stored as w m d

@@ -96,13 +96,15 @@ struct Normalizer {
 // published: the divisor as it is; a division by zero overflows and nan_to_num meets it element by element.
 // else: the sample is dropped if any d would not be a finite number of the predictions' dtype. Division by a
 // positive number keeps order, also after rounding, so the largest difference decides exactly. A divisor of 0
-// (x = real in every element, eps = 0: nothing to normalise by) gives d = 0 and is not a drop.
+// (x = real in every element, eps = floor = 0: nothing to normalise by) gives d = 0 and is not a drop.
 template <typename A>
 RF_HD Normalizer<A> make_normalizer(double distance_sum, int64_t elements, bool normalize, double eps,
-                                    magnitude_t<A> peak, bool published, A limit) {
+                                    double floor, magnitude_t<A> peak, bool published, A limit) {
   Normalizer<A> n{A(1), false, false};
-  if (normalize)
-    n.divisor = static_cast<A>((elements > 0 ? distance_sum / static_cast<double>(elements) : 0.0) + eps);
+  if (normalize) {
+    const double mean = (elements > 0 ? distance_sum / static_cast<double>(elements) : 0.0) + eps;
+    n.divisor = static_cast<A>(mean < floor ? floor : mean);  // a NaN stays one
+  }
   if (published) return n;
   const A largest = from_magnitude_bits(peak);
   const bool zero = n.divisor == A(0);

@@ -12,6 +12,7 @@ namespace {
 
 constexpr const char* kQueryLayout = "[B, Nq, Hq, D]";
 constexpr const char* kKeyLayout = "[B, T, Hkv, D]";
+constexpr const char* kOutLayout = "[B, Nq, Hq, Dv]";
 constexpr int64_t kMaxHeadDim = 256;
 
 // Matrix kernels step from token to token by a leading dimension of at least one row.
@@ -38,7 +39,9 @@ void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dim(kOp, "v", v, 4, kKeyLayout);
   check_dtype(kOp, "v", v, q.scalar_type());
   check_same_device(kOp, "v", v, q);
-  for (int64_t i = 0; i < 4; ++i) check_size(kOp, "v", v, i, k.size(i), "k");
+  for (int64_t i = 0; i < 3; ++i) check_size(kOp, "v", v, i, k.size(i), "k");
+  RF_CHECK_ARG(v.size(3) >= 1 && v.size(3) <= dim, kOp, "v",
+               concat("a head dim Dv of 1 to that of k, D = ", dim), shape_text(v));
   check_rows("q", q);
   check_rows("k", k);
   check_rows("v", v);
@@ -133,16 +136,19 @@ Problem check(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<i
   check_tensors(q, k, v);
   RF_CHECK_ARG(std::isfinite(softmax_scale) && softmax_scale > 0, kOp, "softmax_scale",
                "a finite number above 0", softmax_scale);
+  ValueColumns values;
+  const Tensor wide = wide_values(k, v, values);
   return {
       q,
       k,
-      v,
+      wide,
       softmax_scale,
       chunk_ends.has_value()
           ? whole_sequence(q, k, kv_tokens, row_kv_tokens, *chunk_ends, num_sink_tokens, num_window_tokens)
           : dense_prefix(q, k, kv_tokens, row_kv_tokens, num_sink_tokens, num_window_tokens),
       checked_rows(q, k, row_kv_tokens),
-      checked_bias(q, k, kv_bias, chunk_ends.has_value())};
+      checked_bias(q, k, kv_bias, chunk_ends.has_value()),
+      values};
 }
 
 const Backend& choose_cpu(const Problem& problem) {
@@ -203,9 +209,9 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, std::option
                                 num_sink_tokens, num_window_tokens);
   if (const auto result =
           forward_triton(problem, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens, nullptr))
-    return {result->out, result->lse};
+    return {problem.values.of(result->out), result->lse};
   const Attended result = attend(problem, choose_cpu(problem));
-  return {result.out, result.lse};
+  return {problem.values.of(result.out), result.lse};
 }
 
 // The one place where a CUDA kernel is chosen: a kernel of this library goes first, PyTorch's are the
@@ -219,7 +225,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optio
                                 num_sink_tokens, num_window_tokens);
   if (const auto result = forward_triton(problem, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens,
                                          torch_problem(q)))
-    return {result->out, result->lse};
+    return {problem.values.of(result->out), result->lse};
   const char* reason = kNoHopperPart;
 #if defined(RF_WITH_HOPPER)
   const Sm90Options options{num_sink_tokens, num_window_tokens, chunk_ends.has_value(), deterministic};
@@ -227,11 +233,11 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, std::optio
   if (reason == nullptr) {
     record_dispatch(kOp, "hopper", "");
     const Attended result = forward_sm90(problem, options);
-    return {result.out, result.lse};
+    return {problem.values.of(result.out), result.lse};
   }
 #endif
   const Attended result = attend(problem, choose_cuda(problem, reason));
-  return {result.out, result.lse};
+  return {problem.values.of(result.out), result.lse};
 }
 
 // While a compiler traces: the checks.
@@ -257,8 +263,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
   const Problem problem = check(q, k, v, kv_tokens, row_kv_tokens, kv_bias, softmax_scale, chunk_ends,
                                 num_sink_tokens, num_window_tokens);
   for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
-    check_dim(kOp, name, *t, 4, kQueryLayout);
-    for (int64_t i = 0; i < 4; ++i) check_size(kOp, name, *t, i, q.size(i), kQueryLayout);
+    check_dim(kOp, name, *t, 4, kOutLayout);
+    for (int64_t i = 0; i < 3; ++i) check_size(kOp, name, *t, i, q.size(i), kOutLayout);
+    check_size(kOp, name, *t, 3, v.size(3), kOutLayout);
     check_dtype(kOp, name, *t, q.scalar_type());
     check_same_device(kOp, name, *t, q);
   }
@@ -268,18 +275,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
   check_size(kOp, "lse", lse, 2, q.size(1), "[B, Hq, Nq]");
   check_dtype(kOp, "lse", lse, lse_dtype(q));
   check_same_device(kOp, "lse", lse, q);
-  const Attended whole{torch::stable::contiguous(out), lse};
+  const ValueColumns& values = problem.values;
+  const Tensor wide_grad = values.widened(grad_out, q.size(3));
+  const Attended whole{torch::stable::contiguous(values.widened(out, q.size(3))), lse};
   if (triton_serves(kOp, q, torch_problem(q))) {
     // Zeros where no query sees a key.
     const Gradients grad{torch::stable::new_zeros(q, q.sizes()), torch::stable::new_zeros(k, k.sizes()),
-                         torch::stable::new_zeros(v, v.sizes())};
-    call_triton("sink_window_attention_backward", grad_out, q, k, v, out, lse, kv_tokens, softmax_scale,
-                chunk_ends, num_sink_tokens, num_window_tokens, problem.row_kv_tokens, problem.kv_bias,
-                grad.q, grad.k, grad.v);
-    return {grad.q, grad.k, grad.v};
+                         torch::stable::new_zeros(k, k.sizes())};
+    call_triton("sink_window_attention_backward", wide_grad, q, k, problem.v, whole.out, lse, kv_tokens,
+                softmax_scale, chunk_ends, num_sink_tokens, num_window_tokens, problem.row_kv_tokens,
+                problem.kv_bias, grad.q, grad.k, grad.v);
+    return {grad.q, grad.k, values.of(grad.v)};
   }
-  const Gradients grad = attend_backward(grad_out, problem, whole, choose(problem));
-  return {grad.q, grad.k, grad.v};
+  const Gradients grad = attend_backward(wide_grad, problem, whole, choose(problem));
+  return {grad.q, grad.k, values.of(grad.v)};
 }
 
 }  // namespace

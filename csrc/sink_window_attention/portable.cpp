@@ -52,7 +52,7 @@ Problem row_of(const Problem& p, int64_t b) {
   KeyIntervals seen;
   push_interval(seen, 0, tokens);
   Problem row{
-      sample(p.q, b), sample(p.k, b), sample(p.v, b), p.softmax_scale, {{0, p.q.size(1), seen}}, {}, {}};
+      sample(p.q, b), sample(p.k, b), sample(p.v, b), p.softmax_scale, {{0, p.q.size(1), seen}}, {}, {}, {}};
   if (p.kv_bias.has_value()) row.kv_bias = sample(*p.kv_bias, b);
   return row;
 }

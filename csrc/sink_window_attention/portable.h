@@ -9,6 +9,7 @@
 #include "csrc/common/aten.h"
 #include "csrc/common/torch_stable.h"
 #include "csrc/math/key_intervals.h"
+#include "csrc/sink_window_attention/values.h"
 
 namespace rf::sink_window_attention {
 
@@ -30,6 +31,8 @@ struct Problem {
   std::optional<Tensor> row_kv_tokens;
   // Added to the logits of a key: float [B, T] with a unit stride in T. One chunk alone.
   std::optional<Tensor> kv_bias;
+  // Those of v, and hence of out, that the caller asked for.
+  ValueColumns values;
 };
 
 struct Attended {

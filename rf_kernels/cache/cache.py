@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import ArgumentError, argument_error, number
+from .._backend import ArgumentError, argument_error, number, refuse_transforms
 from . import stream_file
 from .adopt import adopted
 from .chunk import Chunk
@@ -186,6 +186,7 @@ class SinkWindowCache:
         ``Chunk.commit`` or ``Chunk.rollback``. Keys, values and state are not touched (with ``undo`` they are
         saved)."""
         op, chunk = f"{_OP}.open", self._chunk
+        refuse_transforms(op)
         if not is_integer(frames) or frames < 1:
             raise argument_error(op, "frames", "an integer >= 1", repr(frames))
         if start is not None:
@@ -245,10 +246,6 @@ class SinkWindowCache:
         if sources is None and shifts != (before.phase or still):
             sources = [[] for _ in still]  # nothing is absorbed, and the keys turn
         self._check_sources(sources, leaving)
-        over = {to for _, to in moves}
-        if any(places[e] in over for frames in sources or () for e in frames if over):
-            expected = "frames that no kept one moves over: absorb, or let more leave than must, not both"
-            raise argument_error(f"{type(sink).__name__}.sources", "result", expected, sources)
         acts = sources is not None
         taken = complete and (left or bool(leaving) or any(shifts))
         after = Stream(
@@ -361,7 +358,11 @@ class SinkWindowCache:
         self._restart(stream)
 
     def save(self, path) -> None:
-        """Write the stream to a safetensors file (between chunks)."""
+        """Write the stream to a safetensors file (between chunks).
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self._check_between("save")
         stream_file.save(self, path)
 
@@ -400,15 +401,18 @@ class SinkWindowCache:
             " without undo"
         )
 
-    def _make_room(self, layer: int, plan: ChunkPlan) -> None:
-        """What a chunk with a start of its own has to do in a layer before all else."""
+    def _prepare(self, layer: int, plan: ChunkPlan) -> None:
+        """What a chunk does in a layer before it writes keys. Frames that leave may be moved over, so the
+        sink comes first."""
         n = self.spec.frame_tokens
-        for source, target in plan.moves:
-            for slots in self._slots[layer]:
-                slots[:, target * n : (target + 1) * n] = slots[:, source * n : (source + 1) * n]
         if plan.fresh:
             for tensor in self._sink.tensors.values():
                 tensor[layer].zero_()
+        if plan.sources is not None:
+            self._sink.evict(layer, *self._slots[layer], plan)
+        for source, target in plan.moves:
+            for slots in self._slots[layer]:
+                slots[:, target * n : (target + 1) * n] = slots[:, source * n : (source + 1) * n]
 
     def _check_apart_from_sink(self, **inputs) -> None:
         """The eviction writes the sink's state before the append reads its inputs."""

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._backend import ArgumentError, argument_error, check_tensors, choice, flag, integer
+from .._backend import (
+    ArgumentError,
+    argument_error,
+    check_tensors,
+    choice,
+    flag,
+    integer,
+    number,
+    refuse_transforms,
+)
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled
@@ -34,6 +43,9 @@ class KV(NamedTuple):
     v: Tensor
     """As k."""
     kv_tokens: int
+    bias: Tensor | None = None
+    """float32 [kv_tokens] or [B, kv_tokens], to be added to the logits of a key; None where the policy weighs
+    nothing."""
 
 
 class Norms(NamedTuple):
@@ -68,12 +80,10 @@ def _weight_and_eps(name: str, norm, dtype: torch.dtype) -> tuple[Tensor | None,
 def norms_of(spec: CacheSpec, q_norm, k_norm, norm: str | None, eps: float | None) -> Norms:
     """The arguments of ``attend`` and ``append`` about norms, as the ops take them."""
     if q_norm is None and k_norm is None:
-        return Norms(
-            None,
-            None,
-            choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model",
-            _DEFAULT_EPS,
-        )
+        if eps is not None:
+            number(f"{_OP}.attend", "eps", eps)
+        norm = choice(f"{_OP}.attend", "norm", (None, "model", "head"), norm) or "model"
+        return Norms(None, None, norm, _DEFAULT_EPS)
     q_weight, q_eps = _weight_and_eps("q_norm", q_norm, spec.dtype)
     k_weight, k_eps = _weight_and_eps("k_norm", k_norm, spec.dtype)
     if eps is None:
@@ -189,6 +199,7 @@ class Chunk(Beside):
         if torch.compiler.is_compiling():
             norms = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
             return self._attend_compiled(layer, q, k, v, softmax_scale, deterministic, **norms)
+        refuse_transforms(f"{_OP}.attend")
         try:
             return self._attend(layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic)
         except ArgumentError as error:
@@ -210,13 +221,11 @@ class Chunk(Beside):
         Raises:
             ArgumentError: before anything is written.
         """
-        if not torch.compiler.is_compiling() and self._is_recomputation():
-            raise argument_error(
-                f"{_OP}.append",
-                "self",
-                "a forward (only `attend` can be recomputed)",
-                "a recomputation inside backward",
-            )
+        if not torch.compiler.is_compiling():
+            refuse_transforms(f"{_OP}.append")
+            if self._is_recomputation():
+                expected = "a forward (only `attend` can be recomputed)"
+                raise argument_error(f"{_OP}.append", "self", expected, "a recomputation inside backward")
         layer = self._check_layer("append", layer)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if torch.compiler.is_compiling():
@@ -235,7 +244,8 @@ class Chunk(Beside):
                 f"{_OP}.kv", "layer", "a layer that this chunk has written", f"{layer}, not written yet"
             )
         (k, v), tokens = self._cache._slots[layer], self.plan.kv_tokens
-        return KV(k[:, :tokens], v[:, :tokens], tokens)
+        bias = self._bias(self._key_bias(layer))
+        return KV(k[:, :tokens], v[:, :tokens], tokens, None if bias is None else bias[..., :tokens])
 
     def mark_written(self) -> None:
         """Note that all layers were written by other means: the replay of a captured CUDA graph, or the raw
@@ -399,10 +409,7 @@ class Chunk(Beside):
         rope_append_check(q, k, v, *cache._slots[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
-        if self.plan.moves or self.plan.fresh:
-            cache._make_room(layer, self.plan)
-        if self.plan.sources is not None:
-            cache._sink.evict(layer, *cache._slots[layer], self.plan)
+        cache._prepare(layer, self.plan)
         self._evicted[layer] = _DONE
 
     def _attend(self, layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic) -> Tensor:
@@ -412,6 +419,7 @@ class Chunk(Beside):
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms)):
             return self._attend_with_grad(layer, q, k, v, norms, softmax_scale, deterministic, recomputed)
+        key_bias = self._key_bias(layer)
         q = self._append(layer, q, k, v, norms)
         k_slots, v_slots = self._cache._slots[layer]
         return sink_window_attention(
@@ -421,8 +429,26 @@ class Chunk(Beside):
             kv_tokens=self.plan.kv_tokens,
             softmax_scale=softmax_scale,
             deterministic=deterministic,
-            kv_bias=self.plan.bias,
+            kv_bias=self._bias(key_bias),
         )
+
+    def _key_bias(self, layer: int) -> Tensor | None:
+        """The layer's log-weights as the policy keeps them, refused here if attention would refuse them."""
+        sink, spec = self._cache._sink, self._cache.spec
+        if not sink.weighs_keys or (bias := sink.key_bias(layer, self.plan)) is None:
+            return None
+        tokens, device = spec.ring.length * spec.frame_tokens, self._cache._slots[layer][0].device
+        fits = isinstance(bias, Tensor) and bias.dtype == torch.float32 and bias.device == device
+        if not fits or bias.shape not in ((tokens,), (spec.batch, tokens)):
+            found = f"{bias.dtype} {list(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+            expected = f"None, or float32 [{tokens}] or [{spec.batch}, {tokens}] on {device}"
+            raise argument_error(f"{type(sink).__name__}.key_bias", "result", expected, found)
+        return bias
+
+    def _bias(self, key_bias: Tensor | None) -> Tensor | None:
+        """With the weights of frames."""
+        frames = self.plan.bias
+        return frames if key_bias is None else key_bias if frames is None else key_bias + frames
 
     def _attend_compiled(self, layer, q, k, v, softmax_scale, deterministic, **norms) -> Tensor:
         """What a compiler traces. It sees neither which layer this is nor what the chunk will do there."""
@@ -466,6 +492,7 @@ class Chunk(Beside):
                     " reentrant one runs its forward without grad, and the past that it saw is gone)"
                 )
             with torch.no_grad():
+                key_bias = self._key_bias(layer)
                 if self._evicted[layer] != _DONE:
                     self._evict(
                         layer,
@@ -473,7 +500,8 @@ class Chunk(Beside):
                         self._options(norms),
                     )
                 frozen = next(iter(self._pasts.values()), None)
-                past = self._pasts[layer] = Past.of(*cache._slots[layer], plan, cache.spec, frozen)
+                past = Past.of(*cache._slots[layer], plan, cache.spec, frozen, key_bias)
+                self._pasts[layer] = past
         if recomputed:
             return attend_with_grad(q, k, v, norms, past, None, None, softmax_scale, deterministic)
 

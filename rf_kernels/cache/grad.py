@@ -8,7 +8,7 @@ cache does not.
 
 Saved for backward, per forward and layer: q, k, v, the norm weights, the result and its log-sum-exp. Rotated
 queries and keys are formed again. Per chunk and layer, once: keys and values of the other valid slots. Per
-chunk, once: its slots, angles and bias.
+chunk, once: its slots, angles and bias (per layer, where the policy weighs keys).
 """
 
 from __future__ import annotations
@@ -63,9 +63,17 @@ class Past:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, plan: ChunkPlan, spec: CacheSpec, chunk: Past | None) -> Past:
+    def of(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        plan: ChunkPlan,
+        spec: CacheSpec,
+        chunk: Past | None,
+        key_bias: Tensor | None,
+    ) -> Past:
         """Taken after the layer's eviction. ``chunk``: the past of another layer, which has the chunk's slots
-        and angles."""
+        and angles. ``key_bias``: of this layer, beside the weights of frames."""
         n, pieces, at, runs = spec.frame_tokens, plan.pieces, 0, []
         for own, begin, end in pieces:
             if not own:
@@ -77,6 +85,8 @@ class Past:
         else:
             kept = (plan.slots, plan.angles, plan.bias)
             slots, angles, bias = (None if t is None else t.clone() for t in kept)
+        if key_bias is not None:
+            bias = key_bias.clone() if plan.bias is None else key_bias + plan.bias
         return cls(k, v, slots, angles, plan.axes, spec.layout, pieces, n, plan.kv_tokens, bias)
 
     def joined(self, others: Tensor, own: Tensor) -> Tensor:
@@ -131,7 +141,7 @@ class _Attend(torch.autograd.Function):
             softmax_scale=softmax_scale,
             deterministic=deterministic,
             return_lse=True,
-            kv_bias=past.bias if past.bias is None else past.bias[: k_slots.shape[1]],
+            kv_bias=past.bias if past.bias is None else past.bias[..., : k_slots.shape[1]],
         )
         ctx.save_for_backward(q, k, v, q_weight, k_weight, out, lse, past.k, past.v, past.angles, past.bias)
         ctx.place = _without_tensors(past)
@@ -165,7 +175,7 @@ class _Attend(torch.autograd.Function):
             0,
             None,
             None,
-            bias if bias is None else bias[: place.kv_tokens],
+            bias if bias is None else bias[..., : place.kv_tokens],
         )
         dv = place.own(grads[2]) if needed[2] else None
         pairs = [

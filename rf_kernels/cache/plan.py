@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .._backend import argument_error
+from .._backend import argument_error, integer
 from ..positions import RoPE, table_dtype
 from .stream import Stream
 
@@ -84,6 +84,7 @@ class CacheSpec:
         ]:
             if not is_integer(value) or value < bound:
                 raise argument_error(op, name, f"an integer >= {bound}", repr(value))
+            integer(op, name, value)  # of 64 bits
         length = self.sink_frames + self.window_frames
         if length < 1:
             raise argument_error(op, "sink_frames + window_frames", "an integer >= 1", 0)
@@ -199,7 +200,7 @@ class ChunkPlan:
     leaving: Sequence[int]
     sources: list[list[int]] | None
     first: bool
-    #: Slots (from, to) of kept frames that move before anything else is written.
+    #: Slots (from, to) of kept frames that move, once the sink is rewritten.
     moves: tuple[tuple[int, int], ...]
     #: Whether the chunk starts over a stream that had frames: the sink's state is zeroed first.
     fresh: bool
@@ -242,6 +243,11 @@ class ChunkPlan:
     def position_of(self, frame: int) -> float:
         """Temporal position of one of the chunk's frames, counted from the stream's first."""
         return self.after.origin + frame + self.offsets.get(frame, 0)
+
+    def slot_of(self, frame: int) -> int:
+        """Slot of a frame that leaves or is kept, counted from the stream's first, before any frame moves."""
+        slot = self.ring.slot(frame)
+        return slot if frame in self.leaving else {to: at for at, to in self.moves}.get(slot, slot)
 
     @property
     def prepares(self) -> bool:

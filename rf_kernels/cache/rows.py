@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import ArgumentError, argument_error, integer
+from .._backend import ArgumentError, argument_error, integer, refuse_transforms
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled, stream_file
@@ -284,6 +284,7 @@ class ChunkBatch(Beside):
                 for i, chunk in enumerate(self.chunks)
             ]
             return torch.cat(alone)
+        key_biases = [chunk._key_bias(layer) for chunk in self.chunks]
         rotated = self._append(layer, q, k, v, found)
         most = self._most  # what no row attends is not planned for
         k_slots, v_slots = (x[layer][self._span, :most] for x in (self._owner.k, self._owner.v))
@@ -292,7 +293,7 @@ class ChunkBatch(Beside):
             k_slots,
             v_slots,
             kv_tokens=self._kv_tokens,
-            kv_bias=None if self._bias is None else self._bias[:, :most],
+            kv_bias=self._weighed(key_biases),
             **options,
         )
         return out if len(self._runs) == 1 else torch.cat([out[run.places] for run in self._runs])
@@ -383,6 +384,21 @@ class ChunkBatch(Beside):
         host = torch.tensor(spread, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         self._kv_tokens = host.to(device, non_blocking=True)
 
+    def _weighed(self, key_biases: Sequence[Tensor | None]) -> Tensor | None:
+        """The bias of every row of the span: of its frames, and of its keys."""
+        most = self._most
+        frames = None if self._bias is None else self._bias[:, :most]
+        if all(bias is None for bias in key_biases):
+            return frames
+        none = torch.zeros(1, most, dtype=torch.float32, device=self._owner.k[0].device)
+        spread = [none] * self._span_rows
+        for run in self._runs:
+            spread[run.places] = [
+                none if bias is None else bias.view(1, -1)[:, :most] for bias in key_biases[run.samples]
+            ]
+        keys = torch.cat(spread)
+        return keys if frames is None else keys + frames
+
     def _spread(self, rotated: list[Tensor]) -> Tensor:
         """The queries as the span has its rows; zeros for those that take no part."""
         if len(rotated) == 1:
@@ -394,6 +410,7 @@ class ChunkBatch(Beside):
 
     def _checked(self, what: str, layer, inputs, norms: dict, again: bool) -> tuple[int, Norms]:
         """The layer as a number, and the norms as the ops take them."""
+        refuse_transforms(f"{_BATCH}.{what}")
         number = self.chunks[0]._number_of(what, layer)
         for row, chunk in zip(self.rows, self.chunks, strict=True):
             try:

@@ -67,13 +67,14 @@ class SinkState:
         max_sources: most frames that one sink frame absorbs in a chunk. The schedule of a chunk has room for
             so many.
         weighs: whether ``weights`` is asked.
+        weighs_keys: whether ``key_bias`` is asked.
         observes: whether ``observe`` is called.
         answers: whether the model is to ask ``Chunk.beside`` for what ``answer`` says.
         resets: whether the sink's slots are all that its state is made of, so that ``reset_sink`` can take it
             from them.
     """
 
-    weighs = observes = answers = False
+    weighs = weighs_keys = observes = answers = False
     resets = True
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
@@ -90,6 +91,16 @@ class SinkState:
         spec = self.spec
         tokens = spec.sink_frames * spec.frame_tokens if tokens is None else tokens
         self.tensors[name] = spec.zeros(tokens, dtype)
+        return self.tensors[name]
+
+    def allocate_numbers(
+        self, name: str, dtype: torch.dtype = torch.float32, tokens: int | None = None
+    ) -> Tensor:
+        """A zeroed tensor ``[layers, B, tokens]`` of the state, one number a token; by default of all slots,
+        in their order."""
+        spec = self.spec
+        tokens = spec.ring.length * spec.frame_tokens if tokens is None else tokens
+        self.tensors[name] = torch.zeros(spec.layers, spec.batch, tokens, dtype=dtype, device=spec.device)
         return self.tensors[name]
 
     def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
@@ -120,6 +131,16 @@ class SinkState:
         """The logarithm of each held frame's weight in the softmax; -inf hides a frame. ``held``: the frame
         in each valid slot. Asked with ``weighs``."""
         return (0.0,) * len(held)
+
+    def key_bias(self, layer: int, plan: ChunkPlan) -> Tensor | None:
+        """The logarithm of each key's weight in one layer, float32 ``[B, L * n]`` or ``[L * n]`` in the order
+        of the slots: a view of the state. Asked with ``weighs_keys``, in every forward. It is added to the
+        logits, and to ``weights``; -inf hides a key; None: all keys weigh 1.
+
+        ``evict`` writes it, and nothing else does: what a chunk's forwards see stays the same. It is asked
+        before the layer's ``evict`` and read behind it.
+        """
+        return None
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: ChunkPlan) -> None:
         """Called with ``observes`` in every forward, once a layer's keys are written, without grad. May write
@@ -155,7 +176,7 @@ class SinkState:
 
         Args:
             k, v: the layer's slots ``[B, L * n, H, D]``; frame ``f`` of the stream is in slot
-                ``plan.ring.slot(f)``.
+                ``plan.slot_of(f)``. For a frame that leaves, this is ``plan.ring.slot(f)``.
             plan: what the chunk does; ``plan.first`` says that the sink is rewritten for the first time, so
                 that slots and state are to be united; ``plan.turns`` has the rotations.
         """
@@ -258,7 +279,7 @@ class EMASink(SinkPolicy):
             # Host tensors name their device throughout: a model is often built under torch.device("meta") or
             # a default device.
             alpha = torch.as_tensor(self.alpha, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise argument_error(
                 "EMASink", "alpha", "a number, or nested sequences of them", repr(self.alpha)
             ) from None

@@ -30,7 +30,7 @@ class Arrangement(NamedTuple):
     leaving: list[int]
     """Frames that leave the window, ascending."""
     moves: tuple[tuple[int, int], ...]
-    """Slots (from, to) of kept frames that move, before anything else is written."""
+    """Slots (from, to) of kept frames that move, once the sink is rewritten."""
     places: dict[int, int] | None
     """Slot of each frame that is kept, leaves or comes; None where ``Ring.slot`` says so."""
 

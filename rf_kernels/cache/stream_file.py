@@ -132,12 +132,16 @@ def _path(op: str, path) -> str:
 
 
 def save(cache: SinkWindowCache, path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = _path(f"{_OP}.save", path)
     state = state_of(cache)
     tensors = {name: tensor.cpu() for name, tensor in state["tensors"].items()}
-    save_file(tensors, path, metadata={"rf_kernels": json.dumps(state["meta"])})
+    try:
+        save_file(tensors, path, metadata={"rf_kernels": json.dumps(state["meta"])})
+    except SafetensorError as error:  # a disk that is full, a folder that is not there
+        raise OSError(f"rf_kernels.{_OP}.save: {path}: {error}") from error
 
 
 def read(cache: SinkWindowCache, path) -> dict:

@@ -28,7 +28,7 @@ class DMDAux(NamedTuple):
     gradient_norm: Tensor
     """[B] mean over the sample of |d|, before weight and mask (0 for a dropped sample)."""
     normalizer: Tensor
-    """[B] what d was divided by: mean|x - real| + eps, or 1 without normalisation."""
+    """[B] what d was divided by: max(mean|x - real| + eps, floor), or 1 without normalisation."""
     dropped: Tensor
     """[] int64, samples dropped by the NaN rule."""
 
@@ -58,7 +58,8 @@ class DMDOptions:
     Args:
         guidance: "self_forcing": v = c + s (c - u), none at s = 0 (CausVid, Self-Forcing, Reward Forcing;
             their 3.0 is 4.0 of the other). "dmd2": v = u + s (c - u), none at s = 1.
-        normalize, eps: False divides by 1 (``x`` is then not read). A sample whose divisor is 0 has d = 0.
+        normalize, eps, floor: the divisor is ``max(mean|x - real| + eps, floor)``; with ``normalize=False``
+            it is 1 (``x`` is then not read). A sample whose divisor is 0 has d = 0.
         nan: "sample" (default): a sample whose d (or weight) is not finite in every element, in the
             predictions' dtype, gets gradient 0 and is counted in ``dropped``; N does not change. "published":
             NaN -> 0, +-inf -> the largest finite number of the predictions' dtype, element by element, a zero
@@ -71,6 +72,7 @@ class DMDOptions:
     guidance: str = "self_forcing"
     normalize: bool = True
     eps: float = 0.0
+    floor: float = 0.0
     nan: str = "sample"
     reduction: str = "mean"
 
@@ -79,8 +81,10 @@ class DMDOptions:
         choice("DMDOptions", "nan", _NAN_RULES, self.nan)
         choice("DMDOptions", "reduction", _REDUCTIONS, self.reduction)
         flag("DMDOptions", "normalize", self.normalize)
-        if not 0 <= number("DMDOptions", "eps", self.eps) < math.inf:
-            raise argument_error("DMDOptions", "eps", "a finite number >= 0", self.eps)
+        for name in ("eps", "floor"):
+            value = getattr(self, name)
+            if not 0 <= number("DMDOptions", name, value) < math.inf:
+                raise argument_error("DMDOptions", name, "a finite number >= 0", value)
 
 
 _DEFAULT = DMDOptions()
@@ -107,7 +111,8 @@ def dmd_gradient(
     7-8; Re-DMD, arXiv 2512.04678, eq. 11)::
 
         real = c + g (c - u), fake likewise;     g = s ("self_forcing"), s - 1 ("dmd2": real = u + s (c - u))
-        d    = (fake - real) / (mean|x - real| + eps), the mean over the sample's elements, then the NaN rule
+        n    = max(mean|x - real| + eps, floor), the mean over the sample's elements
+        d    = (fake - real) / n, then the NaN rule
         gradient = w m d / N,     loss = sum(w m d^2) / (2 N),     N = selected elements of the whole batch
 
     Args:
@@ -236,6 +241,7 @@ def _launch(inputs: _Inputs, options: DMDOptions, *, scale_gradient: bool) -> li
         *(
             options.normalize,
             float(options.eps),
+            float(options.floor),
             _NAN_RULES[options.nan],
             _REDUCTIONS[options.reduction],
             scale_gradient,
@@ -288,7 +294,7 @@ def _backward(ctx, _gradient, grad_loss, *_):
         dx = gradient * factor  # 0-dim: applied in the arithmetic type, one rounding to the gradient's dtype
     if torch.is_grad_enabled():  # create_graph=True
         dx = _Once.apply(dx, grad_loss, x)
-    return dx, *([None] * 15)
+    return dx, *([None] * 16)
 
 
 torch.library.register_autograd("rf_kernels::dmd_gradient", _backward, setup_context=_setup_context)

@@ -55,8 +55,10 @@ def sink_window_attention(
             <= 256``.
         k: keys ``[B, T, Hkv, D]``, ``Hkv`` dividing ``Hq``: query head ``h`` reads key head ``h // (Hq //
             Hkv)``.
-        v: values, of the shape of ``k``. All three may be strided views with a unit stride in ``D``: nothing
-            is copied.
+        v: values ``[B, T, Hkv, Dv]``, ``1 <= Dv <= D``. All three may be strided views with a unit stride in
+            the last dimension: with ``Dv = D`` nothing is copied. Nor is it where ``v`` is columns of k's own
+            rows, ``k[..., a:b]``: keys and values are one latent then. Any other v of ``Dv < D`` is copied
+            once, with zeros behind it.
         kv_tokens: number of valid tokens at the start of k and v, ``0 .. T``; required without
             ``chunk_ends``. Tokens behind it are never read and get zero gradient. With 0, ``out`` is 0 and
             ``lse`` is ``-inf``. An int32 tensor ``[B]`` on the device of q gives each sample its own number.
@@ -77,7 +79,7 @@ def sink_window_attention(
             ``chunk_ends``, and without a gradient of its own.
 
     Returns:
-        ``out [B, Nq, Hq, D]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``,
+        ``out [B, Nq, Hq, Dv]``, contiguous, in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Nq]``,
         natural logarithm, float32 (float64 for float64 inputs).
 
     Gradients flow to q, k and v in both modes (once: the backward is not differentiable). The LSE is not
@@ -131,7 +133,8 @@ def _lse_dtype(dtype):
 @register_fake("sink_window_attention")
 def _fake(q, k, v, *options):
     batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_lse_dtype(q.dtype))
+    out = q.new_empty((batch, queries, heads, v.shape[3]))
+    return out, q.new_empty((batch, heads, queries), dtype=_lse_dtype(q.dtype))
 
 
 @register_fake("sink_window_attention_backward", op=_OP)
@@ -169,9 +172,9 @@ def _refuse_double_backward(ctx, *grads):
 torch.library.register_autograd("rf_kernels::sink_window_attention_backward", _refuse_double_backward)
 
 
-def _flops(q, k, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens) -> int:
-    """Of the two matrix products over the visible (query, key) pairs, 2 per multiply-add. q, k: shapes. Rows
-    of their own count as full: the counter shows no values."""
+def _flops(q, k, v, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens) -> int:
+    """Of the two matrix products over the visible (query, key) pairs, 2 per multiply-add. q, k, v: shapes.
+    Rows of their own count as full: the counter shows no values."""
     batch, queries, heads, dim = q
     if chunk_ends is None:
         pairs = queries * (k[1] if kv_tokens is None else kv_tokens)
@@ -182,7 +185,7 @@ def _flops(q, k, kv_tokens, chunk_ends, num_sink_tokens, num_window_tokens) -> i
             oldest = 0 if num_window_tokens is None else end - num_window_tokens
             pairs += (end - begin) * (sink_end + end - max(sink_end, oldest))
             begin = end
-    return 4 * batch * heads * dim * pairs
+    return 2 * batch * heads * (dim + v[3]) * pairs
 
 
 def _register_flops(counter) -> None:
@@ -190,13 +193,13 @@ def _register_flops(counter) -> None:
 
     @counter.register_flop_formula(ops.sink_window_attention)
     def forward(q, k, v, kv_tokens, scale, ends, sink_tokens, window_tokens, *_, out_shape=None, **__) -> int:
-        return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens)
+        return _flops(q, k, v, kv_tokens, ends, sink_tokens, window_tokens)
 
     @counter.register_flop_formula(ops.sink_window_attention_backward)
     def backward(
         grad, q, k, v, out, lse, kv_tokens, scale, ends, sink_tokens, window_tokens, *_, out_shape=None
     ) -> int:
-        return _flops(q, k, kv_tokens, ends, sink_tokens, window_tokens) * 5 // 2
+        return _flops(q, k, v, kv_tokens, ends, sink_tokens, window_tokens) * 5 // 2
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

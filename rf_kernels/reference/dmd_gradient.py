@@ -33,6 +33,7 @@ def dmd_gradient(
     mask=None,
     normalize=True,
     eps=0.0,
+    floor=0.0,
     nan="sample",
     x_t=None,
     sigma=None,
@@ -61,6 +62,7 @@ def dmd_gradient(
     elements = max(x[0].numel() if x.shape[0] else 0, 1)
     if normalize:
         normalizer = (x - real).abs().reshape(rows).sum(1) / elements + eps
+        normalizer = torch.where(normalizer < floor, floor, normalizer)
     else:
         normalizer = x.new_ones(x.shape[0])
     d = difference / expand(normalizer, x)

@@ -5,11 +5,11 @@ import torch
 
 
 def _attend(q, k, v, softmax_scale, bias=None):
-    """``softmax(softmax_scale * q k^T + bias) v`` and the natural-log log-sum-exp, of q [B, n, Hq, D], k, v
-    [B, m, Hkv, D], and bias [m] or [B, m]."""
+    """``softmax(softmax_scale * q k^T + bias) v`` and the natural-log log-sum-exp, of q [B, n, Hq, D], k
+    [B, m, Hkv, D], v [B, m, Hkv, Dv], and bias [m] or [B, m]."""
     batch, n, heads, dim = q.shape
     if k.shape[1] == 0:
-        return torch.zeros_like(q), q.new_full((batch, heads, n), float("-inf"))
+        return q.new_zeros((batch, n, heads, v.shape[3])), q.new_full((batch, heads, n), float("-inf"))
     group = heads // k.shape[2] if heads else 1
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
@@ -71,7 +71,11 @@ def sink_window_attention(
             bias = None if kv_bias is None else kv_bias[..., :kv_tokens]
             out, lse = _attend(q, k[:, :kv_tokens], v[:, :kv_tokens], softmax_scale, bias)
     else:
-        outs, lses, begin = [q[:, :0]], [q[:, :0, :, 0].transpose(1, 2)], 0
+        outs, lses, begin = (
+            [q.new_zeros((len(q), 0, q.shape[2], v.shape[3]))],
+            [q[:, :0, :, 0].transpose(1, 2)],
+            0,
+        )
         for t_end in chunk_ends:
             keys = visible_keys(t_end, num_sink_tokens, num_window_tokens)
             out, lse = _attend(q[:, begin:t_end], k[:, keys], v[:, keys], softmax_scale)

@@ -1,7 +1,8 @@
 """``dmd_gradient``: four launches, whatever the size: measure the tiles, normalise the samples, finish the
 tiles, sum up.
 
-    d = (fake - real) / (mean|x - real| + eps),     gradient = w m d / N,     loss = sum(w m d^2) / (2 N)
+    d = (fake - real) / max(mean|x - real| + eps, floor)
+    gradient = w m d / N,     loss = sum(w m d^2) / (2 N)
 
 A tile is 2048 elements of one sample: summed as a tree in float32 (the distances, which can exceed it, in
 float64), the tiles of a sample in float64. So nothing depends on the number of multiprocessors, and a
@@ -133,6 +134,7 @@ def _normalise(
     elements,
     all_elements,
     eps,
+    floor,
     limit,
     NORMALIZE: tl.constexpr,
     MEAN: tl.constexpr,
@@ -148,7 +150,8 @@ def _normalise(
             mean = _total(distances, b.to(tl.int64) * tiles, tiles, TILES, tl.float64) / tl.maximum(
                 elements, 1
             ).to(tl.float64)
-            divisor = (mean + eps).to(tl.float32)
+            mean += eps
+            divisor = tl.where(mean < floor, floor, mean).to(tl.float32)  # a NaN stays one
         largest = tl.zeros((TILES,), tl.int32)
         for begin in range(0, tiles, TILES):
             at = begin + tl.arange(0, TILES)
@@ -305,6 +308,7 @@ def dmd_gradient(
     mask,
     normalize,
     eps,
+    floor,
     nan,
     reduction,
     scale_gradient,
@@ -366,6 +370,7 @@ def dmd_gradient(
         *shape,
         x.numel(),
         eps,
+        floor,
         limit,
         NORMALIZE=normalize,
         PUBLISHED=published,

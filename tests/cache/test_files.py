@@ -42,6 +42,12 @@ def test_a_stream_of_any_length_is_loaded():
                 assert_equal_bits(a, b)
 
 
+@pytest.mark.parametrize("where", [".", "nowhere/stream.safetensors"])
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path, where):
+    with pytest.raises(OSError, match="rf_kernels.SinkWindowCache.save: "):
+        make(2, 4).save(tmp_path / where)
+
+
 def test_loading_checks_everything_first(tmp_path):
     cache = make(2, 4)
     for chunk in range(4):

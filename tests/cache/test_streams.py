@@ -43,7 +43,7 @@ def test_streams_match_the_plain_recomputation(seed):
                 out = chunk.attend(0, q, k, v)
                 assert relative_l2(out, reference.attend(q, k, v)) < 1e-12
                 rotated = chunk.append(0, q, k, v)
-                k_seen, v_seen, tokens = chunk.kv(0)
+                k_seen, v_seen, tokens, _ = chunk.kv(0)
                 assert k_seen.shape[1] == v_seen.shape[1] == tokens == chunk.kv_tokens
                 assert_equal_bits(rf.sink_window_attention(rotated, k_seen, v_seen, kv_tokens=tokens), out)
         assert cache.next_frame == reference.t_end and cache.kv_tokens == chunk.kv_tokens

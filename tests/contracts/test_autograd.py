@@ -1,5 +1,6 @@
 """What is not differentiable says so, and what autograd has saved is not changed behind its back."""
 
+import contextlib
 import sys
 
 import pytest
@@ -15,6 +16,8 @@ WRITTEN = {
     "rope_append": ("k_cache", "v_cache"),
     "ema_evict": ("k_cache", "v_cache", "k_state", "k_state_lo", "v_state", "skipped"),
 }
+SIZES = {"layers": 1, "batch": 1, "heads": 1, "head_dim": 2, "grid": (2,)}
+FRAMES = {"sink_frames": 1, "window_frames": 2}
 MUTATED = [(op, name) for op, names in WRITTEN.items() for name in names]
 DIFFERENTIABLE = {"rope": ("x", "weight"), "sink_window_attention": ("q", "k", "v"), "dmd_loss": ("x",)}
 CONSTANT = {
@@ -113,6 +116,37 @@ def test_torch_func_says_that_it_is_not_implemented(transform, op, name):
     expected = f"rf_kernels.{op.replace('loss', 'gradient')}: .*(not implemented|does not require grad)"
     with pytest.raises((NotImplementedError, rf.ArgumentError), match=expected):
         run()
+
+
+@pytest.mark.parametrize("method", ["open", "attend", "append"])
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "vmap"])
+@pytest.mark.parametrize("chunks", [0, 3])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_cache_inside_torch_func_says_that_it_is_not_implemented(transform, method, chunks, rows):
+    """In the first forward of a layer and when something is to be evicted, with nothing written."""
+    spec = rf.CacheSpec(**SIZES, **FRAMES, rope=None, dtype=torch.float64, device="cpu")
+    kind, x = rf.SinkWindowRows if rows else rf.SinkWindowCache, torch.randn(1, 2, 1, 2).double()
+    cache = kind(spec, sink=rf.EMASink())
+    for _ in range(chunks):
+        with cache.chunk(frames=1) as chunk:
+            chunk.append(0, x, x, x)
+    before, chunk = cache.k.clone(), None if method == "open" else cache.chunk(frames=1)
+
+    def call(t):
+        with cache.chunk(frames=1) if chunk is None else contextlib.nullcontext(chunk) as now:
+            return getattr(now, "append" if method == "append" else "attend")(0, t, x, x).sum()
+
+    run = {
+        "grad": lambda: torch.func.grad(call)(x),
+        "vjp": lambda: torch.func.vjp(call, x),
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
+        "vmap": lambda: torch.func.vmap(call)(x[None]),
+    }[transform]
+    owner = "SinkWindowCache" if method == "open" else "ChunkBatch" if rows else "Chunk"
+    with pytest.raises(NotImplementedError, match=rf"rf_kernels.{owner}.{method}: torch.func's"):
+        run()
+    assert_equal_bits(cache.k, before)
+    assert chunk is None or not any(c.written for c in getattr(chunk, "chunks", (chunk,)))
 
 
 @pytest.mark.parametrize("op, name", named(DIFFERENTIABLE))

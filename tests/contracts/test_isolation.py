@@ -41,7 +41,7 @@ def forward(chunk, seed, tag, fail_after=None):
         yield None
         q, k, v = tagged(cache, chunk.frames, seed + layer, tag)
         q = chunk.append(layer, q, k, v)
-        k, v, tokens = chunk.kv(layer)
+        k, v, tokens, _ = chunk.kv(layer)
         out, lse = rf.sink_window_attention(q, k, v, kv_tokens=tokens, return_lse=True)
         worst = float((out.double() / tag - 1).abs().max())
         assert worst <= tolerance(cache.spec.dtype), (

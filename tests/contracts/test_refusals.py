@@ -114,6 +114,12 @@ def test_wrong_head_dims_of_wan(wrong):
     refused(lambda: rf.RoPE3D.wan(wrong), "head_dim")
 
 
+@pytest.mark.parametrize("wrong", [0.0, -1.0, "x", None, 10**400])
+def test_wrong_bases_of_wan(wrong):
+    found = refused(lambda: rf.RoPE3D.wan(8, base=wrong))
+    assert found[2] in ("base", "bases")
+
+
 def full_cache(**more):
     """A cache from whose window frames leave, whatever comes next."""
     cache = make_cache("compensated", dtype=torch.bfloat16, undo_frames=2, **more)
@@ -259,6 +265,8 @@ def test_wrong_options_of_an_append(name, wrong):
     for use in (chunk.append, chunk.attend):
         with torch.no_grad():
             refused(lambda use=use: use(0, *draw(cache, 2, 9), **call), name)
+            if name in ("norm", "eps") and wrong != -1.0:  # also where there is nothing to normalise
+                refused(lambda use=use: use(0, *draw(cache, 2, 9), **{name: wrong}), name)
     assert everything_of(cache) == before
 
 

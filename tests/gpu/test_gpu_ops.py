@@ -15,7 +15,7 @@ from helpers.gpu_tools import SERVED, moved, on, plain_attention
 from helpers.rope_append_case import SHAPES as APPEND_SHAPES
 from helpers.rope_append_case import clones, compare, inputs
 from rf_kernels.reference.sink_window_attention import sink_window_attention as attention_oracle
-from rf_kernels.testing import assert_equal_bits, assert_within_eager, relative_l2
+from rf_kernels.testing import assert_equal_bits, assert_within_eager, max_error, relative_l2
 
 served = pytest.mark.parametrize("dtype", SERVED, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
@@ -123,6 +123,23 @@ def test_attention_of_extreme_inputs(device, dtype):
             / 128**0.5
         )
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=bound)
+
+
+@served
+@pytest.mark.parametrize("heads", [(12, 1, 224, 32), (4, 2, 128, 64), (2, 2, 13, 3)], ids=str)
+def test_attention_of_a_latent(matrix_device, heads, dtype):
+    """Values that are columns of the keys: in place, and as a copy."""
+    *shape, begin = heads
+    (q, k, _), _ = make_case(dtype, (2, 37, 150, *shape, 141))
+    q, k, v = q.to(matrix_device), k.to(matrix_device), k[..., begin:]
+    out, lse = rf.sink_window_attention(q, k, k[..., begin:], kv_tokens=141, return_lse=True)
+    apart = rf.sink_window_attention(q, k, k[..., begin:].clone(), kv_tokens=141)
+    data = [t.cpu() for t in (q, k, v)]
+    exact, exact_lse = attention_oracle(*(t.double() for t in data), kv_tokens=141, return_lse=True)
+    plain = on(matrix_device, plain_attention)(*data, kv_tokens=141)
+    for found in (out, apart):
+        assert_within_eager(found.cpu(), exact, plain)
+    assert max_error(lse.cpu(), exact_lse) < 2**-12
 
 
 # ---- rope_append, rope -------------------------------------------------------------------------------------

@@ -390,6 +390,7 @@ def test_streaming_never_waits_for_the_device(device):
         "strided",
         "cyclic",
         "important",
+        "merged",
         "recall",
         "ahead",
         "shots",

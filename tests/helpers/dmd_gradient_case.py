@@ -94,4 +94,4 @@ def registered(x, kw, **extra):
     """Positional arguments of the registered op."""
     names = "fake real fake_uncond real_uncond fake_guidance real_guidance x_t sigma weight mask".split()
     values = {"fake_guidance": 0.0, "real_guidance": 0.0} | kw | extra
-    return (x, *(values.get(n) for n in names), True, 0.0, 1, 0, x.dtype != torch.float16)
+    return (x, *(values.get(n) for n in names), True, 0.0, 0.0, 1, 0, x.dtype != torch.float16)

@@ -475,6 +475,7 @@ def fuzz_dmd_gradient(draw):
     call["reduction"] = draw.choice(("sum", "none") if draw.exact else ("mean", "sum", "none"))
     call["normalize"] = not draw.exact and draw.chance(0.8)
     call["eps"] = 0.0 if special == "silent" else draw.choice((0.0, 1e-3))
+    call["floor"] = 0.0 if special == "silent" else draw.choice((0.0, 1.0))
     call["nan"] = "sample" if special else draw.choice(("sample", "published"))
     gradient, aux = gradient_of(x, **call, return_aux=True)
     limit = {"limit": torch.finfo(prediction).max}

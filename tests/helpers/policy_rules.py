@@ -168,6 +168,48 @@ def important(told, frames):
     return told.sink(range(G), told.shift()) + told.window() + ([(None, *pool)] if pool else [])
 
 
+def merged(told, frames, threshold, rephase=True):
+    """One sample after the other, token by token. A place is [key, value, number of tokens, last frame]."""
+    G, n = told.S - frames, told.grid[0] * told.grid[1]
+    if not told.gone():
+        return static(told, rephase)
+    entering = [*range(G, told.S), *(f for frames in told.gone() for f in frames)]
+    keys, values, weights = [], [], []
+    for b in range(len(told.k[0])):
+        places = [None] * (frames * n)
+        for f in entering:
+            position = told.S - 1 + told.shift() if rephase else told.at[f]
+            key = rotate(told.k[f], token_positions([position], told.grid))[b]
+            joined, coming = {}, []
+            for u in range(n):
+                like = {
+                    j: torch.cosine_similarity(key[u].flatten(), place[0].flatten(), dim=0).item()
+                    for j, place in enumerate(places)
+                    if place is not None
+                }
+                j = max(like, key=like.get, default=None)
+                if j is not None and like[j] >= threshold:
+                    joined.setdefault(j, []).append(u)
+                else:
+                    coming.append(u)
+            for j, tokens in joined.items():
+                k, v, m, _ = places[j]
+                k, v = (
+                    (m * x + y[tokens].sum(0)) / (m + len(tokens)) for x, y in ((k, key), (v, told.v[f][b]))
+                )
+                places[j] = [k, v, m + len(tokens), f]
+            oldest = sorted(range(len(places)), key=lambda j: places[j][3] if places[j] else -1)
+            for u, j in zip(coming, oldest, strict=False):
+                places[j] = [key[u], told.v[f][b, u], 1, f]
+        empty = [torch.zeros_like(key[0]), torch.zeros_like(key[0]), 0, -1]
+        k, v, m, _ = zip(*(place or empty for place in places), strict=True)
+        keys.append(torch.stack(k))
+        values.append(torch.stack(v))
+        weights.append(torch.tensor(m, dtype=torch.float64).log())
+    memory = (None, *(torch.stack(x) for x in (keys, values, weights)))
+    return told.sink(range(G), told.shift() if rephase else 0) + told.window() + [memory]
+
+
 def recalled(told, frames, weight, tau):
     """One sample after the other, frame by frame."""
     G, B = told.S - frames, len(told.k[0]) if told.k else 0

@@ -57,8 +57,8 @@ def forward(chunk, inputs):
     results = []
     for layer, (q, k, v) in enumerate(inputs):
         q = chunk.append(layer, q, k, v)
-        k, v, tokens = chunk.kv(layer)
-        results += rf.sink_window_attention(q, k, v, kv_tokens=tokens, return_lse=True)
+        k, v, tokens, bias = chunk.kv(layer)
+        results += rf.sink_window_attention(q, k, v, kv_tokens=tokens, kv_bias=bias, return_lse=True)
     return results
 
 

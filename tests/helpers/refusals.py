@@ -475,6 +475,7 @@ def op_entries():
 
 DMD_OPTIONS = {
     "eps": (-1.0, float("nan"), float("inf"), None, "x"),
+    "floor": (-1.0, float("nan"), float("inf"), None, "x"),
     "nan": ("skip", 1, None),
     "guidance": ("cfg", 1, None),
     "reduction": ("batchmean", None, 1),
@@ -482,7 +483,7 @@ DMD_OPTIONS = {
 CONFIGURATIONS = {
     "layers": (0, 1.5, True),
     "batch": (0, None),
-    "heads": (0, "2"),
+    "heads": (0, "2", 2**70),
     "head_dim": (0, -8),
     "grid": ((0, 2), (1.5, 2), "ab", 4),
     "sink_frames": (-1, 1.0),
@@ -496,17 +497,18 @@ CONFIGURATIONS = {
     "sink.alpha": (rf.EMASink([0.5] * 3), rf.EMASink([[0.5]])),
 }
 POLICIES = {
-    "alpha": (1.5, -0.1, float("nan"), "x", None, [0.5, 2.0], [[0.5], [0.5, 0.5]]),
+    "alpha": (1.5, -0.1, float("nan"), "x", None, [0.5, 2.0], [[0.5], [0.5, 0.5]], 10**400, [10**400]),
     "held": (3, (0.5,), "0"),
     "state": ("fp8", None, []),
     "on_nonfinite": ("ignore", True),
     "rephase": (1, None, "yes"),
 }
 ROPES = {
-    "pairs": ((-1, 2, 2), (1.5, 2, 2)),
-    "bases": ((1e4,), (0.0, 1.0, 1.0), (1.0, 1.0, float("nan")), ("x", 1.0, 1.0)),
+    "pairs": ((-1, 2, 2), (1.5, 2, 2), 3, None),
+    "bases": ((1e4,), (0.0, 1.0, 1.0), (1.0, 1.0, float("nan")), ("x", 1.0, 1.0), (10**400, 1.0, 1.0), None),
     "layout": ("neox", None),
     "temporal_axis": (3, -1),
+    "given": (3, ((1.0, 2.0), None), ((1.0, 10**400), None, None), (("x", 1.0), None, None)),
 }
 
 

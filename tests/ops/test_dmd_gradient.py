@@ -92,9 +92,9 @@ def test_weights_and_masks_crossed(weight, mask):
 
 
 def test_options_crossed():
-    for normalize, eps, reduction, flow, fake_uncond, real_uncond, nan in itertools.product(
+    for normalize, (eps, floor), reduction, flow, fake_uncond, real_uncond, nan in itertools.product(
         [True, False],
-        [0.0, 0.5],
+        [(0.0, 0.0), (0.5, 0.0), (0.25, 1.5)],
         ["mean", "sum", "none"],
         [True, False],
         [True, False],
@@ -110,6 +110,7 @@ def test_options_crossed():
             kw,
             normalize=normalize,
             eps=eps,
+            floor=floor,
             reduction=reduction,
             nan=nan,
             mask=masks((2, 3, 4, 5))["frame"],
@@ -287,6 +288,8 @@ def test_zero_normaliser():
     got, aux = check(x, kw)
     assert not got[1].any() and int(aux.dropped) == 0 and aux.normalizer[1] == 0
     check(x, kw, eps=1e-2)
+    raised, aux = check(x, kw, floor=1e-2)
+    assert aux.normalizer[1] == torch.tensor(1e-2) and torch.equal(raised[0], got[0])
     got = gradient_of(x, **kw, nan="published", reduction="none")
     sign = (kw["fake"][1] - kw["real"][1]).sign()
     assert torch.equal(got[1], sign * torch.finfo(torch.float32).max)

@@ -204,6 +204,22 @@ def test_values_and_gradients_within_eager(case, dtype):
     assert_within_eager(lse.inner, exact_lse, eager_lse.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["multi_query", "streaming"])
+def test_values_of_fewer_columns(case, dtype):
+    (q, k, v), options = make_case(dtype, {**DENSE, **WHOLE}[case])
+    inputs = (q, k, v[..., :21].contiguous())
+    grad_out = torch.randn(*q.shape[:3], 21).to(dtype)
+    exact = run_with_grads(oracle, [t.double() for t in inputs], options, grad_out)
+    eager = run_with_grads(sdpa, inputs, options, grad_out)
+    there = on_cuda(*inputs)
+    out, lse = rf.sink_window_attention(*there, **options, return_lse=True)
+    grads = backward(OnCuda(grad_out), *there, out, lse, options)
+    for ours, truth, theirs in zip((out, *grads), exact, eager, strict=True):
+        assert ours.is_contiguous()
+        assert_within_eager(ours.inner, truth, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [(2, 2, 13), (4, 2, 128)], ids=str)
 def test_rows_of_their_own(heads, dtype):

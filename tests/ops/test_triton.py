@@ -125,6 +125,7 @@ SUITES = {
     "and not one_key) or ((exact_answers or no_key or poison_behind or neighbours) and dtype2) "
     "or poison_outside or extreme or test_empty or expanded_heads or lse_zero "
     "or (expanded_gradient and 64-torch.bfloat16) or (without_any_weight and bfloat16)",
+    "sink_window_attention_values": "(values_and_gradients or have_the_bits) and bfloat16",
     "dmd_gradient": "golden or oracle or policy or masks or odd_sizes or no_elements or dropped "
     "or neighbours or backward or zero or overflow or not_contiguous or unguided",
 }

@@ -37,6 +37,7 @@ def of(function, *arguments, **more):
 
 
 CUTS = (4, 9)
+CHOOSING = ("important", "recall", "merged", "merged, absolute")  # by scores of keys
 CASES = {
     "static": Case(rf.StaticSink(rephase=True), rules.static),
     "static, absolute": Case(rf.StaticSink(), of(rules.static, rephase=False)),
@@ -56,6 +57,12 @@ CASES = {
     "cyclic": Case(policies.CyclicSink(), of(rules.cyclic, 6), sizes=((3, 6), (4, 5))),
     "cyclic, long bank": Case(policies.CyclicSink(8), of(rules.cyclic, 8), sizes=((3, 4), (6, 5))),
     "important": Case(policies.ImportantTokens(2), of(rules.important, 2), sizes=((4, 6), (3, 5))),
+    "merged": Case(policies.MergedTokens(2, 0.15), of(rules.merged, 2, 0.15), sizes=((4, 6), (3, 5))),
+    "merged, absolute": Case(
+        policies.MergedTokens(1, 0.15, rephase=False),
+        of(rules.merged, 1, 0.15, False),
+        sizes=((1, 6), (3, 5)),
+    ),
     "recall": Case(
         policies.RecalledFrames(2, 0.35, 0.3), of(rules.recalled, 2, 0.35, 0.3), sizes=((4, 6), (3, 5))
     ),
@@ -148,11 +155,11 @@ def attention(q, own, seen, own_at, grid, dtype=torch.float64):
     keys = torch.cat([k if p is None else rotate(k, token_positions([p], grid)) for p, k, _, _ in entries], 1)
     values = torch.cat([v for _, _, v, _ in entries], 1)
     # the operator takes the bias in float32
-    bias = torch.tensor([w for *_, w in entries], dtype=torch.float32).double()
-    bias = bias.repeat_interleave(torch.tensor([k.shape[1] for _, k, _, _ in entries]))
+    weights = [torch.as_tensor(w, dtype=torch.float32).double() for *_, w in entries]
+    bias = torch.cat([w.expand(k.shape[:2]) for w, (_, k, _, _) in zip(weights, entries, strict=True)], 1)
     q = rotate(q, token_positions(own_at, grid))
     q, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, keys, values))
-    bias = bias.to(dtype).expand(q.shape[2], -1)
+    bias = bias.to(dtype)[:, None, None]
     return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
 
@@ -193,7 +200,7 @@ def test_a_policy_is_its_rule(name, which):
     assert len(told.ends) >= 12 and left >= 5
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("important", "recall")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in CHOOSING])
 def test_a_policy_in_bfloat16_is_as_near_as_plain_attention(name):
     """Whose keys were rotated in float64 and rounded once. (Where scores choose, rounding chooses too.)"""
     case = CASES[name]
@@ -253,15 +260,20 @@ def step_into(chunk, seed):
         asked(chunk, layer, *tensors(chunk.cache, chunk.frames, 100 * seed + layer))
 
 
-def test_a_chunk_with_weights_has_gradients():
+@pytest.mark.parametrize("name", ["log bias, a sink", "merged"])
+def test_a_chunk_with_weights_has_gradients(name):
     """Also when later chunks have taken its slots, and through a checkpointed block."""
-    cache = make(2, 5, policy=policies.LogBias(0.3), grid=(2, 3))
+    policy, rule = {
+        "log bias, a sink": (policies.LogBias(0.3), of(rules.log_bias, 0.3)),
+        "merged": (policies.MergedTokens(1, 0.1), of(rules.merged, 1, 0.1)),
+    }[name]
+    cache = make(2, 5, policy=policy, grid=(2, 3))
     told, n = rules.Told(2, 5, grid=(2, 3)), 6
     for number in range(6):
         told.ends.append(told.begin + 3 if not told.ends else told.ends[-1] + 3)
         q, k, v = (x.requires_grad_() for x in tensors(cache, 3, number))
         own_at = list(range(told.begin, told.end))
-        expected = attention(q, (k, v), rules.log_bias(told, 0.3), own_at, (2, 3))
+        expected = attention(q, (k, v), rule(told), own_at, (2, 3))
         with cache.chunk(3) as chunk:
             if number % 2:
                 found = chunk.attend(0, q, k, v)
@@ -287,7 +299,6 @@ WRONG = {
     "no number": ("shifts", lambda self, opening: [None, 1], "2 numbers"),
     "NaN": ("weights", lambda self, opening, held: [float("nan")] * len(held), "numbers below"),
     "one position": ("positions", lambda self, opening: [3.0], "one number, or 2"),
-    "over one another": ("leaving", lambda self, opening, excess: [4, 6, 7], "no kept one moves"),
 }
 
 
@@ -295,8 +306,7 @@ WRONG = {
 def test_what_a_rule_must_not_say_is_refused(name, monkeypatch):
     """Before anything is written."""
     rule, says, expected = WRONG[name]
-    kind = policies.ImportantTokens(1) if name == "over one another" else policies.LogBias(rephase=True)
-    cache = make(2, 4, policy=kind)
+    cache = make(2, 4, policy=policies.LogBias(rephase=True))
     for number in range(4):
         step(cache, 2, number)
     before = fingerprint(*state_of(cache), cache._buffers.ints)

@@ -35,7 +35,7 @@ def test_a_row_has_the_bits_of_the_row_alone(name):
 
 def test_rows_with_policies_of_their_own():
     """They need unequal room in a plan, some weigh frames, and some look at queries."""
-    names = ("ema:0.9", "log-bias", "important", "two-rates", "short", "static")
+    names = ("ema:0.9", "log-bias", "important", "merged:threshold=0.1", "short", "static")
     sinks = [policies.parse(name) for name in names]
     alone = [make(3, 6, policy=sink, dtype=torch.float64) for sink in sinks]
     spec = dataclasses.replace(alone[0].spec, batch=len(sinks))

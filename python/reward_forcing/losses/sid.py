@@ -57,13 +57,11 @@ def sid_gradients(x: Tensor, fake: Tensor, real: Tensor, *, alpha: float = 1.0) 
     ``fake`` and ``real`` are x0 predictions, guided already; like x, without graph. A sample that is not
     finite has gradients 0, and the normaliser is not less than 1e-5.
     """
-    options = rf.DMDOptions(reduction="none")
+    options = rf.DMDOptions(floor=1e-5, reduction="none")
     dx, aux = rf.dmd_gradient(x, fake=fake, real=real, options=options, return_aux=True)
-    scale = aux.normalizer / aux.normalizer.clamp(min=1e-5)  # the op adds; it does not clamp
     finite = torch.stack([part.isfinite().flatten(1).all(dim=1) for part in (x, fake, real)]).all(dim=0)
-    normalizer = aux.normalizer.clamp(min=1e-5).where(finite, torch.inf)
+    normalizer = aux.normalizer.where(finite, torch.inf)
     difference, distance = (part.nan_to_num(0.0, 0.0, 0.0) for part in (real - fake, real - x))
-    dx = torch.where(like(finite, x), dx * like(scale, x).to(dx.dtype), 0)
     dfake = (2 * alpha * difference - distance) / like(normalizer, x)
     dreal = (distance + (1 - 2 * alpha) * difference) / like(normalizer, x)
     return dx, dfake.to(fake.dtype), dreal.to(real.dtype), normalizer

@@ -4,6 +4,7 @@ from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .linear import LinearState
 from .memory import MemoryState
+from .merged import MergedTokens
 from .named import NAMES, parse
 from .placed import PlacedSink
 from .recall import RecalledFrames
@@ -21,6 +22,7 @@ __all__ = [
     "LinearState",
     "LogBias",
     "MemoryState",
+    "MergedTokens",
     "PinnedShots",
     "PlacedSink",
     "RandomHistory",

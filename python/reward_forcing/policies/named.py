@@ -10,6 +10,7 @@ from .._check import expect
 from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .linear import LinearState
+from .merged import MergedTokens
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -30,6 +31,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "cyclic": (CyclicSink, {}),
     "important": (ImportantTokens, {}),
     "linear": (LinearState, {}),
+    "merged": (MergedTokens, {}),
     "recall": (RecalledFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
