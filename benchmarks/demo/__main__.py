@@ -83,7 +83,7 @@ def main(arguments=None) -> int:
                 save_file({"context": world.embed([world.Prompt.parse(PROMPTS[0])])}, options.context)
             # The published path cannot be resumed: a demo starts over, and replaces what an earlier one left.
             folder = stack.enter_context(StreamFolder(options.out, overwrite=True))
-            prepared, cache = begin(stream_job(options), folder)
+            prepared, cache, _ = begin(stream_job(options), folder)
         except rf.ArgumentError as error:
             fail(refused(error))
         job = prepared.job

@@ -69,7 +69,7 @@ def run(
 
     chunks = []
     begin = clock()
-    for chunk in progress(prepared.chunks(cache, on_phase)):
+    for chunk in progress(prepared.chunks(cache, on_phase=on_phase)):
         seconds, frames = clock() - begin, chunk.latents.shape[1]
         row = {"index": chunk.index, "first_frame": chunk.first_frame, "frames": frames, "seconds": seconds}
         row |= {"phases": dict(phases), "memory_bytes": memory_bytes(device)}

@@ -138,6 +138,12 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("cuts", "frames at which a shot begins, for policies that know of shots", at_least_0, [], nargs="+")
     text = "leave the keys and values of the last denoising step, without a forward on the finished chunk"
     parser.add_argument("--noisy-context", action="store_true", help=text)
+    text = "denoise as many chunks together as there are steps, each a step behind the one before it"
+    parser.add_argument("--rolling", action="store_true", help=text)
+    text = "start over after so many frames, with the last OVERLAP of them"
+    parser.add_argument(
+        "--restart", type=at_least_1, nargs=2, default=[], metavar=("FRAMES", "OVERLAP"), help=text
+    )
 
 
 def stream_job(options: argparse.Namespace) -> StreamJob:
@@ -161,6 +167,8 @@ def stream_job(options: argparse.Namespace) -> StreamJob:
         shift=options.shift,
         clean_forward=not options.noisy_context,
         cuts=tuple(options.cuts),
+        rolling=options.rolling,
+        restart=tuple(options.restart),
     )
     names = ("checkpoint", "frames", "height", "width", "heads", "context", "seed")
     values = {name: getattr(options, name) for name in names}

@@ -169,6 +169,11 @@ class StreamConfig:
             the last denoising step stay (Causal-rCM, arXiv 2606.25473; Diagonal Distillation, arXiv
             2603.09488).
         cuts: frames at which a chunk begins a new shot, for policies that know of shots.
+        rolling: denoise as many chunks together as there are steps, each a step behind the one before it
+            (Rolling Forcing, arXiv 2509.25161). The window holds all of them.
+        restart: (frames, overlap): start over after so many frames, with the last ``overlap`` of them as the
+            beginning (CausVid, arXiv 2412.07772). Positions count from there, whatever the policy says.
+            Empty: never.
     """
 
     chunk_frames: int = 3
@@ -184,6 +189,8 @@ class StreamConfig:
     independent_first_frame: bool = False
     clean_forward: bool = True
     cuts: tuple[int, ...] = ()
+    rolling: bool = False
+    restart: tuple[int, ...] = ()
 
     def __post_init__(self):
         who = "StreamConfig"
@@ -204,6 +211,28 @@ class StreamConfig:
         expect(lowest >= 0, who, "denoising_step_list", "steps of at least 0", lowest)
         expect(self.shift > 0, who, "shift", "a positive number", self.shift)
         expect(self.context_noise >= 0, who, "context_noise", "at least 0", self.context_noise)
+        self._check_mode(who)
+
+    def _check_mode(self, who: str) -> None:
+        """Of ``rolling`` and ``restart``."""
+        for name in [name for name in ("rolling", "restart") if getattr(self, name)]:
+            for other, none in (("independent_first_frame", False), ("cuts", ()), ("restart", ())):
+                fits = other == name or getattr(self, other) == none
+                expect(fits, who, other, f"{none} with {name}", getattr(self, other))
+            placed = isinstance(self.policy(), policies.StateSlot)
+            expect(not placed, who, "sink_policy", f"another policy with {name}", repr(self.sink_policy))
+        if self.rolling:
+            noisy = len(self.denoising_step_list) * self.chunk_frames
+            text = f"at least {self.sink_frames + noisy}, with rolling: {self.sink_frames} sink frames and"
+            text += f" {len(self.denoising_step_list)} chunks of {self.chunk_frames}"
+            expect(self.window_frames >= noisy, who, "local_attn_size", text, self.local_attn_size)
+        if self.restart:
+            chunk = self.chunk_frames
+            frames, overlap = self.restart if len(self.restart) == 2 else (0, 0)
+            fits = overlap >= chunk and overlap % chunk == 0 and frames >= overlap + chunk
+            expected = f"(frames, overlap), overlap a multiple of the {chunk} frames of a chunk, frames at"
+            expected += f" least {chunk} more"
+            expect(fits, who, "restart", expected, self.restart)
 
     @property
     def window_frames(self) -> int:

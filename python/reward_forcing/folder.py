@@ -2,8 +2,9 @@
 are complete.
 
 While a stream runs, everything lies in ``<out>/stream.part``: ``latents.safetensors`` (its header is written
-first, each chunk is appended), ``cache.safetensors`` (the cache after one of the chunks), and
-``settings.json``. A process may be killed anywhere: the cache on disk is never ahead of the latents, and
+first, each chunk is appended), ``cache.safetensors`` (the cache after one of the chunks), ``settings.json``,
+and, for streams that carry frames beside the cache, ``carry-N.safetensors`` (N: the cache's next frame). A
+process may be killed anywhere: the cache on disk is never ahead of the latents, and
 ``<out>`` holds the files of one finished stream, or of none.
 """
 
@@ -20,11 +21,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rf_kernels import ArgumentError
 
 from ._check import expect
+from .checkpoint import CheckpointError, read_safetensors
 
 _WHO = "StreamFolder"
 _PART = "stream.part"
@@ -140,6 +143,7 @@ class StreamFolder:
             if self.begun:
                 (self.part / LATENTS).unlink()
             (self.part / "cache.safetensors").unlink(missing_ok=True)
+            self._forget_carries()
             free = shutil.disk_usage(self.out).free
             expect(
                 total <= free, _WHO, "frames", f"latents that fit the {free} bytes free in {self.out}", total
@@ -171,15 +175,17 @@ class StreamFolder:
     def complete(self) -> bool:
         return self.frames == self.shape[0]
 
-    def restore(self, cache) -> None:
-        """Put cache and latents where the last save was, the beginning if there was none."""
-        path = self.part / "cache.safetensors"
+    def restore(self, cache, pipeline) -> Tensor | None:
+        """Put cache and latents where the last save was, the beginning if there was none; what the stream
+        carries beside its cache."""
+        path, carry = self.part / "cache.safetensors", None
         if path.exists():
             try:
                 cache.load(path)
-            except ArgumentError as error:
+                carry = self._carry(cache) if pipeline.carries else None
+            except (ArgumentError, CheckpointError) as error:
                 expect(False, _WHO, "resume", f"the saved cache of this stream in {path}", error)
-        frame = cache.next_frame
+        frame = pipeline.next_frame(cache, carry)
         found = f"{self.frames} frames in {self.part / LATENTS}"
         expect(
             frame <= self.frames,
@@ -190,6 +196,22 @@ class StreamFolder:
         )
         self._file.truncate(self._begin + frame * self._frame_bytes)
         self._file.seek(0, os.SEEK_END)
+        return carry
+
+    def _carry_path(self, cache) -> Path:
+        return self.part / f"carry-{cache.next_frame}.safetensors"
+
+    def _carry(self, cache) -> Tensor:
+        path = self._carry_path(cache)
+        carry = read_safetensors(path).get("carry")
+        fits = carry is not None and carry.dim() == 5 and carry.shape[2:] == self.shape[1:]
+        expect(fits, _WHO, "resume", f"frames [1, n, ...] of this stream named `carry` in {path}", "others")
+        return carry.to(cache.spec.device)
+
+    def _forget_carries(self, but: Path | None = None) -> None:
+        for path in self.part.glob("carry-*"):
+            if path != but:
+                path.unlink()
 
     def append(self, latents: Tensor) -> None:
         """Write the next frames ``[F, C, H, W]``."""
@@ -197,15 +219,19 @@ class StreamFolder:
         while data:
             data = data[self._file.write(data) :]
 
-    def save(self, cache, *, now: bool = False) -> None:
-        """Save the cache for a resume, if it is time."""
+    def save(self, cache, carry: Tensor | None = None, *, now: bool = False) -> None:
+        """Save the cache for a resume, and what the stream carries beside it, if it is time."""
         if now or time.monotonic() - self._saved_at >= self._save_seconds:
             os.fsync(self._file.fileno())
+            path = None if carry is None else self._carry_path(cache)
+            if path is not None:  # before the cache, which tells which one is read
+                save_file({"carry": carry.contiguous()}, path)
+                _sync(path)
             fresh = self.part / "cache.fresh"
             cache.save(fresh)
-            with fresh.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(fresh)
             fresh.rename(self.part / "cache.safetensors")
+            self._forget_carries(but=path)
             self._saved_at = time.monotonic()
 
     def finish(self, side_files: Iterable[str] = ()) -> list[Path]:
@@ -218,6 +244,11 @@ class StreamFolder:
         for name in names:
             (self.part / name).rename(self.out / name)
         return [self.out / name for name in names[::-1]]
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -93,7 +94,7 @@ class StreamJob:
         expect(whole, _WHO, "frames", multiple, self.frames)
         # Frames of the sink have slots of their own until it is full, so the last chunk needs the largest
         # window.
-        needed = min(stream.chunk_frames, max(0, self.frames - stream.sink_frames))
+        needed = min(self._together, max(0, self.frames - stream.sink_frames))
         found = (
             f"{stream.window_frames} ({stream.local_attn_size} frames attended, {stream.sink_frames} of the"
             " sink)"
@@ -105,11 +106,17 @@ class StreamJob:
         spec = rf.CacheSpec(**sizes, **frames, rope=config.rope, dtype=self.dtype, device="meta")
         stream.policy().bind(spec)
 
+    @property
+    def _together(self) -> int:
+        """Frames of the largest forward."""
+        stream = self.stream
+        return stream.chunk_frames * (len(stream.denoising_step_list) if stream.rolling else 1)
+
     def _check_memory(self, config: ModelConfig, weights: int, device: torch.device) -> None:
         """Refuse what cannot fit: weights, cache and the widest tensors of one forward, each at its least."""
         stream, size = self.stream, self.dtype.itemsize
         frame_tokens = math.prod(config.grid(self.height, self.width))
-        chunk_tokens = stream.chunk_frames * frame_tokens
+        chunk_tokens = self._together * frame_tokens
         parts = {
             "weights": weights * size,
             "cache": 2 * config.num_layers * stream.local_attn_size * frame_tokens * config.dim * size,
@@ -168,29 +175,43 @@ class PreparedStream:
         renoising."""
         return ChunkNoise(self.job.seed, first_frame, self.model.device, self.model.dtype)
 
-    def chunks(self, cache: rf.SinkWindowCache, on_phase=None) -> Iterator[Chunk]:
-        """Stream from where the cache stands to the job's last frame.
+    def chunks(
+        self, cache: rf.SinkWindowCache, carry: Tensor | None = None, on_phase=None
+    ) -> Iterator[Chunk]:
+        """Stream from where the cache stands to the job's last frame. ``carry``: that of the chunk before.
 
         Raises:
             FloatingPointError: a chunk that is not finite. The stream ends before it.
         """
         stream, (frames, *size) = self.job.stream, self.shape
-        current: list[ChunkNoise] = []
+        begin, step, levels = (
+            self.pipeline.next_frame(cache, carry),
+            stream.chunk_frames,
+            self.pipeline.timesteps,
+        )
+        current: deque[ChunkNoise] = deque(maxlen=len(levels))  # of the newest chunks
+        if stream.rolling and carry is not None:
+            for i in range(carry.shape[1] // step):  # they drew their first noise, and one a forward
+                current.append(self.noise(begin))
+                for _ in range(len(levels) - i):
+                    current[-1].draw((1, step, *size))
+                begin += step
 
         def noise_chunks() -> Iterator[Tensor]:
-            frame = cache.next_frame
+            frame = begin
             while frame < frames:
-                length = 1 if frame == 0 and stream.independent_first_frame else stream.chunk_frames
-                current[:] = [self.noise(frame)]
-                yield current[0].draw((1, length, *size))
+                length = 1 if frame == 0 and stream.independent_first_frame else step
+                current.append(self.noise(frame))
+                yield current[-1].draw((1, length, *size))
                 frame += length
 
         def noise_source(like: Tensor) -> Tensor:
-            return current[0].draw(like.shape)
+            count = like.shape[1] // step if stream.rolling else 1
+            shape = (1, like.shape[1] // count, *size)
+            return torch.cat([noise.draw(shape) for noise in list(current)[-count:]], dim=1)
 
-        chunks = self.pipeline.stream(
-            noise_chunks(), self.context, cache=cache, noise_source=noise_source, on_phase=on_phase
-        )
+        options = {"noise_source": noise_source, "on_phase": on_phase}
+        chunks = self.pipeline.stream(noise_chunks(), self.context, cache=cache, carry=carry, **options)
         for chunk in chunks:
             if not torch.isfinite(chunk.latents).all():
                 last = chunk.first_frame + chunk.latents.shape[1] - 1

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import rf_kernels as rf
 
@@ -50,8 +51,9 @@ class Stop:
             print("\nfinishing this chunk; again to stop at once", file=sys.stderr)
 
 
-def begin(job: StreamJob, folder: StreamFolder) -> tuple[PreparedStream, rf.SinkWindowCache]:
-    """Check a job and its folder, and bring both to where the stream goes on.
+def begin(job: StreamJob, folder: StreamFolder) -> tuple[PreparedStream, rf.SinkWindowCache, Tensor | None]:
+    """Check a job and its folder, and bring both to where the stream goes on: the job with its model, the
+    cache, and what the stream carries beside it.
 
     Raises:
         rf_kernels.ArgumentError: what cannot be; nothing was generated.
@@ -59,12 +61,13 @@ def begin(job: StreamJob, folder: StreamFolder) -> tuple[PreparedStream, rf.Sink
     prepared = job.prepare()
     folder.begin(job.settings(), prepared.shape)
     cache = prepared.new_cache()
-    if not folder.complete:
-        folder.restore(cache)
-    return prepared, cache
+    carry = None if folder.complete else folder.restore(cache, prepared.pipeline)
+    return prepared, cache, carry
 
 
-def generate(prepared: PreparedStream, cache: rf.SinkWindowCache, folder: StreamFolder) -> list[Path]:
+def generate(
+    prepared: PreparedStream, cache: rf.SinkWindowCache, carry: Tensor | None, folder: StreamFolder
+) -> list[Path]:
     """Generate what is missing; the finished files.
 
     Raises:
@@ -72,9 +75,9 @@ def generate(prepared: PreparedStream, cache: rf.SinkWindowCache, folder: Stream
     """
     with Stop() as stop:
         begin = time.perf_counter()
-        for chunk in () if folder.complete else prepared.chunks(cache):
+        for chunk in () if folder.complete else prepared.chunks(cache, carry):
             folder.append(chunk.latents[0])
-            folder.save(cache, now=stop.signal is not None)
+            folder.save(cache, chunk.carry, now=stop.signal is not None)
             _progress(folder.frames, prepared.job.frames, time.perf_counter() - begin)
             if stop.signal is not None and not folder.complete:
                 raise Stopped(stop.signal, folder.frames)

@@ -103,6 +103,11 @@ class SinkWindowCache:
         return self.spec.ring
 
     @property
+    def first_frame(self) -> int:
+        """The frame that the stream began with; ``next_frame`` while it has none."""
+        return self._stream.origin
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens of the valid prefix after the last commit."""
         return len(self._stream.held) * self.spec.frame_tokens

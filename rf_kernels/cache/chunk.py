@@ -434,15 +434,15 @@ class Chunk(Beside):
 
     def _key_bias(self, layer: int) -> Tensor | None:
         """The layer's log-weights as the policy keeps them, refused here if attention would refuse them."""
-        sink, spec = self._cache._sink, self._cache.spec
-        if not sink.weighs_keys or (bias := sink.key_bias(layer, self.plan)) is None:
+        state, spec = self._cache._sink, self._cache.spec
+        if not state.weighs_keys or (bias := state.key_bias(layer, self.plan)) is None:
             return None
         tokens, device = spec.ring.length * spec.frame_tokens, self._cache._slots[layer][0].device
         fits = isinstance(bias, Tensor) and bias.dtype == torch.float32 and bias.device == device
         if not fits or bias.shape not in ((tokens,), (spec.batch, tokens)):
             found = f"{bias.dtype} {list(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
             expected = f"None, or float32 [{tokens}] or [{spec.batch}, {tokens}] on {device}"
-            raise argument_error(f"{type(sink).__name__}.key_bias", "result", expected, found)
+            raise argument_error(f"{type(state).__name__}.key_bias", "result", expected, found)
         return bias
 
     def _bias(self, key_bias: Tensor | None) -> Tensor | None:

@@ -130,6 +130,21 @@ REFUSED = {
         ["--policy", "two-rates", "--sink-frames", "1"],
         "--sink-frames: expected at",
     ),
+    "a window that does not hold the noise": (
+        ["--rolling", "--window", "8"],
+        "--window: expected at least 9, with rolling: 3 sink frames and 2 chunks of 3, found 8",
+    ),
+    "cuts in a rolling window": (
+        ["--rolling", "--cuts", "6"],
+        "--cuts: expected () with rolling, found (6,)",
+    ),
+    "two ways at once": (["--rolling", "--restart", "9", "3"], "--restart: expected () with rolling"),
+    "an overlap of part of a chunk": (["--restart", "9", "2"], "--restart: expected (frames, overlap), over"),
+    "a stretch of the overlap alone": (["--restart", "3", "3"], "frames at least 3 more, found (3, 3)"),
+    "a state in stretches": (
+        ["--restart", "9", "3", "--policy", "state:chunk=3", "--sink-frames", "0"],
+        "--policy: expected another policy with restart, found 'state:chunk=3'",
+    ),
     "unknown state": (
         ["--sink-state", "int4"],
         "--sink-state: expected one of compensated, float32, published, found",
@@ -228,6 +243,8 @@ def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
         ["--policy", "two-rates:long=0.1,adaptive=true"],
         ["--policy", "cyclic", "--noisy-context"],
         ["--policy", "shots:offset=8", "--cuts", "6"],
+        ["--rolling"],
+        ["--restart", "9", "3"],
         ["--steps", "1000"],
         ["--seed", "-1"],
     ],
@@ -345,6 +362,40 @@ def test_a_stream_killed_at_any_step_goes_on_to_the_same_files(
         assert files(out) == uninterrupted
     assert files(out) == uninterrupted
     assert points > 25
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ["--rolling"],
+        ["--rolling", "--noisy-context", "--dtype", "bfloat16"],
+        ["--restart", "9", "3", "--dtype", "bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_stream_carries_beside_its_cache_is_saved_with_it(mode, tmp_path, capsys, monkeypatch):
+    """Killed before each save, behind it, and between its two files."""
+    run = ["--frames", "15", *mode]
+    assert call(capsys, *run, "--out", tmp_path / "whole") == (0, "")
+    # the latents' header is renamed first
+    points = [(StreamFolder, "save", n) for n in (1, 3, 5)] + [(Path, "rename", n) for n in (2, 4, 6)]
+    for owner, name, number in points:
+        out, calls, own = tmp_path / f"{name} {number}", [], getattr(owner, name)
+
+        def killing(*args, own=own, calls=calls, number=number, **kwargs):
+            calls.append(args)
+            if len(calls) == number:
+                raise Killed
+            return own(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killing)
+            with pytest.raises(Killed):
+                call(capsys, *run, "--out", out, "--save-seconds", "0")
+        kept = list((out / "stream.part").glob("carry-*"))
+        assert (number > 2) <= len(kept) <= 2
+        assert call(capsys, *run, "--out", out, "--resume", "--save-seconds", "0") == (0, "")
+        assert files(out) == files(tmp_path / "whole")
 
 
 class Process:

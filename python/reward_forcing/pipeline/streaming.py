@@ -17,6 +17,8 @@ from ..config import StreamConfig
 from ..models import CausalWanModel
 from ..scheduler import FlowMatchScheduler
 from .phases import Phase, PhaseClock
+from .restart import Stretch
+from .rolling import RollingWindow
 
 #: Gaussian noise of the shape, dtype and device of its argument.
 NoiseSource = Callable[[Tensor], Tensor]
@@ -25,11 +27,16 @@ NoiseSource = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Chunk:
     """One generated chunk: number ``index``, latents ``[B, F, C, H, W]`` of the frames from ``first_frame``
-    on."""
+    on.
+
+    ``carry``: what the stream needs beside its cache to go on behind this chunk, ``[B, n, C, H, W]``: with
+    ``rolling`` the noisy frames that follow, with ``restart`` the last finished ones. None elsewhere.
+    """
 
     index: int
     first_frame: int
     latents: Tensor
+    carry: Tensor | None = None
 
 
 def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bool = False) -> list[int]:
@@ -45,12 +52,6 @@ def chunk_lengths(frames: int, chunk_frames: int, *, independent_first_frame: bo
     return first + [chunk_frames] * chunks
 
 
-def _open_chunk(cache: rf.SinkWindowCache, frames: int, cuts: tuple[int, ...], start: int | None) -> rf.Chunk:
-    """The next chunk of a cache, or the one at ``start``; taken back if it fails, where the cache can."""
-    cut = (cache.next_frame if start is None else start) in cuts
-    return cache.chunk(frames, start=start, cut=cut, undo=frames <= cache.spec.undo_frames)
-
-
 class StreamingPipeline:
     """Generates a stream with a causal model in a few denoising steps a chunk.
 
@@ -58,6 +59,10 @@ class StreamingPipeline:
     for the last step, ``z = (1 - sigma(t')) x0 + sigma(t') eps`` at the next timestep t'. Then one more
     forward, on the finished x0, without noise, at timestep ``context_noise``: it leaves the clean keys and
     values in the cache; without ``clean_forward`` there is none, and those of the last step stay.
+
+    With ``rolling`` the chunks of a window go through the model together, each at its own timestep
+    (``RollingWindow``). With ``restart`` a stretch that is full is followed by another, which begins with the
+    last frames (``Stretch``).
 
         pipeline = StreamingPipeline(model, StreamConfig(...))
         for chunk in pipeline.stream(noise_chunks, context):  # noise_chunks: any iterable, also endless
@@ -101,6 +106,7 @@ class StreamingPipeline:
         initial_latent: Tensor | None = None,
         cache: rf.SinkWindowCache | None = None,
         start: int | None = None,
+        carry: Tensor | None = None,
         noise_source: NoiseSource = torch.randn_like,
         on_phase: Callable[[Phase], None] | None = None,
     ) -> Iterator[Chunk]:
@@ -108,7 +114,7 @@ class StreamingPipeline:
 
         Args:
             noise_chunks: initial noise of each chunk ``[B, F, C, H, W]``, F of any length that fits the
-                window; read one at a time.
+                window (with ``rolling``: ``chunk_frames``); read one at a time.
             context: text features ``[B, n, text_dim]``.
             initial_latent: clean frames ``[B, F0, C, H, W]`` that the stream continues; written into the
                 cache at timestep 0, not yielded.
@@ -117,34 +123,69 @@ class StreamingPipeline:
             start: first frame of the first chunk (of ``initial_latent``, if given), as for
                 ``SinkWindowCache.chunk``: any frame of an empty cache, or one to go back to. None: the frame
                 behind the last.
+            carry: that of the chunk behind which a stream in ``cache`` goes on, if it had one.
             noise_source: draws the noise between steps, e.g. from a seeded generator. Called once per
-                renoising, in order.
+                renoising, in order; with ``rolling`` once for all chunks that are noised, the newest ones
+                that were read, oldest first.
             on_phase: called after each phase with its wall-clock time; on a GPU this synchronises at every
                 phase.
 
         An exception in the middle of a chunk (also of ``noise_source``) leaves a cache with ``undo_frames``
         as it was before that chunk, ready to go on; so does a commit that finds frames that are not finite.
-        Without ``undo_frames`` the cache has a closed stream and must be ``reset``.
+        Without ``undo_frames`` the cache has a closed stream and must be ``reset``. With ``rolling`` a
+        stream goes on after an exception from the ``start`` and the ``carry`` of the chunk before it. One
+        while a stretch starts over (``restart``) leaves an empty cache.
         """
         clock = PhaseClock(on_phase, self.model.device)
         text = self.model.text_keys(context)
+        stretch = Stretch(self, text, clock, carry) if self.config.restart else None
         index = 0
         if initial_latent is not None:
+            expect(carry is None, "StreamingPipeline", "carry", "None with initial_latent", "a tensor")
             starts = cache is None or 0 in (cache.next_frame, start)
             for given in self.split(initial_latent, starts_stream=starts):
-                cache = self._cache_for(given, cache)
+                cache = self.cache_for(given, cache)
                 with (
-                    _open_chunk(cache, given.shape[1], self.config.cuts, start) as open_chunk,
+                    self.open_chunk(cache, given.shape[1], start, stretch, index) as open_chunk,
                     clock("prefix", index),
                 ):
                     self.flow(given, 0.0, text, open_chunk)
+                if stretch is not None:
+                    stretch.add(given)
                 index, start = index + 1, None
+        if self.config.rolling:
+            window = RollingWindow(self, text, noise_source, clock)
+            yield from self._rolled(window, noise_chunks, cache, start, carry, index)
+            return
         for noise in noise_chunks:
-            cache = self._cache_for(noise, cache)
-            with _open_chunk(cache, noise.shape[1], self.config.cuts, start) as open_chunk:
+            cache = self.cache_for(noise, cache)
+            with self.open_chunk(cache, noise.shape[1], start, stretch, index) as open_chunk:
                 latents = self._generate(noise, text, open_chunk, noise_source, clock, index)
-            yield Chunk(index, open_chunk.first_frame, latents)
+            last = None if stretch is None else stretch.add(latents)
+            yield Chunk(index, open_chunk.first_frame, latents, last)
             index, start = index + 1, None
+
+    def _rolled(
+        self, window: RollingWindow, noise_chunks: Iterable[Tensor], cache, start, carry, index: int
+    ) -> Iterator[Chunk]:
+        incoming = iter(noise_chunks)
+        if carry is not None:
+            window.resume(carry)
+        while True:
+            noise = next(incoming, None)
+            if noise is not None:
+                cache = self.cache_for(noise, cache)
+                window.put(noise, 0)
+            elif window.carry is None:
+                return
+            if window.first_frame is None:
+                expect(cache is not None, "StreamingPipeline", "cache", "the one that goes with carry", None)
+                window.first_frame = self.next_frame(cache, carry) if start is None else start
+            latents = window.forward(cache, index)
+            if latents is not None:
+                first, window.first_frame = window.first_frame, window.first_frame + latents.shape[1]
+                yield Chunk(index, first, latents, window.carry)
+                index += 1
 
     def rollout(
         self, noise: Tensor, context: Tensor, *, initial_latent: Tensor | None = None, **options
@@ -156,7 +197,33 @@ class StreamingPipeline:
         parts = [] if initial_latent is None else [initial_latent]
         return torch.cat([*parts, *(chunk.latents for chunk in generated)], dim=1)
 
-    def _cache_for(self, latent: Tensor, cache: rf.SinkWindowCache | None) -> rf.SinkWindowCache:
+    @property
+    def carries(self) -> bool:
+        """Whether chunks have a ``carry``."""
+        return self.config.rolling or bool(self.config.restart)
+
+    def next_frame(self, cache: rf.SinkWindowCache, carry: Tensor | None) -> int:
+        """The frame that comes next in a stream that was left behind a chunk with this ``carry``: in a
+        rolling window without clean forwards the cache is ahead of it."""
+        ahead = self.config.rolling and not self.config.clean_forward and carry is not None
+        return cache.next_frame - carry.shape[1] if ahead else cache.next_frame
+
+    def open_chunk(
+        self,
+        cache: rf.SinkWindowCache,
+        frames: int,
+        start: int | None,
+        stretch: Stretch | None = None,
+        index: int = 0,
+    ) -> rf.Chunk:
+        """The next chunk of a cache, or the one at ``start``; taken back if it fails, where the cache can.
+        A stretch that is full is left before."""
+        position = None if stretch is None else stretch.position(cache, frames, start, index)
+        cut = (cache.next_frame if start is None else start) in self.config.cuts
+        undo = frames <= cache.spec.undo_frames
+        return cache.chunk(frames, start=start, position=position, cut=cut, undo=undo)
+
+    def cache_for(self, latent: Tensor, cache: rf.SinkWindowCache | None) -> rf.SinkWindowCache:
         expect(latent.dim() == 5, "StreamingPipeline", "noise", "chunks [B, F, C, H, W]", tuple(latent.shape))
         if cache is None:
             return self.new_cache(latent.shape[0], *latent.shape[3:])
@@ -166,10 +233,11 @@ class StreamingPipeline:
         )
         return cache
 
-    def flow(self, latent: Tensor, t: float, text, open_chunk: rf.Chunk) -> Tensor:
-        """Flow of a chunk ``[B, F, C, H, W]`` at one timestep for all of its frames."""
-        timesteps = torch.full((latent.shape[0], 1), t, device=latent.device)
-        return self.model(latent.transpose(1, 2), timesteps, text, open_chunk).transpose(1, 2)
+    def flow(self, latent: Tensor, t: float | Tensor, text, open_chunk: rf.Chunk) -> Tensor:
+        """Flow of a chunk ``[B, F, C, H, W]`` at one timestep for all of its frames, or at ``[B, F]``."""
+        if not isinstance(t, Tensor):
+            t = torch.full((latent.shape[0], 1), t, device=latent.device)
+        return self.model(latent.transpose(1, 2), t, text, open_chunk).transpose(1, 2)
 
     def _generate(
         self, z: Tensor, text, open_chunk: rf.Chunk, noise_source: NoiseSource, clock: PhaseClock, index: int

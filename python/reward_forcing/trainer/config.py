@@ -221,8 +221,10 @@ class TrainConfig:
             expect(0 <= getattr(self, name) < 1, "TrainConfig", name, "in [0, 1)", getattr(self, name))
         for name in ("save_every", "sample_every", "context_jitter"):
             expect(getattr(self, name) >= 0, "TrainConfig", name, "at least 0", getattr(self, name))
-        plain = self.stream.clean_forward and not self.stream.cuts
-        expect(plain, "TrainConfig", "stream", "clean forwards, and no cuts", self.stream)
+        stream = self.stream
+        plain = stream.clean_forward and not (stream.cuts or stream.rolling or stream.restart)
+        expected = "clean forwards, and no cuts, rolling or restart"
+        expect(plain, "TrainConfig", "stream", expected, stream)
         chunked = self.stage == "teacher" or self.frames % self.stream.chunk_frames == 0
         expect(chunked, "TrainConfig", "frames", f"a multiple of {self.stream.chunk_frames}", self.frames)
 
