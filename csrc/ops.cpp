@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
   };
   define(
       "ema_evict",
-      "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
+      "(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
       "Tensor(e!)? v_state, Tensor schedule, Tensor turns, Tensor alpha, int frame_tokens, int[] temporal, "
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
   define("sink_window_attention",
@@ -45,12 +45,12 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
          "Tensor");
   define(
       "rope_append_check",
-      "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots, "
+      "(Tensor q, Tensor k, Tensor? v, Tensor k_cache, Tensor? v_cache, Tensor slots, "
       "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
       "()");
   define(
       "rope_append",
-      "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+      "(Tensor q, Tensor k, Tensor? v, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, "
       "Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, float eps) -> "
       "Tensor");
   define(
@@ -63,7 +63,8 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
 
   // The same calls, checked, with their outputs: what rf_kernels/triton implements.
   m.def(
-      "triton_ema_evict(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_state, Tensor(d!)? k_state_lo, "
+      "triton_ema_evict(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor(c!)? k_state, Tensor(d!)? "
+      "k_state_lo, "
       "Tensor(e!)? v_state, Tensor schedule, Tensor turns, Tensor alpha, int frame_tokens, int[] temporal, "
       "int state, bool skip_nonfinite, Tensor(f!)? skipped) -> ()");
   m.def(
@@ -79,7 +80,7 @@ STABLE_TORCH_LIBRARY(rf_kernels, m) {
       "triton_rope(Tensor x, Tensor? angles, int[] axes, int layout, Tensor? weight, int norm, float eps, "
       "Tensor(a!) out) -> ()");
   m.def(
-      "triton_rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "triton_rope_append(Tensor q, Tensor k, Tensor? v, Tensor(a!) k_cache, Tensor(b!)? v_cache, "
       "Tensor slots, Tensor? angles, int[] axes, int layout, Tensor? q_weight, Tensor? k_weight, int norm, "
       "float eps, Tensor(c!) q_out) -> ()");
   m.def(

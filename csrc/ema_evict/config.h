@@ -20,7 +20,7 @@ struct Units {
   bool inside;                        // pairs (2i, 2i + 1) inside of a vector; else (x + i, y + i) across two
   int span, span0, span1;             // vectors that a head's pairs take, from where on (across: twice)
   int paired, padded, filled, plain;  // units: with pairs, with their padding, of it taken; other keys
-  int total;
+  int values, total;                  // units of the values; of all
   FastDivide paired_a_head, plain_a_head, vectors_a_head;
 
   Units() = default;
@@ -38,7 +38,8 @@ struct Units {
     padded = (paired + 31) / 32 * 32;
     plain = p.heads * others;
     filled = inside ? std::min(padded - paired, plain) : 0;
-    total = padded + plain - filled + p.heads * vectors;
+    values = p.has_values() ? p.heads * vectors : 0;
+    total = padded + plain - filled + values;
     paired_a_head = FastDivide(a_head);
     plain_a_head = FastDivide(others);
     vectors_a_head = FastDivide(vectors);

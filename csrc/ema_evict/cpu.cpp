@@ -232,8 +232,9 @@ struct Rows {
     fused.clear();
     for (int i = 0; i < entry[1]; ++i) {
       const int64_t source = entry[2 + i];
-      if (!p.skip_nonfinite || (finite(token(p.k_cache, b, source, t, true), p.k_stride_h) &&
-                                finite(token(p.v_cache, b, source, t, false), p.v_stride_h)))
+      if (!p.skip_nonfinite ||
+          (finite(token(p.k_cache, b, source, t, true), p.k_stride_h) &&
+           (!p.has_values() || finite(token(p.v_cache, b, source, t, false), p.v_stride_h))))
         fused.push_back(i);
     }
     const int skipped = entry[1] - static_cast<int>(fused.size());
@@ -250,6 +251,7 @@ struct Rows {
     head.turns = source_turns.data();
     head.slot_turn = turns.of(p, b, j, p.sources);
     for (const bool key : {true, false}) {
+      if (!key && !p.has_values()) break;
       head.separate = key && p.k_state != nullptr;
       if (!head.separate && !head.init && fused.empty()) continue;
       const void* cache = key ? p.k_cache : p.v_cache;

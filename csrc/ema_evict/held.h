@@ -141,10 +141,9 @@ class HeldLane {
 
     // A lane without a part of the row reads what the first has, and writes nothing.
     const int keys = units.padded + units.plain - units.filled;
-    const int vectors = p.heads * static_cast<int>(units.vectors_a_head.divisor);
     const Place place(p, units, lane);
     k_active_ = lane < keys && place.kind != Unit::kIdle;
-    v_active_ = lane < vectors;
+    v_active_ = lane < units.values;
     const int key_head = k_active_ ? place.head : 0, key_dim = k_active_ ? place.dim[0] : 0;
     const int i = v_active_ ? lane : 0, value_head = units.vectors_a_head.quotient(i);
     const int value_dim = units.vectors_a_head.remainder(i, value_head) * N;

@@ -11,19 +11,20 @@ namespace {
 constexpr const char* kOp = "ema_evict";
 using OptionalTensor = std::optional<Tensor>;
 
-void check_caches(const Tensor& k_cache, const Tensor& v_cache, int64_t frame_tokens) {
-  const char* layout = "[B, T, H, D]";
-  check_dim(kOp, "k_cache", k_cache, 4, layout);
-  check_dim(kOp, "v_cache", v_cache, 4, layout);
-  for (int64_t d = 0; d < 4; ++d)
-    check_size(kOp, "v_cache", v_cache, d, k_cache.size(d), "k_cache's [B, T, H, D]");
+void check_caches(const Tensor& k_cache, const OptionalTensor& v_cache, int64_t frame_tokens) {
+  check_dim(kOp, "k_cache", k_cache, 4, "[B, T, H, D]");
   checked_dtype(kOp, "k_cache", k_cache);
-  check_dtype(kOp, "v_cache", v_cache, k_cache.scalar_type());
-  check_same_device(kOp, "v_cache", v_cache, k_cache);
   check_last_dim_contiguous(kOp, "k_cache", k_cache);
-  check_last_dim_contiguous(kOp, "v_cache", v_cache);
   check_no_self_overlap(kOp, "k_cache", k_cache);
-  check_no_self_overlap(kOp, "v_cache", v_cache);
+  if (v_cache.has_value()) {
+    check_dim(kOp, "v_cache", *v_cache, 4, "[B, T, H, D]");
+    for (int64_t d = 0; d < 4; ++d)
+      check_size(kOp, "v_cache", *v_cache, d, k_cache.size(d), "k_cache's [B, T, H, D]");
+    check_dtype(kOp, "v_cache", *v_cache, k_cache.scalar_type());
+    check_same_device(kOp, "v_cache", *v_cache, k_cache);
+    check_last_dim_contiguous(kOp, "v_cache", *v_cache);
+    check_no_self_overlap(kOp, "v_cache", *v_cache);
+  }
   RF_CHECK_ARG(product_fits_int32(k_cache.size(2), k_cache.size(3)), kOp, "k_cache", "H * D below 2^31",
                shape_text(k_cache));
   RF_CHECK_ARG(frame_tokens >= 1, kOp, "frame_tokens", "at least 1", frame_tokens);
@@ -105,22 +106,23 @@ void check_none(const char* arg, const OptionalTensor& state, const char* why) {
   RF_CHECK_ARG(!state.has_value(), kOp, arg, concat("None (", why, ")"), "a tensor");
 }
 
-void check_states(const Tensor& k_cache, const OptionalTensor& k_state, const OptionalTensor& k_state_lo,
-                  const OptionalTensor& v_state, int64_t tokens, int64_t pairs, EmaState state) {
+void check_states(const Tensor& k_cache, bool has_values, const OptionalTensor& k_state,
+                  const OptionalTensor& k_state_lo, const OptionalTensor& v_state, int64_t tokens,
+                  int64_t pairs, EmaState state) {
   const ScalarType t = k_cache.scalar_type();
   const ScalarType k_dtype = state == EmaState::kFloat32 ? ScalarType::Float : t;
   if (k_state.has_value() || pairs > 0 || state == EmaState::kFloat32)
     check_state("k_state", k_state, k_cache, tokens, k_dtype);
-  if (state == EmaState::kCompensated) {
+  if (state == EmaState::kCompensated)
     check_state("k_state_lo", k_state_lo, k_cache, tokens, t);
-    check_state("v_state", v_state, k_cache, tokens, t);
-    return;
-  }
-  check_none("k_state_lo", k_state_lo, "only a compensated state of a half-precision cache has a low part");
-  if (state == EmaState::kFloat32)
-    check_state("v_state", v_state, k_cache, tokens, ScalarType::Float);
   else
+    check_none("k_state_lo", k_state_lo, "only a compensated state of a half-precision cache has a low part");
+  if (!has_values)
+    check_none("v_state", v_state, "there is no `v_cache`");
+  else if (state == EmaState::kPublished)
     check_none("v_state", v_state, "the value slots are the state");
+  else
+    check_state("v_state", v_state, k_cache, tokens, state == EmaState::kFloat32 ? ScalarType::Float : t);
 }
 
 // Everything that is written lies apart from everything else.
@@ -169,7 +171,7 @@ void check_values(const Params& p, const Tensor& schedule, const Tensor& alpha) 
 
 }  // namespace
 
-void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTensor k_state_lo,
+void evict(Tensor k_cache, OptionalTensor v_cache, OptionalTensor k_state, OptionalTensor k_state_lo,
            OptionalTensor v_state, Tensor schedule, Tensor turns, Tensor alpha, int64_t frame_tokens,
            std::vector<int64_t> temporal, int64_t state_name, bool skip_nonfinite, OptionalTensor skipped) {
   check_caches(k_cache, v_cache, frame_tokens);
@@ -182,9 +184,11 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
   const int64_t lead = turns.dim() - 4;
   const int64_t pairs = turns.size(lead + 2);
   check_temporal(temporal, pairs, k_cache.size(3));
-  check_states(k_cache, k_state, k_state_lo, v_state, sink_frames * frame_tokens, pairs, state);
+  check_states(k_cache, v_cache.has_value(), k_state, k_state_lo, v_state, sink_frames * frame_tokens, pairs,
+               state);
 
-  std::vector<std::pair<const char*, const Tensor*>> written{{"k_cache", &k_cache}, {"v_cache", &v_cache}};
+  std::vector<std::pair<const char*, const Tensor*>> written{{"k_cache", &k_cache}};
+  if (v_cache) written.emplace_back("v_cache", &*v_cache);
   if (k_state) written.emplace_back("k_state", &*k_state);
   if (k_state_lo) written.emplace_back("k_state_lo", &*k_state_lo);
   if (v_state) written.emplace_back("v_state", &*v_state);
@@ -200,10 +204,15 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
   p.dtype = checked_dtype(kOp, "k_cache", k_cache);
   p.state = state;
   p.k_cache = k_cache.mutable_data_ptr();
-  p.v_cache = v_cache.mutable_data_ptr();
   p.k_state = k_state ? k_state->mutable_data_ptr() : nullptr;
   p.k_state_lo = k_state_lo ? k_state_lo->mutable_data_ptr() : nullptr;
-  p.v_state = v_state ? v_state->mutable_data_ptr() : nullptr;
+  // Keys alone: what a lane without values reads of them is the keys' (held.h), and is not written.
+  const Tensor& values = v_cache ? *v_cache : k_cache;
+  p.v_cache = values.mutable_data_ptr();
+  if (!v_cache)
+    p.v_state = state == EmaState::kFloat32 ? p.k_state : p.k_state_lo;
+  else
+    p.v_state = v_state ? v_state->mutable_data_ptr() : nullptr;
   p.schedule = static_cast<const int32_t*>(schedule.const_data_ptr());
   p.turns = turns.const_data_ptr();
   p.alpha = static_cast<const double*>(alpha.const_data_ptr());
@@ -223,9 +232,9 @@ void evict(Tensor k_cache, Tensor v_cache, OptionalTensor k_state, OptionalTenso
   p.k_stride_b = k_cache.stride(0);
   p.k_stride_t = k_cache.stride(1);
   p.k_stride_h = k_cache.stride(2);
-  p.v_stride_b = v_cache.stride(0);
-  p.v_stride_t = v_cache.stride(1);
-  p.v_stride_h = v_cache.stride(2);
+  p.v_stride_b = values.stride(0);
+  p.v_stride_t = values.stride(1);
+  p.v_stride_h = values.stride(2);
   p.schedule_stride_b = schedule.dim() == 3 ? schedule.stride(0) : 0;
   p.turns_stride_b = lead == 1 ? turns.stride(0) : 0;
   p.alpha_stride_frame = alpha.dim() >= 1 ? alpha.stride(0) : 0;

@@ -12,10 +12,10 @@ struct Params {
   Dtype dtype;
   EmaState state;           // kPublished where the cache is float32 or float64
   void* k_cache;            // [B, T, H, D], T = frames * frame_tokens; last stride 1
-  void* v_cache;            // [B, T, H, D]
+  void* v_cache;            // [B, T, H, D]; k_cache once more where there are keys alone
   void* k_state;            // [B, S*n, H, D] cache dtype (hi) or float32; null: the slot is the state
   void* k_state_lo;         // [B, S*n, H, D] cache dtype; "compensated" alone
-  void* v_state;            // [B, S*n, H, D] lo beside the slot, or float32, or null
+  void* v_state;            // [B, S*n, H, D] lo beside the slot, or float32, or null; as v_cache
   const int32_t* schedule;  // [B or 1, S, 2 + E]: init, count, source slots
   const void* turns;        // [B or 1, S, E + 1, nt, 2]: cosine, sine; the accumulator's dtype
   const double* alpha;      // [S, n] by its strides
@@ -29,6 +29,8 @@ struct Params {
   int64_t schedule_stride_b, turns_stride_b;  // 0 where all samples share one
   int64_t alpha_stride_frame, alpha_stride_token;
   bool skip_nonfinite;
+
+  bool has_values() const { return v_cache != k_cache; }
 };
 
 // f.operator()<T, kState>() for the types of a call.

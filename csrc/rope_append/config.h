@@ -87,7 +87,8 @@ inline Config choose_config(const Params& p) {
                 weights_like_data;
   config.usual = config.held && p.norm == NormScope::kModel && p.q.weight != nullptr &&
                  p.k.weight != nullptr && p.q.heads == p.k.heads && p.axes.layout == RopeLayout::kAdjacent &&
-                 2 * p.axes.pairs == p.head_dim && frame_tokens(p) % kHeldTogether == 0;
+                 2 * p.axes.pairs == p.head_dim && frame_tokens(p) % kHeldTogether == 0 &&
+                 p.v.data != nullptr;
   const int64_t held_lanes = units > p.axes.pairs ? units : p.axes.pairs;
   config.threads = static_cast<int32_t>(((config.held ? held_lanes : lanes) + 31) / 32 * 32);
 

@@ -153,7 +153,7 @@ void run(const Params& p) {
       if (p.k.heads == 0) continue;
       const int64_t slot_token = cache_token(p, batch, token);
       transform_token<T>(p, p.k, k_weight, batch, token, slot_token, scratch);
-      copy_value<T>(p, batch, token, slot_token);
+      if (p.v.data != nullptr) copy_value<T>(p, batch, token, slot_token);
     }
   });
 }

@@ -69,6 +69,7 @@ class HeldTokens : public TokenBase<T, V, kHeldTogether> {
     const int64_t slot_token = p.k.heads > 0 ? cache_token(p, batch, token, frame) : -1;
     k_active_ = lane < p.k.heads * units_;
     writes_ = k_active_ && slot_token >= 0;
+    copies_ = writes_ && p.v.data != nullptr;
     q_in_ = source(p.q.in, token);
     k_in_ = source(p.k.in, token);
     v_in_ = source(p.v, token);
@@ -91,7 +92,7 @@ class HeldTokens : public TokenBase<T, V, kHeldTogether> {
         if (!kUsual && i >= count) break;
         if (kUsual || q_active) load(q_in_ + i * p_.q.in.token_stride, q_[i]);
         if (kUsual || k_active) load(k_in_ + i * p_.k.in.token_stride, k_[i]);
-        if (kUsual || writes_) load(v_in_ + i * p_.v.token_stride, v[i]);
+        if (kUsual || copies_) load(v_in_ + i * p_.v.token_stride, v[i]);
       }
     }
     if (lane_ < p_.axes.pairs) {
@@ -113,7 +114,7 @@ class HeldTokens : public TokenBase<T, V, kHeldTogether> {
         if (kUsual || (p_.q.weight != nullptr && q_active)) sums[0] = Base::sum_squares(q_[i]);
         if (kUsual || (p_.k.weight != nullptr && k_active))
           sums[p_.q.heads * units_] = Base::sum_squares(k_[i]);
-        if (kUsual || writes_) store(writes_, v_out_ + i * p_.v_cache.token_stride, v[i]);
+        if (kUsual || copies_) store(writes_, v_out_ + i * p_.v_cache.token_stride, v[i]);
       }
     }
   }
@@ -189,9 +190,9 @@ class HeldTokens : public TokenBase<T, V, kHeldTogether> {
 
   const Place at_;
   AngleWalk walk_;
-  const int32_t second_;  // from the first pack of a unit to the second
-  int32_t buffer_;        // token of angles_ that the next ones go to: 0 or kTokens
-  bool q_active_, k_active_, writes_;
+  const int32_t second_;                        // from the first pack of a unit to the second
+  int32_t buffer_;                              // token of angles_ that the next ones go to: 0 or kTokens
+  bool q_active_, k_active_, writes_, copies_;  // copies_: v, where there is one
   const T *q_in_, *k_in_, *v_in_;
   T *q_out_, *k_out_, *v_out_;
   const A* angles_row_;

@@ -193,7 +193,7 @@ class Token : public TokenBase<T, V, 1> {
   RF_HD void read(Registers& rg) {
     if (lane_ < p_.q.heads * units_) rg.q = load(p_.q.in, first_);
     if (lane_ < p_.k.heads * units_) rg.k = load(p_.k.in, first_);
-    if (slot_token_ >= 0) copy_value();
+    if (slot_token_ >= 0 && p_.v.data != nullptr) copy_value();
     const A* table = static_cast<const A*>(p_.angles) + batch_ * p_.angles_batch_stride;
     RF_NO_UNROLL
     for (int32_t pair = lane_; pair < p_.axes.pairs; pair += lanes_) {

@@ -211,22 +211,30 @@ Tensor rope(const Tensor& x, const std::optional<Tensor>& angles, std::vector<in
 // Every check of rope_append, and what they found out. As an op of its own (rope_append_check) it serves
 // callers that write something else first: the cache fuses the leaving frames before it appends, and must
 // know that the append will not be refused.
-Params checked_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                           const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
-                           const std::vector<int64_t>& axes, int64_t layout,
-                           const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
-                           int64_t norm, double eps) {
+Params checked_rope_append(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
+                           const Tensor& k_cache, const std::optional<Tensor>& v_cache, const Tensor& slots,
+                           const std::optional<Tensor>& angles, const std::vector<int64_t>& axes,
+                           int64_t layout, const std::optional<Tensor>& q_weight,
+                           const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
   Params p{};
   check_data(kRopeAppend, "q", q, "[B, N, Hq, D]");
   p.dtype = checked_dtype(kRopeAppend, "q", q);
   check_like(kRopeAppend, "k", k, q, "[B, N, Hkv, D]");
   check_size(kRopeAppend, "k", k, 1, q.size(1), "[B, N, Hkv, D]");
-  check_like(kRopeAppend, "v", v, q, "[B, N, Hkv, D]");
-  check_size(kRopeAppend, "v", v, 1, q.size(1), "[B, N, Hkv, D]");
-  check_size(kRopeAppend, "v", v, 2, k.size(2), "[B, N, Hkv, D]");
+  RF_CHECK_ARG(v.has_value() || !v_cache.has_value(), kRopeAppend, "v",
+               "a tensor with `v_cache`, or both None", "None");
+  RF_CHECK_ARG(v_cache.has_value() || !v.has_value(), kRopeAppend, "v_cache",
+               "a tensor with `v`, or both None", "None");
+  if (v.has_value()) {
+    check_like(kRopeAppend, "v", *v, q, "[B, N, Hkv, D]");
+    check_size(kRopeAppend, "v", *v, 1, q.size(1), "[B, N, Hkv, D]");
+    check_size(kRopeAppend, "v", *v, 2, k.size(2), "[B, N, Hkv, D]");
+  }
   check_cache("k_cache", k_cache, k);
-  check_cache("v_cache", v_cache, k);
-  check_size(kRopeAppend, "v_cache", v_cache, 1, k_cache.size(1), "[B, T, Hkv, D]");
+  if (v_cache.has_value()) {
+    check_cache("v_cache", *v_cache, k);
+    check_size(kRopeAppend, "v_cache", *v_cache, 1, k_cache.size(1), "[B, T, Hkv, D]");
+  }
   p.norm = check_norm(kRopeAppend, norm, eps);
   p.eps = eps;
   p.cache_tokens = k_cache.size(1);
@@ -237,20 +245,21 @@ Params checked_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, co
   check_overlaps("k_cache", k_cache,
                  {{"q", &q},
                   {"k", &k},
-                  {"v", &v},
-                  {"v_cache", &v_cache},
+                  {"v", address(v)},
+                  {"v_cache", address(v_cache)},
                   {"slots", &slots},
                   {"angles", address(angles)},
                   {"q_weight", address(q_weight)},
                   {"k_weight", address(k_weight)}});
-  check_overlaps("v_cache", v_cache,
-                 {{"q", &q},
-                  {"k", &k},
-                  {"v", &v},
-                  {"slots", &slots},
-                  {"angles", address(angles)},
-                  {"q_weight", address(q_weight)},
-                  {"k_weight", address(k_weight)}});
+  if (v_cache.has_value())
+    check_overlaps("v_cache", *v_cache,
+                   {{"q", &q},
+                    {"k", &k},
+                    {"v", address(v)},
+                    {"slots", &slots},
+                    {"angles", address(angles)},
+                    {"q_weight", address(q_weight)},
+                    {"k_weight", address(k_weight)}});
 
   p.batch = q.size(0);
   p.tokens = static_cast<int32_t>(q.size(1));
@@ -260,22 +269,26 @@ Params checked_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, co
   p.k.in = rows_of(k);
   p.k.out = mutable_rows_of(k_cache);
   p.k.heads = static_cast<int32_t>(k.size(2));
-  p.v = rows_of(v);
-  p.v_cache = mutable_rows_of(v_cache);
+  if (v.has_value()) {
+    p.v = rows_of(*v);
+    p.v_cache = mutable_rows_of(*v_cache);
+  }
   return p;
 }
 
-void rope_append_check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                       const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
-                       std::vector<int64_t> axes, int64_t layout, const std::optional<Tensor>& q_weight,
-                       const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
+void rope_append_check(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
+                       const Tensor& k_cache, const std::optional<Tensor>& v_cache, const Tensor& slots,
+                       const std::optional<Tensor>& angles, std::vector<int64_t> axes, int64_t layout,
+                       const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                       int64_t norm, double eps) {
   checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight, norm, eps);
 }
 
-Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                   const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& angles,
-                   std::vector<int64_t> axes, int64_t layout, const std::optional<Tensor>& q_weight,
-                   const std::optional<Tensor>& k_weight, int64_t norm, double eps) {
+Tensor rope_append(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v, const Tensor& k_cache,
+                   const std::optional<Tensor>& v_cache, const Tensor& slots,
+                   const std::optional<Tensor>& angles, std::vector<int64_t> axes, int64_t layout,
+                   const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, int64_t norm,
+                   double eps) {
   Params p = checked_rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight, k_weight,
                                  norm, eps);
   Tensor q_out = torch::stable::new_empty(q, q.sizes());

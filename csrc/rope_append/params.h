@@ -33,8 +33,8 @@ struct Params {
   int64_t batch;            // B
   RopeRows q;               // [B, N, Hq, D] -> [B, N, Hq, D]
   RopeRows k;               // [B, N, Hkv, D] -> cache [B, T, Hkv, D]; heads = 0 in `rope`
-  HeadRows v;               // [B, N, Hkv, D]
-  MutableHeadRows v_cache;  // [B, T, Hkv, D]
+  HeadRows v;               // [B, N, Hkv, D]; null: keys alone
+  MutableHeadRows v_cache;  // [B, T, Hkv, D]; null with v
   // Frame f of the call goes to cache tokens [slots[f] * n, (slots[f] + 1) * n).
   const int32_t* slots;  // [F] or [B, F]; null in `rope`
   int64_t slots_batch_stride, slots_stride;

@@ -26,7 +26,7 @@ NONFINITE = {"skip": True, "propagate": False}
 @nvtx_annotated
 def ema_evict(
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     k_state: torch.Tensor | None = None,
     k_state_lo: torch.Tensor | None = None,
     v_state: torch.Tensor | None = None,
@@ -57,7 +57,7 @@ def ema_evict(
     Args:
         k_cache, v_cache: ``[B, T, H, D]``, float64, float32, bfloat16 or float16; T a multiple of n; frame
             slot f is tokens ``f*n .. (f+1)*n``; the sink frames are slots 0..S-1. Any strides but the last
-            (1). **Mutated**: the sink slots.
+            (1). **Mutated**: the sink slots. ``v_cache`` None: keys alone, and ``v_state`` is None too.
         k_state, k_state_lo, v_state: ``[B, S*n, H, D]``, contiguous. **Mutated** where a frame is initialised
             or fused. What is needed:
 

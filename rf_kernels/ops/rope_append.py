@@ -30,9 +30,9 @@ def _code(op: str, argument: str, table: dict, value) -> int:
 def rope_append(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     *,
     slots: torch.Tensor,
     angles: torch.Tensor | None = None,
@@ -60,7 +60,7 @@ def rope_append(
             tensors only the last dimension must be contiguous (q, k, v may be views of a fused projection).
         k, v: ``[B, N, Hkv, D]``, dtype and device of q. Hkv may differ from Hq (grouped-query heads).
         k_cache, v_cache: ``[B, T, Hkv, D]``, **mutated**: the F * n tokens of ``slots``, nothing else. Apart
-            from all other arguments in memory.
+            from all other arguments in memory. ``v`` and ``v_cache`` both None: keys alone.
         slots: int32 ``[F]`` or ``[B, F]`` on the device: frame f goes to cache tokens ``slots[f] * n ...
             slots[f] * n + n - 1``. On the CPU, values outside of the cache and equal values in one sample
             raise. On CUDA they are not read on the host: a frame without a place in the cache is not written,

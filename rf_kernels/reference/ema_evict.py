@@ -69,6 +69,12 @@ def ema_evict(
     Source: the recursion of Reward Forcing (arXiv 2512.04678), ``sink <- alpha sink + (1 - alpha) evicted``
     on un-rotated keys.
     """
+    if v_cache is None:  # keys alone: values that nobody looks at
+        v_cache = torch.zeros_like(k_cache)
+        if v_state is None and k_state_lo is not None:
+            v_state = torch.zeros_like(k_state_lo)
+        elif k_state is not None and k_state.dtype != k_cache.dtype:
+            v_state = torch.zeros_like(k_state)
     dtype = k_cache.dtype
     precision = state if dtype in (torch.bfloat16, torch.float16) else "published"
     batch, n = k_cache.shape[0], frame_tokens

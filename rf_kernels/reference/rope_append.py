@@ -98,7 +98,8 @@ def rope_append(
     eps=1e-6,
     accumulate=None,
 ) -> torch.Tensor:
-    """q and k [B, N, H, D] through ``rope``; k and v of frame f written to cache tokens ``slots[f] * n ...``.
+    """q and k [B, N, H, D] through ``rope``; k and v (None: k alone) of frame f written to cache tokens
+    ``slots[f] * n ...``.
     Returns the new q."""
     same = dict(angles=angles, axes=axes, layout=layout, norm=norm, eps=eps, accumulate=accumulate)
     k = rope(k, weight=k_weight, **same)
@@ -107,5 +108,6 @@ def rope_append(
     for b in range(k.shape[0]):
         for f, slot in enumerate((slots[b] if slots.ndim == 2 else slots).tolist()):
             k_cache[b, slot * n : (slot + 1) * n] = k[b, f * n : (f + 1) * n].to(k_cache.dtype)
-            v_cache[b, slot * n : (slot + 1) * n] = v[b, f * n : (f + 1) * n].to(v_cache.dtype)
+            if v is not None:
+                v_cache[b, slot * n : (slot + 1) * n] = v[b, f * n : (f + 1) * n].to(v_cache.dtype)
     return rope(q, weight=q_weight, **same)

@@ -214,8 +214,10 @@ def _evict(
     entry = schedule + b * schedule_b + frame * (2 + sources)
     count = tl.minimum(tl.maximum(tl.load(entry + 1), 0), sources)
     k = k_cache + b * k_b + t.to(tl.int64) * k_t  # this token in frame slot 0
-    v = v_cache + b * v_b + t.to(tl.int64) * v_t
-    k_frame, v_frame = frame_tokens.to(tl.int64) * k_t, frame_tokens.to(tl.int64) * v_t
+    k_frame = frame_tokens.to(tl.int64) * k_t
+    if v_cache is not None:
+        v = v_cache + b * v_b + t.to(tl.int64) * v_t
+        v_frame = frame_tokens.to(tl.int64) * v_t
 
     if (first == 0) | (first < count):
         size = tl.minimum(count - first, GROUP)
@@ -228,7 +230,8 @@ def _evict(
                 bad = 0
                 if SKIP:
                     bad = _nonfinite(k + source * k_frame, k_h, HEADS, DIM, TILE, DIMS)
-                    bad += _nonfinite(v + source * v_frame, v_h, HEADS, DIM, TILE, DIMS)
+                    if v_cache is not None:
+                        bad += _nonfinite(v + source * v_frame, v_h, HEADS, DIM, TILE, DIMS)
                 fused |= tl.where(bad == 0, 1, 0) << i
                 left_out += tl.where(bad == 0, 0, 1)
 
@@ -355,33 +358,34 @@ def _evict(
                 True,
                 STATE,
             )
-        _stream(
-            v,
-            v_frame,
-            v_h,
-            v_state,
-            v_state,
-            state_row,
-            table,
-            order,
-            weights,
-            group,
-            HEADS,
-            DIM,
-            TILE,
-            0,
-            0,
-            DIM,
-            HALF,
-            True,
-            0,
-            0,
-            0,
-            0,
-            0,
-            False,
-            STATE,
-        )
+        if v_cache is not None:
+            _stream(
+                v,
+                v_frame,
+                v_h,
+                v_state,
+                v_state,
+                state_row,
+                table,
+                order,
+                weights,
+                group,
+                HEADS,
+                DIM,
+                TILE,
+                0,
+                0,
+                DIM,
+                HALF,
+                True,
+                0,
+                0,
+                0,
+                0,
+                0,
+                False,
+                STATE,
+            )
         if skipped is not None:
             if left_out > 0:
                 tl.atomic_add(skipped, left_out, sem="relaxed")  # of integers: any order gives the same sum
@@ -444,7 +448,7 @@ def ema_evict(
             k_cache,
             *k_cache.stride()[:3],
             v_cache,
-            *v_cache.stride()[:3],
+            *((0, 0, 0) if v_cache is None else v_cache.stride()[:3]),
             k_state,
             k_state_lo,
             v_state,

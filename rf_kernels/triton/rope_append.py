@@ -311,7 +311,7 @@ def _append(
                 TILE,
                 DIMS,
             )
-        else:
+        elif v is not None:
             _token(
                 v + b * v_b + token64 * v_t,
                 v_h,
@@ -362,7 +362,7 @@ def _shape(x, norm):
 
 
 def _strides(x):
-    return x, *x.stride()[:3]
+    return (None, 0, 0, 0) if x is None else (x, *x.stride()[:3])
 
 
 def rope(x, angles, axes, layout, weight, norm, eps, out):
@@ -383,7 +383,7 @@ def rope_append(q, k, v, k_cache, v_cache, slots, angles, axes, layout, q_weight
         slot_strides = (slots.stride(0) if slots.ndim == 2 else 0, slots.stride(-1))
         launch(
             _append,
-            (k.shape[1], k.shape[0], 2),
+            (k.shape[1], k.shape[0], 1 if v is None else 2),
             k,
             *_strides(k),
             *_strides(k_cache),

@@ -396,6 +396,7 @@ def test_streaming_never_waits_for_the_device(device):
         "shots",
         "random",
         "linear",
+        "patches:patches=5",
     ],
 )
 def test_policies_by_name_never_wait_and_are_those_of_the_cpu(policy):

@@ -311,6 +311,36 @@ def short(told, frames):
     return told.sink(range(told.S), 0) + window[max(0, len(window) - frames) :]
 
 
+def patches(told, cuts, keep, frames, memory, rephase=False):
+    """One sample after the other. ``cuts``: patches of a frame."""
+    window, best, S, n = [], None, told.S, told.grid[0] * told.grid[1]
+    for begin, end in zip([0, *told.ends[:-1]], told.ends, strict=True):
+        own = [f for f in range(begin, end) if f >= S]
+        excess = max(len(window) - frames, len(window) + len(own) - told.W, 0)
+        gone, known = window[:excess], window
+        if gone:
+            best = []
+            for b in range(len(told.k[0])):
+                pool = []
+                for f in (f for f in gone if f + 1 in known):
+                    k, after = (
+                        rotate(told.k[g], token_positions([told.at[g]], told.grid))[b] for g in (f, f + 1)
+                    )
+                    like = torch.cosine_similarity(k.flatten(1), after.flatten(1), dim=1).split(n // cuts)
+                    for p, tokens in enumerate(
+                        zip(k.split(n // cuts), told.v[f][b].split(n // cuts), strict=True)
+                    ):
+                        pool.append((like[p].mean().item(), tokens))
+                count = min(round(keep * len(pool)), memory * cuts)
+                best.append([tokens for _, tokens in sorted(pool, key=lambda x: x[0])[:count]])
+        window = window[excess:] + own
+    seen = told.sink(range(S - memory), told.shift() if rephase else 0)
+    seen += [(told.at[f], told.k[f], told.v[f]) for f in window if f < told.begin]
+    if best and best[0]:
+        seen.append((None, *(torch.stack([torch.cat([x[i] for x in b]) for b in best]) for i in (0, 1))))
+    return seen
+
+
 def state_slot(told, chunk):
     begin = told.begin
     state = [begin - chunk] if begin else []

@@ -29,10 +29,10 @@ def lanes(tmp_path_factory):
 def run_lanes(lanes, case, *, threads=64, reverse=False, gap=0, offset=0, **changes):
     """A call on guarded copies: what it wrote (with the counter last), and the elements per access."""
     options = {"on_nonfinite": "skip", **case.options, **changes}
-    caches = [Guarded(t, gap=gap, offset=offset) for t in (case.k, case.v)]
+    caches = [t if t is None else Guarded(t, gap=gap, offset=offset) for t in (case.k, case.v)]
     states = [None if t is None else Guarded(t) for t in (case.k_state, case.k_lo, case.v_state)]
     written = [g and g.view for g in (*caches, *states)]
-    k, v = written[:2]
+    k, v = written[0], written[0] if case.v is None else written[1]
     schedule, turns, skipped = options["schedule"], options["turns"], case.skipped.clone()
     alpha = torch.as_tensor(options["alpha"], dtype=torch.float64)
     n, pairs = options["frame_tokens"], turns.shape[-2]
@@ -49,7 +49,10 @@ def run_lanes(lanes, case, *, threads=64, reverse=False, gap=0, offset=0, **chan
     sizes += [turns.stride(0) if turns.ndim == 5 else 0, alpha.stride(0) if alpha.ndim else 0]
     sizes += [alpha.stride(1) if alpha.ndim == 2 else 0, options["on_nonfinite"] == "skip"]
     inputs = (schedule, turns, alpha, skipped)
-    width = lanes(integers(sizes), pointers([*written, *inputs]), threads, int(reverse))
+    there = list(written)
+    if case.v is None:  # as op.cpp hands keys alone over
+        there[1], there[4] = there[0], there[2] if state == "float32" else there[3]
+    width = lanes(integers(sizes), pointers([*there, *inputs]), threads, int(reverse))
     assert width > 0, "some lanes of a row came to a vote and others did not"
     for guarded in (*caches, *states):
         if guarded is not None:
@@ -74,6 +77,25 @@ def test_body(lanes, layout, dtype, state):
     for threads, reverse in ((64, False), (7, True)):
         found, _ = run_lanes(lanes, case, threads=threads, reverse=reverse)
         equal(found, expected)
+
+
+@all_precisions
+@pytest.mark.parametrize("schedule", [SEVERAL, [[[0, 1, 3], [1, 1, 6]], [[0, 0, 0], [0, 1, 4]]]], ids=len)
+@pytest.mark.parametrize("layout", ["adjacent", "half"])
+def test_keys_alone(lanes, layout, schedule, dtype, state):
+    """The bits that keys have beside values, of which nothing is written: in rows of any kind, and in those
+    that are held (at most one source, pairs inside of a vector)."""
+    case = Case(dtype, state, rope=LAYOUTS[layout], schedule=schedule, window=6, n=7)
+    expected = case.run(on_nonfinite="propagate")
+    case.v = case.v_state = None
+    for threads, reverse in ((64, False), (5, True)):
+        found, width = run_lanes(lanes, case, threads=threads, reverse=reverse, on_nonfinite="propagate")
+        held = threads == 64 and layout == "adjacent" and len(schedule[0][0]) == 3
+        assert width == (2 if held else 1) * 16 // dtype.itemsize
+        equal([found[0], *found[2:4]], [expected[0], *expected[2:4]])
+    case.k[0, 6 * 7 + 2, 1, 3] = NAN  # of one token: counted once
+    assert int(run_lanes(lanes, case)[0][5]) == 1 == int(case.run()[5])
+    equal(run_lanes(lanes, case)[0], case.run())
 
 
 WIDTHS = {

@@ -126,6 +126,8 @@ SUITES = {
     "or poison_outside or extreme or test_empty or expanded_heads or lse_zero "
     "or (expanded_gradient and 64-torch.bfloat16) or (without_any_weight and bfloat16)",
     "sink_window_attention_values": "(values_and_gradients or have_the_bits) and bfloat16",
+    "keys_alone": "adjacent-torch.bfloat16-op or not_finite or "
+    "(test_evict and op and bfloat16 and (half or none or adjacent_tail))",
     "dmd_gradient": "golden or oracle or policy or masks or odd_sizes or no_elements or dropped "
     "or neighbours or backward or zero or overflow or not_contiguous or unguided",
 }

@@ -37,7 +37,14 @@ def of(function, *arguments, **more):
 
 
 CUTS = (4, 9)
-CHOOSING = ("important", "recall", "merged", "merged, absolute")  # by scores of keys
+CHOOSING = (
+    "important",
+    "recall",
+    "merged",
+    "merged, absolute",
+    "patches",
+    "patches, more of them",
+)  # by scores of keys
 CASES = {
     "static": Case(rf.StaticSink(rephase=True), rules.static),
     "static, absolute": Case(rf.StaticSink(), of(rules.static, rephase=False)),
@@ -99,6 +106,12 @@ CASES = {
     "random": Case(policies.RandomHistory(2, seed=3), of(rules.random_history, 2, 3), sizes=((0, 9), (2, 5))),
     "short": Case(policies.ShortWindow(1), of(rules.short, 1), sizes=((2, 6), (3, 5))),
     "short, the chunk alone": Case(policies.ShortWindow(0), of(rules.short, 0), sizes=((0, 6), (1, 7))),
+    "patches": Case(policies.ChangingPatches(3), of(rules.patches, 3, 0.33, 1, 1), sizes=((2, 4), (2, 9))),
+    "patches, more of them": Case(
+        policies.ChangingPatches(3, 0.6, 2, 2, rephase=True),
+        of(rules.patches, 3, 0.6, 2, 2, rephase=True),
+        sizes=((4, 9), (3, 5)),
+    ),
     "state": Case(
         policies.StateSlot(4), of(rules.state_slot, 4), sizes=((0, 10), (0, 7)), lengths=((4,) * 12,) * 2
     ),

@@ -6,6 +6,7 @@ from .linear import LinearState
 from .memory import MemoryState
 from .merged import MergedTokens
 from .named import NAMES, parse
+from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -17,6 +18,7 @@ from .weighted import LogBias, RandomHistory
 
 __all__ = [
     "NAMES",
+    "ChangingPatches",
     "CyclicSink",
     "ImportantTokens",
     "LinearState",

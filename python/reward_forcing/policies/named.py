@@ -11,6 +11,7 @@ from .cyclic import CyclicSink
 from .important import ImportantTokens
 from .linear import LinearState
 from .merged import MergedTokens
+from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -40,6 +41,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "log-bias": (LogBias, {"rephase": True}),
     "random": (RandomHistory, {"rephase": True}),
     "short": (ShortWindow, {"rephase": True}),
+    "patches": (ChangingPatches, {"rephase": True}),
     "state": (StateSlot, {}),
 }
 
