@@ -2,6 +2,7 @@
 streams that misbehave, no wait for the device, and the recorded streams of the published code."""
 
 import copy
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -35,9 +36,12 @@ CONFIG = ModelConfig(
 FRAMES, LENGTH, LATENT = 3, 9, (1, 4, 3, 10, 14)  # 35 tokens a frame: no multiple of anything
 
 
-def make_model(device, dtype=torch.bfloat16):
+def make_model(device, dtype=torch.bfloat16, linear_proj=False):
     torch.manual_seed(7)
-    return CausalWanModel(CONFIG).to(device, dtype).requires_grad_(False)
+    model = CausalWanModel(dataclasses.replace(CONFIG, linear_proj=linear_proj))
+    for block in model.blocks if linear_proj else ():
+        torch.nn.init.normal_(block.self_attn.linear_proj.weight, std=0.2)
+    return model.to(device, dtype).requires_grad_(False)
 
 
 class Stream:
@@ -422,6 +426,7 @@ def test_streaming_never_waits_for_the_device(device):
         "ahead",
         "shots",
         "random",
+        "linear",
         "patches:patches=5",
     ],
 )
@@ -430,7 +435,8 @@ def test_policies_by_name_never_wait_and_are_those_of_the_cpu(policy):
     config = StreamConfig(denoising_step_list=(1000, 500), sink_policy=policy, cuts=(9,))
     found = []
     for place in ("cpu", "cuda"):
-        pipeline = StreamingPipeline(make_model(place, torch.float32), config)
+        model = make_model(place, torch.float32, linear_proj=policy == "linear")
+        pipeline = StreamingPipeline(model, config)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(1, 3, 4, *LATENT[3:], generator=generator).to(place) for _ in range(6)]
         cache = pipeline.new_cache(1, *LATENT[3:])
