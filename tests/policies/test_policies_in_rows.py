@@ -8,7 +8,7 @@ import torch
 
 import rf_kernels as rf
 from helpers import policy_rules as rules
-from helpers.cache_case import make, tensors
+from helpers.cache_case import attend, make, tensors
 from reward_forcing import policies
 from rf_kernels.reference.streaming import rotate, token_positions
 from rf_kernels.testing import assert_equal_bits, relative_l2
@@ -26,10 +26,10 @@ def test_a_row_has_the_bits_of_the_row_alone(name):
         part, frames, cut = PARTS[number % 4], 1 + number // 4 % 3, number % 9 == 4
         with rows.chunk(frames, rows=part, cut=cut) as batch:
             data = [tensors(alone[0], frames, 10 * number + row) for row in part]
-            out = batch.attend(0, *(torch.cat(x) for x in zip(*data, strict=True)), deterministic=True)
+            out = attend(batch, 0, *(torch.cat(x) for x in zip(*data, strict=True)), deterministic=True)
         for i, row in enumerate(part):
             with alone[row].chunk(frames, cut=cut) as chunk:
-                assert_equal_bits(chunk.attend(0, *data[i], deterministic=True), out[i : i + 1])
+                assert_equal_bits(attend(chunk, 0, *data[i], deterministic=True), out[i : i + 1])
     assert all(row._stream.left for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 from .cyclic import CyclicSink
 from .important import ImportantTokens
+from .linear import LinearState
 from .memory import MemoryState
 from .merged import MergedTokens
 from .named import NAMES, parse
@@ -21,6 +22,7 @@ __all__ = [
     "ChangingPatches",
     "CyclicSink",
     "ImportantTokens",
+    "LinearState",
     "LogBias",
     "MemoryState",
     "MergedTokens",

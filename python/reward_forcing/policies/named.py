@@ -9,6 +9,7 @@ import rf_kernels as rf
 from .._check import expect
 from .cyclic import CyclicSink
 from .important import ImportantTokens
+from .linear import LinearState
 from .merged import MergedTokens
 from .patches import ChangingPatches
 from .placed import PlacedSink
@@ -31,6 +32,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "strided": (StridedMemory, {}),
     "cyclic": (CyclicSink, {}),
     "important": (ImportantTokens, {}),
+    "linear": (LinearState, {}),
     "merged": (MergedTokens, {}),
     "recall": (RecalledFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
