@@ -241,6 +241,8 @@ def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
         ["--policy", "cyclic", "--noisy-context"],
         ["--policy", "shots:offset=8", "--cuts", "6"],
         ["--rolling", "--policy", "rolling:frames=9", "--window", "12"],
+        ["--policy", "merged:threshold=0.5"],
+        ["--policy", "patches:patches=1"],
         ["--restart", "9", "3"],
         ["--steps", "1000"],
         ["--seed", "-1"],

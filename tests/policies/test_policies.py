@@ -111,7 +111,7 @@ CASES = {
         lengths=((3,) * 13, (2, 4) * 7),
     ),
     "random, of the sink": Case(
-        policies.RandomHistory(None, seed=3, sink=1),
+        policies.RandomHistory(None, seed=3, sink_frames=1),
         of(rules.random_history, None, 3, 1),
         sizes=((3, 6), (2, 5)),
     ),
