@@ -3,6 +3,7 @@ streams that misbehave, no wait for the device, and the recorded streams of the 
 
 import copy
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from helpers.gpu_tools import (
 )
 from helpers.promise_tools import POLICIES, make_cache, states_of
 from helpers.rope_append_case import inputs as append_inputs
-from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
+from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline, policies
 from reward_forcing.models.blocks import CausalSelfAttention
 from rf_kernels.testing import assert_equal_bits
 
@@ -46,10 +47,10 @@ def make_model(device, dtype=torch.bfloat16, linear_proj=False):
 class Stream:
     """A model's stream with its own cache; chunks and timesteps are drawn from a seed."""
 
-    def __init__(self, model, device, state="compensated"):
+    def __init__(self, model, device, state="compensated", policy=None):
         self.model, self.device = model, device
         self.text = model.text_keys(self.draw(1, 8, 16, seed=1))
-        policy = rf.EMASink(0.9, state=state)
+        policy = policy or rf.EMASink(0.9, state=state)
         spec = model.cache_spec(*LATENT[3:], sink_frames=3, window_frames=LENGTH - 3, undo_frames=FRAMES)
         self.cache = rf.SinkWindowCache(spec, sink=policy)
         self.x = self.draw(*LATENT, seed=2)
@@ -140,6 +141,36 @@ def test_captured_forward_follows_the_stream(device, dtype):
     for layer in range(eager.cache.spec.layers):
         for ours, theirs in zip(graphed.cache.sink_state(layer), eager.cache.sink_state(layer), strict=True):
             assert_equal_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("text", ["merged:threshold=0.3", "patches:patches=5"])
+@torch.no_grad()
+def test_a_captured_forward_reads_the_weights_of_keys_anew(device, text):
+    """The first forward of a chunk runs the policy. The repeated one is captured, and reads the weights where
+    they always lie."""
+    model = make_model(device)
+    eager, graphed = (Stream(model, device, policy=policies.parse(text)) for _ in range(2))
+    for stream in (eager, graphed):
+        stream.fill()
+        stream.chunk(9)
+    current, seen = [], []
+    with graphed.cache.chunk(FRAMES, undo=True) as opened:
+        current[:] = [opened]
+        for _ in range(2):  # warm-up
+            graphed.forward(opened)
+        repeat = Captured(lambda: graphed.forward(current[0]), device)
+        opened.rollback()
+    for number in range(10, 15):
+        expected = eager.chunk(number)
+        with graphed.cache.chunk(FRAMES) as opened:
+            current[:] = [opened]
+            graphed.load(100 * number)
+            assert_equal_bits(graphed.forward(opened), expected[0])
+            graphed.load(100 * number + 1)
+            assert_equal_bits(repeat.replay(), expected[1])
+        seen.append(graphed.cache._sink.tensors["bias"].clone())
+    assert not all(torch.equal(a, b) for a, b in pairwise(seen)) or text.startswith("patches")
+    assert_equal_bits(graphed.cache.k, eager.cache.k)
 
 
 @torch.no_grad()

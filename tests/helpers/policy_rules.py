@@ -329,10 +329,13 @@ def log_bias(told, factor):
     return seen + [(*x, weight if x[0] else 0.0) for x in told.window()]
 
 
-def random_history(told, keep, seed):
-    window = told.window()
-    drawn = random.Random(f"{seed} {told.begin}").sample(range(len(window)), min(keep, len(window)))
-    return told.sink(range(told.S), 0) + [window[i] for i in sorted(drawn)]
+def random_history(told, keep, seed, sink=None):
+    window, draw, anchors = told.window(), random.Random(f"{seed} {told.begin}"), range(told.S)
+    if keep is not None:
+        window = [window[i] for i in sorted(draw.sample(range(len(window)), min(keep, len(window))))]
+    if sink is not None and told.gone():
+        anchors = draw.sample(range(told.S), sink)
+    return told.sink(anchors, 0) + window
 
 
 def short(told, frames):

@@ -106,6 +106,11 @@ CASES = {
     ),
     "log bias": Case(policies.LogBias(0.3), of(rules.log_bias, 0.3), sizes=((0, 9), (2, 5))),
     "random": Case(policies.RandomHistory(2, seed=3), of(rules.random_history, 2, 3), sizes=((0, 9), (2, 5))),
+    "random, of the sink": Case(
+        policies.RandomHistory(None, seed=3, sink=1),
+        of(rules.random_history, None, 3, 1),
+        sizes=((3, 6), (2, 5)),
+    ),
     "short": Case(policies.ShortWindow(1), of(rules.short, 1), sizes=((2, 6), (3, 5))),
     "short, the chunk alone": Case(policies.ShortWindow(0), of(rules.short, 0), sizes=((0, 6), (1, 7))),
     "patches": Case(policies.ChangingPatches(3), of(rules.patches, 3, 0.33, 1, 1), sizes=((2, 4), (2, 9))),
