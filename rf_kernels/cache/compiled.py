@@ -1,4 +1,4 @@
-"""``Chunk.attend``, ``beside`` and ``tell`` under torch.compile: opaque ops, which find the chunk by a handle.
+"""``Chunk.attend``, ``beside`` and ``tell`` under torch.compile: opaque ops that find the chunk by a handle.
 
 What a forward does depends on numbers of the host: the layer, the tokens that are valid by now, whether the
 sink has still to absorb. Traced, each of them would be a guard, and a compilation for every layer and for

@@ -38,6 +38,8 @@ def of(function, *arguments, **more):
 
 CUTS = (4, 9)
 CHOOSING = (
+    "routed",
+    "routed, one",
     "important",
     "recall",
     "merged",
