@@ -10,6 +10,7 @@ from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .rolling import RollingAnchor
+from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -32,6 +33,7 @@ __all__ = [
     "RecalledFrames",
     "RollingAnchor",
     "RopeCut",
+    "RoutedFrames",
     "ShortWindow",
     "StateSlot",
     "StridedMemory",

@@ -15,6 +15,7 @@ from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .rolling import RollingAnchor
+from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -35,6 +36,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "linear": (LinearState, {}),
     "merged": (MergedTokens, {}),
     "recall": (RecalledFrames, {}),
+    "routed": (RoutedFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
     "shots": (PinnedShots, {}),
