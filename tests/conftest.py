@@ -35,12 +35,22 @@ def matrix_device(request):
     return request.param
 
 
-@pytest.fixture
-def threads():
-    """``torch.set_num_threads``; the number is what it was when the test is over."""
+def _threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``; the number is what it was when the test is over."""
+    yield from _threads()
+
+
+@pytest.fixture(scope="module")
+def threads_of_module():
+    """The same, for all tests of a module and the fixtures that they share."""
+    yield from _threads()
 
 
 @pytest.fixture

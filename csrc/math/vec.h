@@ -57,17 +57,24 @@ RF_HD Vec<T, N> load_vec(const T* p) {
   return out;
 }
 
+#if defined(__CUDA_ARCH__)
+// Each 16 bytes of a vector, by a store of the caller's.
+template <int N, typename T, typename Store>
+__device__ __forceinline__ void store_by_16(T* p, const Vec<T, N>& value, Store store) {
+  RF_UNROLL
+  for (size_t i = 0; i < sizeof(value) / 16; ++i) {
+    uint4 raw;
+    memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
+    store(reinterpret_cast<uint4*>(p) + i, raw);
+  }
+}
+#endif
+
 template <int N, typename T>
 RF_HD void store_vec(T* p, const Vec<T, N>& value) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(value) % 16 == 0) {
-    RF_UNROLL
-    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
-      uint4 raw;
-      memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
-      reinterpret_cast<uint4*>(p)[i] = raw;
-    }
-    return;
+    return store_by_16(p, value, [](uint4* to, uint4 raw) { *to = raw; });
   }
 #endif
   check_access(p, sizeof(value));
@@ -80,13 +87,7 @@ template <int N, typename T>
 RF_HD void store_global(T* p, const Vec<T, N>& value) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(value) % 16 == 0) {
-    RF_UNROLL
-    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
-      uint4 raw;
-      memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
-      __stwb(reinterpret_cast<uint4*>(p) + i, raw);
-    }
-    return;
+    return store_by_16(p, value, [](uint4* to, uint4 raw) { __stwb(to, raw); });
   }
 #endif
   store_vec(p, value);
@@ -97,18 +98,13 @@ template <int N, typename T>
 RF_HD void store_global_if(bool active, T* p, const Vec<T, N>& value) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(value) % 16 == 0) {
-    RF_UNROLL
-    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
-      uint4 raw;
-      memcpy(&raw, reinterpret_cast<const char*>(&value) + 16 * i, 16);
+    return store_by_16(p, value, [active](uint4* to, uint4 raw) {
       asm volatile(
           "{ .reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.wb.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(
               static_cast<uint32_t>(active)),
-          "l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i)), "r"(raw.x), "r"(raw.y), "r"(raw.z),
-          "r"(raw.w)
+          "l"(__cvta_generic_to_global(to)), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
           : "memory");
-    }
-    return;
+    });
   }
 #endif
   if (active) store_vec(p, value);

@@ -248,6 +248,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, *
         "text_dim": shapes["text_embedding.0.weight"][1],
         "out_dim": shapes["head.head.weight"][0] // prod(patch_size),
         "qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes,
+        "linear_proj": "blocks.0.self_attn.linear_proj.weight" in shapes,
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
     }
     if num_heads is None:

@@ -69,6 +69,8 @@ class ModelConfig:
         qk_norm: RMSNorm on queries and keys, over the whole model width.
         cross_attn_norm: affine LayerNorm before cross-attention.
         eps: of every normalisation.
+        linear_proj: a map of each head behind what the policy answers beside the attention (Hybrid Forcing's
+            ``self_attn.linear_proj``); such a model streams with a policy that answers (``linear``).
     """
 
     dim: int
@@ -85,6 +87,7 @@ class ModelConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     model_type: str = "t2v"
+    linear_proj: bool = False
 
     def __post_init__(self):
         who = "ModelConfig"

@@ -20,6 +20,7 @@ from .._backend import (
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled
+from .beside import Beside, answer_of
 from .grad import Past, attend_with_grad, inside_backward, snapshot_is_wanted
 from .plan import CacheSpec, ChunkPlan, is_integer
 
@@ -96,7 +97,7 @@ def norms_of(spec: CacheSpec, q_norm, k_norm, norm: str | None, eps: float | Non
     return Norms(q_weight, k_weight, norm, eps)
 
 
-class Chunk:
+class Chunk(Beside):
     """One chunk of latent frames, open: from ``cache.chunk`` or ``cache.open`` to its commit or rollback.
 
     Any number of forwards may go through it, with the same positions and slots; the last one's keys and
@@ -112,6 +113,10 @@ class Chunk:
         layers = cache.spec.layers
         self._evicted = [_WAITING if plan.prepares else _DONE] * layers
         self._appended = [False] * layers
+        #: Layers in which the model has asked what the policy has beside the slots, where it has something.
+        self._asked = [not cache._sink.answers] * layers
+        #: What answers are made from: memory and angles of each layer that was asked under grad.
+        self._memories: dict[int, tuple] = {}
         #: How the chunk ended; None while it is open.
         self._ended: str | None = None
         self._opened_in = inside_backward()
@@ -258,13 +263,14 @@ class Chunk:
         self._check_open("mark_written")
         self._appended[:] = [True] * len(self._appended)
         self._evicted[:] = [_DONE] * len(self._evicted)
+        self._asked[:] = [True] * len(self._asked)
 
     # ---- the end -------------------------------------------------------------------------------------------
     def commit(self) -> None:
         """End the chunk: its frames belong to the stream.
 
         Raises:
-            ArgumentError: layers were not written.
+            ArgumentError: layers were not written, or not asked under a policy that answers (``beside``).
             NonFiniteError: with ``EMASink(on_nonfinite="raise")``, when leaving frames had tokens that were
                 not finite.
 
@@ -277,6 +283,11 @@ class Chunk:
                 raise argument_error(
                     f"{_OP}.commit", "self", "every layer written", f"nothing in layers {missing}"
                 )
+            if not all(self._asked):
+                missing = [layer for layer, done in enumerate(self._asked) if not done]
+                expected = "a model that asks for `beside` in every layer"
+                found = f"none in layers {missing} under {type(self._cache.sink).__name__}"
+                raise argument_error(f"{_OP}.commit", "self", expected, found)
             self._cache._sink.check_commit(self.plan)
         except BaseException:
             self._fail("a failed commit")
@@ -470,6 +481,14 @@ class Chunk:
             options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
             return self._attend_uncompiled(layer, q, k, v, **norms, **options)
         return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic, dim)
+
+    def _norms_of_q(self, q_norm, norm, eps) -> Norms:
+        return norms_of(self._cache.spec, q_norm, None, norm, eps)
+
+    def _answer(self, layer, q, q_weight, norm, eps) -> tuple[Tensor, Tensor]:
+        recomputed = self._is_recomputation()
+        layer = self._number_of("beside", layer) if recomputed else self._check_layer("beside", layer)
+        return answer_of(self, layer, q, Norms(q_weight, None, norm, eps), recomputed)
 
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
         options = self._options(norms)

@@ -1,9 +1,9 @@
-"""``Chunk.attend`` under torch.compile: one opaque op, which finds the chunk by a handle.
+"""``Chunk.attend`` and ``beside`` under torch.compile: an opaque op each, which finds the chunk by a handle.
 
 What a forward does depends on numbers of the host: the layer, the tokens that are valid by now, whether the
 sink has still to absorb. Traced, each of them would be a guard, and a compilation for every layer and for
-every stage of a stream. So a compiler sees none of them. The op runs the ordinary ``attend``, with its checks
-and its errors.
+every stage of a stream. So a compiler sees none of them. The op runs the ordinary method, with its checks and
+its errors.
 
 A handle is a tensor, because numbers are guarded and values of tensors are not. The schema says that the op
 writes to it: so calls keep their order, and none is dropped or merged with another. What the op does depends
@@ -28,6 +28,11 @@ _library.define(
     "attend(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor k, Tensor? v,"
     " Tensor? q_weight, Tensor? k_weight, str? norm, float eps, float? softmax_scale, bool? deterministic,"
     " int value_dim) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_library.define(
+    "beside(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor? q_weight, str? norm,"
+    " float eps) -> (Tensor, Tensor)",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _chunks: weakref.WeakValueDictionary[int, Chunk | ChunkBatch] = weakref.WeakValueDictionary()
@@ -66,3 +71,22 @@ def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_
 @torch.library.register_fake("rf_kernels::attend", lib=_library)
 def _fake(handle, number, index, q, *others):
     return q.new_empty((*q.shape[:3], others[-1]))
+
+
+def beside(handle: Tensor, layer: int | Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """As ``attend``, for ``Chunk.beside``: the answer and its weight."""
+    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
+    return torch.ops.rf_kernels.beside.default(handle, number, index, *arguments)
+
+
+@torch.library.impl(_library, "beside", "CompositeExplicitAutograd")
+def _run_beside(handle, number, index, q, q_weight, norm, eps):
+    with torch.no_grad():
+        layer = number if index is None else index
+        answer, weight = _chunks[int(handle)]._answer(layer, q, q_weight, norm, eps)
+        return answer.contiguous(), weight.contiguous()
+
+
+@torch.library.register_fake("rf_kernels::beside", lib=_library)
+def _fake_beside(handle, number, index, q, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], 1, 1, 1)

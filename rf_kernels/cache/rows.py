@@ -21,6 +21,7 @@ from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled, stream_file
 from .adopt import allocated
+from .beside import Beside
 from .cache import SinkWindowCache
 from .chunk import _BEGUN, _DONE, Chunk, Norms, norms_of
 from .grad import snapshot_is_wanted
@@ -211,7 +212,7 @@ class _Run(NamedTuple):
     angles: Tensor | None
 
 
-class ChunkBatch:
+class ChunkBatch(Beside):
     """The open chunks of some rows: one forward for all of them. From ``SinkWindowRows.batch`` or ``chunk``.
 
     Attributes:
@@ -456,6 +457,30 @@ class ChunkBatch:
             return self._attend_uncompiled(layer, q, k, v, **norms, **options)
         dim = self._owner.spec.value_dim
         return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic, dim)
+
+    def _norms_of_q(self, q_norm, norm, eps) -> Norms:
+        return norms_of(self._owner.spec, q_norm, None, norm, eps)
+
+    def _answer(self, layer, q, q_weight, norm, eps) -> tuple[Tensor, Tensor]:
+        """Row by row: each has a state of its own. Rows whose policy answers nothing have zeros beside those
+        that do."""
+        if not isinstance(q, Tensor) or q.dim() != 4 or q.shape[0] != len(self.chunks):
+            found = list(q.shape) if isinstance(q, Tensor) else type(q).__name__
+            expected = f"[B, F * n, H, D] of {len(self.chunks)} samples, one a chunk"
+            raise argument_error(f"{_BATCH}.beside", "q", expected, found)
+        silent = [not chunk.cache._sink.answers for chunk in self.chunks]
+        parts = []
+        for i, chunk in enumerate(self.chunks):
+            one = q[i : i + 1]
+            if silent[i] and not all(silent):
+                parts.append((torch.zeros_like(one), q.new_zeros(1, 1, 1, 1)))
+                continue
+            try:
+                parts.append(chunk._answer(layer, one, q_weight, norm, eps))
+            except ArgumentError as error:
+                raise _of_row(error, self.rows[i]) from None
+        answers, weights = zip(*parts, strict=True)
+        return torch.cat(answers), torch.cat(weights)
 
     def _calls(self, layer: int, q, k, v, norms) -> list[tuple[tuple, dict]]:
         """Arguments of the append, a run each."""

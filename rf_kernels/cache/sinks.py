@@ -69,18 +69,20 @@ class SinkState:
         weighs: whether ``weights`` is asked.
         weighs_keys: whether ``key_bias`` is asked.
         observes: whether ``observe`` is called.
+        answers: whether the model is to ask ``Chunk.beside`` for what ``answer`` says.
         resets: whether the sink's slots are all that its state is made of, so that ``reset_sink`` can take it
             from them.
         latent: whether ``evict`` serves a cache with ``value_dims``: ``v`` is then a view of channels of
-            ``k``, ``[B, L * n, H, Dv]``. A state that rewrites slots and does not say so is refused for such
-            a cache.
+            ``k``, ``[B, L * n, H, Dv]``. A state that rewrites slots or answers, and does not say so, is
+            refused for such a cache.
     """
 
-    latent = weighs = weighs_keys = observes = False
+    latent = weighs = weighs_keys = observes = answers = False
     resets = True
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
-        if spec.value_dims is not None and not self.latent and type(self).evict is not SinkState.evict:
+        writes = self.answers or type(self).evict is not SinkState.evict
+        if spec.value_dims is not None and writes and not self.latent:
             expected = "a policy that serves values which are channels of the keys (SinkState.latent)"
             raise argument_error("SinkWindowCache", "sink", expected, type(policy).__name__)
         self.policy, self.spec = policy, spec
@@ -157,6 +159,23 @@ class SinkState:
             q: the queries, normalised and rotated, ``[B, F * n, Hq, D]``.
             k, v, plan: as for ``evict``.
         """
+
+    def memory(self, layer: int, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        """With ``answers``: what the chunk's queries are answered from in one layer. New tensors, which later
+        chunks do not change. Without grad."""
+        raise NotImplementedError(f"{type(self).__name__}.memory")
+
+    def answer(self, q: Tensor, rotated: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """With ``answers``: what stands beside the attention, in PyTorch that autograd can follow.
+
+        Args:
+            q, rotated: the queries ``[B, F * n, Hq, D]``, normalised, and rotated beside that.
+            memory: what ``memory`` gave for the layer.
+        Returns:
+            the answer, of q's shape and dtype, and its weight, a number or one a sample ``[B, 1, 1, 1]``: 1,
+            or 0 while there is nothing to answer from.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.answer")
 
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: ChunkPlan) -> None:
         """Rewrite the sink of one layer in place: absorb ``plan.sources``, turn the keys by ``plan.shifts``.

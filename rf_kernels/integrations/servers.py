@@ -82,10 +82,8 @@ def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debu
     return out.transpose(1, 2), lse, None, None, query.shape[2], key.shape[2], seed, offset, debug
 
 
-def _sdpa_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
-    philox_seed, philox_offset, *, scale=None,
-):  # fmt: skip
+def _sdpa_backward(grad_out, query, key, value, out, logsumexp, *_, scale=None):
+    # The rest of PyTorch's schema: lengths, which the tensors have, and dropout, which the forward refuses.
     q, k, v, o, g = (x.transpose(1, 2) for x in (query, key, value, out, grad_out))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grads = ops.sink_window_attention_backward(

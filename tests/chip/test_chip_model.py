@@ -30,11 +30,6 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def chip():
-    return build.load()
-
-
-@pytest.fixture(scope="module")
 def prepared():
     return {name: (inputs := make_inputs(case), *oracle(inputs)) for name, case in CASES.items()}
 

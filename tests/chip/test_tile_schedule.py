@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from chip import build
-
 SMS = (1, 2, 7, 16, 78, 108, 114, 131, 132, 144, 160)
 # (heads, tokens of a latent frame): Wan2.1 1.3B and 14B at 480p and 720p, heads sharded over 1, 2, 4 and 8
 # GPUs.
@@ -16,11 +14,6 @@ HEADS = (12, 6, 3, 40, 20, 10, 5)
 FRAME_TOKENS = (1560, 3600)
 CHUNK_FRAMES = (3, 1)
 CACHE_FRAMES = range(6, 22)
-
-
-@pytest.fixture(scope="module")
-def chip():
-    return build.load()
 
 
 def check(plan, ctas, deterministic=False):

@@ -2,6 +2,8 @@
 streams that misbehave, no wait for the device, and the recorded streams of the published code."""
 
 import copy
+import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from helpers.gpu_tools import (
 )
 from helpers.promise_tools import POLICIES, make_cache, states_of
 from helpers.rope_append_case import inputs as append_inputs
-from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline
+from reward_forcing import CausalWanModel, ModelConfig, StreamConfig, StreamingPipeline, policies
 from reward_forcing.models.blocks import CausalSelfAttention
 from rf_kernels.testing import assert_equal_bits
 
@@ -34,18 +36,21 @@ CONFIG = ModelConfig(
 FRAMES, LENGTH, LATENT = 3, 9, (1, 4, 3, 10, 14)  # 35 tokens a frame: no multiple of anything
 
 
-def make_model(device, dtype=torch.bfloat16):
+def make_model(device, dtype=torch.bfloat16, linear_proj=False):
     torch.manual_seed(7)
-    return CausalWanModel(CONFIG).to(device, dtype).requires_grad_(False)
+    model = CausalWanModel(dataclasses.replace(CONFIG, linear_proj=linear_proj))
+    for block in model.blocks if linear_proj else ():
+        torch.nn.init.normal_(block.self_attn.linear_proj.weight, std=0.2)
+    return model.to(device, dtype).requires_grad_(False)
 
 
 class Stream:
     """A model's stream with its own cache; chunks and timesteps are drawn from a seed."""
 
-    def __init__(self, model, device, state="compensated"):
+    def __init__(self, model, device, state="compensated", policy=None):
         self.model, self.device = model, device
         self.text = model.text_keys(self.draw(1, 8, 16, seed=1))
-        policy = rf.EMASink(0.9, state=state)
+        policy = policy or rf.EMASink(0.9, state=state)
         spec = model.cache_spec(*LATENT[3:], sink_frames=3, window_frames=LENGTH - 3, undo_frames=FRAMES)
         self.cache = rf.SinkWindowCache(spec, sink=policy)
         self.x = self.draw(*LATENT, seed=2)
@@ -164,6 +169,36 @@ def test_captured_forward_follows_the_stream(device, dtype):
     for layer in range(eager.cache.spec.layers):
         for ours, theirs in zip(graphed.cache.sink_state(layer), eager.cache.sink_state(layer), strict=True):
             assert_equal_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("text", ["merged:threshold=0.3", "patches:patches=5"])
+@torch.no_grad()
+def test_a_captured_forward_reads_the_weights_of_keys_anew(device, text):
+    """The first forward of a chunk runs the policy. The repeated one is captured, and reads the weights where
+    they always lie."""
+    model = make_model(device)
+    eager, graphed = (Stream(model, device, policy=policies.parse(text)) for _ in range(2))
+    for stream in (eager, graphed):
+        stream.fill()
+        stream.chunk(9)
+    current, seen = [], []
+    with graphed.cache.chunk(FRAMES, undo=True) as opened:
+        current[:] = [opened]
+        for _ in range(2):  # warm-up
+            graphed.forward(opened)
+        repeat = Captured(lambda: graphed.forward(current[0]), device)
+        opened.rollback()
+    for number in range(10, 15):
+        expected = eager.chunk(number)
+        with graphed.cache.chunk(FRAMES) as opened:
+            current[:] = [opened]
+            graphed.load(100 * number)
+            assert_equal_bits(graphed.forward(opened), expected[0])
+            graphed.load(100 * number + 1)
+            assert_equal_bits(repeat.replay(), expected[1])
+        seen.append(graphed.cache._sink.tensors["bias"].clone())
+    assert not all(torch.equal(a, b) for a, b in pairwise(seen)) or text.startswith("patches")
+    assert_equal_bits(graphed.cache.k, eager.cache.k)
 
 
 @torch.no_grad()
@@ -419,6 +454,8 @@ def test_streaming_never_waits_for_the_device(device):
         "ahead",
         "shots",
         "random",
+        "linear",
+        "patches:patches=5",
     ],
 )
 def test_policies_by_name_never_wait_and_are_those_of_the_cpu(policy):
@@ -426,7 +463,8 @@ def test_policies_by_name_never_wait_and_are_those_of_the_cpu(policy):
     config = StreamConfig(denoising_step_list=(1000, 500), sink_policy=policy, cuts=(9,))
     found = []
     for place in ("cpu", "cuda"):
-        pipeline = StreamingPipeline(make_model(place, torch.float32), config)
+        model = make_model(place, torch.float32, linear_proj=policy == "linear")
+        pipeline = StreamingPipeline(model, config)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(1, 3, 4, *LATENT[3:], generator=generator).to(place) for _ in range(6)]
         cache = pipeline.new_cache(1, *LATENT[3:])

@@ -44,6 +44,14 @@ def tensors(cache, frames, seed, q_heads=None):
     ]
 
 
+def attend(chunk, layer, q, k, v, **options):
+    """What a model does: it also asks for what the policy has beside the slots."""
+    y = chunk.attend(layer, q, k, v, **options)
+    if any(each.cache._sink.answers for each in getattr(chunk, "chunks", [chunk])):
+        y = y + chunk.beside(layer, q)
+    return y
+
+
 def write(chunk, seed, forwards=2):
     """Forwards of a chunk; the attention of each layer in the last."""
     cache = chunk.cache
@@ -51,7 +59,7 @@ def write(chunk, seed, forwards=2):
         inputs = [
             tensors(cache, chunk.frames, seed * 1000 + forward * 100 + i) for i in range(cache.spec.layers)
         ]
-        outputs = [chunk.attend(layer, *qkv) for layer, qkv in enumerate(inputs)]
+        outputs = [attend(chunk, layer, *qkv) for layer, qkv in enumerate(inputs)]
     return outputs
 
 

@@ -62,8 +62,36 @@ class Told:
         return [(j + shift, self.k[j], self.v[j]) for j in frames if j < self.begin]
 
 
-def static(told, rephase=True):
-    return told.sink(range(told.S), told.shift() if rephase else 0) + told.window()
+def static(told, rephase=True, span=None):
+    return told.sink(range(told.S), told.shift(span) if rephase else 0) + told.window()
+
+
+def linear(told, q, own_at, phi, span, dtype=torch.float64):
+    """What stands beside the attention: a ratio of two means over the tokens that are W frames back. In a
+    dtype other than float64: as PyTorch has it there, from keys rotated in float64, states first."""
+    phi = {"relu": torch.relu, "softmax": lambda x: x.softmax(-1)}[phi]
+    keys, values, counted, group = [], [], 0, 1
+    for begin, end in zip([0, *told.ends[:-1]], told.ends, strict=True):
+        for f in range(counted, min(begin, end - told.W)):
+            keys.append((told.k[f], rotate(told.k[f], token_positions([f - max(0, end - span)], told.grid))))
+            values.append(told.v[f])
+            counted = f + 1
+    if not counted:
+        return torch.zeros_like(q)
+    plain, rotated, values = (torch.cat(x, 1) for x in (*zip(*keys, strict=True), values))
+    group = q.shape[2] // plain.shape[2]
+    plain, rotated, values = (x.repeat_interleave(group, 2) for x in (plain, rotated, values))
+    turned = rotate(q, token_positions([p - max(0, told.end - span) for p in own_at], told.grid))
+    if dtype != torch.float64:
+        q, turned, plain, rotated, values = (x.to(dtype) for x in (q, turned, plain, rotated, values))
+        kv = torch.einsum("bkhd,bkhe->bhde", rotated, values) / plain.shape[1]
+        z = phi(plain).mean(1)
+        over, under = torch.einsum("bqhd,bhde->bqhe", turned, kv), torch.einsum("bqhd,bhd->bqh", phi(q), z)
+        return over / (under + 1e-6).unsqueeze(-1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", turned, rotated)
+    over = torch.einsum("bhqk,bkhd->bqhd", scores, values) / plain.shape[1]
+    under = torch.einsum("bqhd,bkhd->bqh", phi(q), phi(plain)) / plain.shape[1]
+    return over / (under + 1e-6).unsqueeze(-1)
 
 
 def steady(told, alpha, held):
@@ -272,15 +300,48 @@ def log_bias(told, factor):
     return seen + [(*x, weight if x[0] else 0.0) for x in told.window()]
 
 
-def random_history(told, keep, seed):
-    window = told.window()
-    drawn = random.Random(f"{seed} {told.begin}").sample(range(len(window)), min(keep, len(window)))
-    return told.sink(range(told.S), 0) + [window[i] for i in sorted(drawn)]
+def random_history(told, keep, seed, sink=None):
+    window, draw, anchors = told.window(), random.Random(f"{seed} {told.begin}"), range(told.S)
+    if keep is not None:
+        window = [window[i] for i in sorted(draw.sample(range(len(window)), min(keep, len(window))))]
+    if sink is not None and told.gone():
+        anchors = draw.sample(range(told.S), sink)
+    return told.sink(anchors, 0) + window
 
 
 def short(told, frames):
     window = told.window()
     return told.sink(range(told.S), 0) + window[max(0, len(window) - frames) :]
+
+
+def patches(told, cuts, keep, frames, memory, rephase=False):
+    """One sample after the other. ``cuts``: patches of a frame."""
+    window, best, S, n = [], None, told.S, told.grid[0] * told.grid[1]
+    for begin, end in zip([0, *told.ends[:-1]], told.ends, strict=True):
+        own = [f for f in range(begin, end) if f >= S]
+        excess = max(len(window) - frames, len(window) + len(own) - told.W, 0)
+        gone, known = window[:excess], window
+        if gone:
+            best = []
+            for b in range(len(told.k[0])):
+                pool = []
+                for f in (f for f in gone if f + 1 in known):
+                    k, after = (
+                        rotate(told.k[g], token_positions([told.at[g]], told.grid))[b] for g in (f, f + 1)
+                    )
+                    like = torch.cosine_similarity(k.flatten(1), after.flatten(1), dim=1).split(n // cuts)
+                    for p, tokens in enumerate(
+                        zip(k.split(n // cuts), told.v[f][b].split(n // cuts), strict=True)
+                    ):
+                        pool.append((like[p].mean().item(), tokens))
+                count = min(round(keep * len(pool)), memory * cuts)
+                best.append([tokens for _, tokens in sorted(pool, key=lambda x: x[0])[:count]])
+        window = window[excess:] + own
+    seen = told.sink(range(S - memory), told.shift() if rephase else 0)
+    seen += [(told.at[f], told.k[f], told.v[f]) for f in window if f < told.begin]
+    if best and best[0]:
+        seen.append((None, *(torch.stack([torch.cat([x[i] for x in b]) for b in best]) for i in (0, 1))))
+    return seen
 
 
 def state_slot(told, chunk):

@@ -45,12 +45,9 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def on_one_thread(threads_of_module):
     """Tensors are tiny here, and a subprocess has to compute with as many threads as this process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads_of_module(1)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import pytest
 from helpers.training import ENVIRONMENT, ROOT, torchrun
 
 SCRIPT = """
-    import sys
+    import dataclasses, sys
     import torch, torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     import rf_kernels as rf
@@ -23,9 +23,9 @@ SCRIPT = """
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    def built(kind):
+    def built(kind, sizes=TINY):
         torch.manual_seed(0)
-        model = kind(TINY).double()
+        model = kind(sizes).double()
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.15)
         return model
@@ -41,20 +41,23 @@ SCRIPT = """
             error = (gradient / 2 - one[name]).norm() / one[name].norm()
             assert error <= 1e-12, (name, float(error))
 
-    # The stream: 21 frames through a window of 9, with a sink that absorbs; then replay.
+    # The stream: 21 frames through a window of 9, with a sink that absorbs; then replay. And with a linear
+    # state beside the window.
     noise, context = draw(2, 21, 4, 4, 4), draw(2, 3, 8)
     renoise = [draw(2, 3, 4, 4, 4) for _ in range(40)]
     tapes, grads = {}, {}
     grad = draw(2, 21, 4, 4, 4)
-    for checkpointing in (False, True):
+    beside = dataclasses.replace(TINY, linear_proj=True)
+    linear = dataclasses.replace(STREAM, sink_policy="linear")
+    for checkpointing, sizes, stream in ((False, TINY, STREAM), (True, TINY, STREAM), (True, beside, linear)):
         for ranks in (1, 2):
-            model, cache = built(CausalWanModel), {}
+            model, cache = built(CausalWanModel, sizes), {}
             model.checkpointing = checkpointing
             if ranks == 2:
                 parallelize_heads(model, mesh)
                 cache = {"heads": TINY.num_heads // 2}
             left = iter(renoise)
-            rollout = Rollout(StreamingPipeline(model, STREAM), cache=cache)
+            rollout = Rollout(StreamingPipeline(model, stream), cache=cache)
             tapes[ranks] = rollout.generate(noise, context, [3, 1, 0, 2, 3, 1, 2], lambda *a: next(left))
             grads[ranks] = gradients(model, lambda: rollout.replay(tapes[ranks], context, grad))
         assert (tapes[2].x - tapes[1].x).abs().max() <= 1e-12 * tapes[1].x.abs().max()

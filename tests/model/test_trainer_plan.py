@@ -104,17 +104,8 @@ def allocated(run, path):
     return max(totals) - totals[0]
 
 
-@pytest.fixture
-def one_thread():
-    """The CPU's attention takes working memory for each thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.heavy
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread")  # the CPU's attention takes working memory for each thread
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("config", "ranks"),

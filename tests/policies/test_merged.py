@@ -1,11 +1,12 @@
-"""Tokens that are merged and counted, and tokens that are chosen."""
+"""Tokens that are merged and counted, and patches that are chosen."""
 
+import pytest
 import torch
 
 import rf_kernels as rf
-from helpers.cache_case import make, tensors
+from helpers.cache_case import make, state_of, step, tensors
 from reward_forcing import policies
-from rf_kernels.testing import relative_l2
+from rf_kernels.testing import assert_equal_bits, relative_l2
 
 
 def attention(q, k, v):
@@ -57,3 +58,51 @@ def test_a_token_that_is_not_finite_is_not_remembered():
             found = chunk.attend(0, q, k, v)
     assert bool(found.isfinite().all()) and bool(cache.k.isfinite().all())
     assert isinstance(policies.parse("merged:frames=2,threshold=0.8"), rf.SinkPolicy)
+
+
+@pytest.mark.parametrize("text", ["merged:threshold=0.2", "patches:patches=3"])
+def test_a_stream_that_starts_over_is_a_new_one(text):
+    """Weights of the old stream's keys are gone, by `start=0` and by `reset`."""
+    cache, fresh = (make(2, 5, policy=policies.parse(text), dtype=torch.float32) for _ in range(2))
+    for number in range(6):
+        step(cache, 2, number)
+    for again in range(2):
+        fresh.reset()
+        for number in range(6):
+            start = 0 if number == 0 and again == 0 else None
+            with cache.chunk(2, start=start) as chunk:
+                found = [chunk.attend(0, *tensors(cache, 2, 50 + number)) for _ in range(2)]
+            with fresh.chunk(2) as chunk:
+                expected = [chunk.attend(0, *tensors(cache, 2, 50 + number)) for _ in range(2)]
+            assert_equal_bits(torch.stack(found), torch.stack(expected))
+        for a, b in zip(state_of(cache)[2:], state_of(fresh)[2:], strict=True):
+            assert_equal_bits(a, b)
+        cache.reset()
+
+
+def test_a_chunk_of_the_window_is_written_again():
+    """The sink keeps what it has, and its weights: the result is that of the chunk written once."""
+    found = []
+    for seed in (5, 80):
+        cache = make(2, 5, policy=policies.MergedTokens(1, 0.2), dtype=torch.float32)
+        for number in (0, 1, 2, 3, 4, seed):
+            step(cache, 2, number)
+        with cache.chunk(2, start=10) as chunk:
+            found.append(chunk.attend(0, *tensors(cache, 2, 9)))
+    assert_equal_bits(*found)
+
+
+@pytest.mark.parametrize(
+    "policy, expected",
+    [
+        (policies.MergedTokens(3), "frames.*1..2 sink frames.*3"),
+        (policies.MergedTokens(threshold=1.5), "threshold.*a cosine in -1..1.*1.5"),
+        (policies.ChangingPatches(5), "patches.*a divisor of the 6 tokens of a frame.*5"),
+        (policies.ChangingPatches(keep=2), "keep.*a number in 0..1.*2"),
+        (policies.ChangingPatches(memory=0), "memory.*1..2 sink frames.*0"),
+        (policies.ChangingPatches(frames=-1), "frames.*at least 0.*-1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(policy, expected):
+    with pytest.raises(rf.ArgumentError, match=expected):
+        make(2, 5, policy=policy)

@@ -11,6 +11,7 @@ import torch
 
 import rf_kernels as rf
 from helpers import policy_rules as rules
+from helpers.cache_case import attend as asked
 from helpers.cache_case import make, state_of, step, tensors, write
 from reward_forcing import policies
 from rf_kernels.reference.streaming import rotate, token_positions
@@ -28,6 +29,7 @@ class Case:
     lengths: tuple = ((3,) * 13, (2, 3, 1, 3, 2, 3, 1, 2, 3, 3, 1, 2, 3, 2))
     cuts: tuple = ()  # numbers of the chunks that begin a shot
     jump: float = 0.0
+    beside: object = None  # what it answers beside the attention
 
 
 def of(function, *arguments, **more):
@@ -35,7 +37,14 @@ def of(function, *arguments, **more):
 
 
 CUTS = (4, 9)
-CHOOSING = ("important", "recall", "merged", "merged, absolute")  # by scores of keys
+CHOOSING = (
+    "important",
+    "recall",
+    "merged",
+    "merged, absolute",
+    "patches",
+    "patches, more of them",
+)  # by scores of keys
 CASES = {
     "static": Case(rf.StaticSink(rephase=True), rules.static),
     "static, absolute": Case(rf.StaticSink(), of(rules.static, rephase=False)),
@@ -64,6 +73,17 @@ CASES = {
     "recall": Case(
         policies.RecalledFrames(2, 0.35, 0.3), of(rules.recalled, 2, 0.35, 0.3), sizes=((4, 6), (3, 5))
     ),
+    "linear": Case(
+        policies.LinearState(),
+        rules.static,
+        beside=lambda told, q, at, *x: rules.linear(told, q, at, "relu", told.S + told.W, *x),
+    ),
+    "linear, span": Case(
+        policies.LinearState("softmax", span=13),
+        of(rules.static, span=13),
+        sizes=((3, 6), (1, 5)),
+        beside=lambda told, q, at, *x: rules.linear(told, q, at, "softmax", 13, *x),
+    ),
     "ahead": Case(policies.PlacedSink(ahead=2.5), of(rules.placed, ahead=2.5), sizes=((1, 6), (2, 5))),
     "identity": Case(policies.PlacedSink(at=0.0), of(rules.placed, at=0.0)),
     "shots": Case(
@@ -84,8 +104,19 @@ CASES = {
     ),
     "log bias": Case(policies.LogBias(0.3), of(rules.log_bias, 0.3), sizes=((0, 9), (2, 5))),
     "random": Case(policies.RandomHistory(2, seed=3), of(rules.random_history, 2, 3), sizes=((0, 9), (2, 5))),
+    "random, of the sink": Case(
+        policies.RandomHistory(None, seed=3, sink=1),
+        of(rules.random_history, None, 3, 1),
+        sizes=((3, 6), (2, 5)),
+    ),
     "short": Case(policies.ShortWindow(1), of(rules.short, 1), sizes=((2, 6), (3, 5))),
     "short, the chunk alone": Case(policies.ShortWindow(0), of(rules.short, 0), sizes=((0, 6), (1, 7))),
+    "patches": Case(policies.ChangingPatches(3), of(rules.patches, 3, 0.33, 1, 1), sizes=((2, 4), (2, 9))),
+    "patches, more of them": Case(
+        policies.ChangingPatches(3, 0.6, 2, 2, rephase=True),
+        of(rules.patches, 3, 0.6, 2, 2, rephase=True),
+        sizes=((4, 9), (3, 5)),
+    ),
     "state": Case(
         policies.StateSlot(4), of(rules.state_slot, 4), sizes=((0, 10), (0, 7)), lengths=((4,) * 12,) * 2
     ),
@@ -178,6 +209,8 @@ def test_a_policy_is_its_rule(name, which):
                 q, k, v = tensors(cache, frames, 10 * number + forward)
                 expected = attention(q, (k, v), seen, own_at, grid)
                 assert relative_l2(chunk.attend(0, q, k, v), expected) < 1e-12
+                if case.beside is not None:
+                    assert relative_l2(chunk.beside(0, q), case.beside(told, q, own_at)) < 1e-12
         for i in range(frames):
             at = slice(i * n, (i + 1) * n)
             told.q[begin + i], told.k[begin + i], told.v[begin + i] = q[:, at], k[:, at], v[:, at]
@@ -191,7 +224,7 @@ def test_a_policy_in_bfloat16_is_as_near_as_plain_attention(name):
     case = CASES[name]
     (S, W), lengths = case.sizes[1], case.lengths[1]
     cache = make(S, W, policy=case.policy, dtype=torch.bfloat16, grid=(3, 4))
-    told, n, grid, errors = rules.Told(S, W, grid=(3, 4)), 12, (3, 4), []
+    told, n, grid, errors, beside = rules.Told(S, W, grid=(3, 4)), 12, (3, 4), [], []
     for number, frames in enumerate(lengths):
         begin = told.ends[-1] if told.ends else 0
         told.ends.append(begin + frames)
@@ -201,14 +234,19 @@ def test_a_policy_in_bfloat16_is_as_near_as_plain_attention(name):
         q, k, v = (x.double() for x in inputs)
         with cache.chunk(frames, cut=number in case.cuts) as chunk:
             found = chunk.attend(0, *inputs)
+            if case.beside is not None:
+                answer, exact = chunk.beside(0, inputs[0]).double(), case.beside(told, q, own_at)
+                plain = case.beside(told, q, own_at, torch.bfloat16).double()
+                beside.append((relative_l2(answer, exact), relative_l2(plain, exact)))
         expected = attention(q, (k, v), seen, own_at, grid)
         eager = attention(q, (k, v), seen, own_at, grid, torch.bfloat16)
         errors.append((relative_l2(found.double(), expected), relative_l2(eager.double(), expected)))
         for i in range(frames):
             at = slice(i * n, (i + 1) * n)
             told.k[begin + i], told.v[begin + i], told.at[begin + i] = k[:, at], v[:, at], own_at[i]
-    ours, plain = (max(e) for e in zip(*errors, strict=True))
-    assert ours <= 2 * plain
+    for each in filter(None, (errors, beside)):
+        ours, plain = (max(e) for e in zip(*each, strict=True))
+        assert ours <= 2 * plain
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -237,7 +275,7 @@ def test_a_policy_is_taken_back_saved_and_copied(name, tmp_path):
 
 def step_into(chunk, seed):
     for layer in range(chunk.cache.spec.layers):
-        chunk.attend(layer, *tensors(chunk.cache, chunk.frames, 100 * seed + layer))
+        asked(chunk, layer, *tensors(chunk.cache, chunk.frames, 100 * seed + layer))
 
 
 @pytest.mark.parametrize("name", ["log bias, a sink", "merged"])

@@ -8,7 +8,7 @@ import torch
 
 import rf_kernels as rf
 from helpers import policy_rules as rules
-from helpers.cache_case import make, tensors
+from helpers.cache_case import attend, make, tensors
 from reward_forcing import policies
 from rf_kernels.reference.streaming import rotate, token_positions
 from rf_kernels.testing import assert_equal_bits, relative_l2
@@ -26,10 +26,10 @@ def test_a_row_has_the_bits_of_the_row_alone(name):
         part, frames, cut = PARTS[number % 4], 1 + number // 4 % 3, number % 9 == 4
         with rows.chunk(frames, rows=part, cut=cut) as batch:
             data = [tensors(alone[0], frames, 10 * number + row) for row in part]
-            out = batch.attend(0, *(torch.cat(x) for x in zip(*data, strict=True)), deterministic=True)
+            out = attend(batch, 0, *(torch.cat(x) for x in zip(*data, strict=True)), deterministic=True)
         for i, row in enumerate(part):
             with alone[row].chunk(frames, cut=cut) as chunk:
-                assert_equal_bits(chunk.attend(0, *data[i], deterministic=True), out[i : i + 1])
+                assert_equal_bits(attend(chunk, 0, *data[i], deterministic=True), out[i : i + 1])
     assert all(row._stream.left for row in rows)
 
 
@@ -86,3 +86,43 @@ def test_heads_with_windows_of_their_own():
             query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
             expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
             assert relative_l2(y[head : head + 1], expected) < 1e-12
+
+
+def test_static_and_dynamic_heads_are_one_attention():
+    """Forcing-KV: every head sees one sink frame, the frame before the chunk, and the chunk; a dynamic one
+    the third of the patches before that which changed most."""
+    H, F, grid, S, W = 4, 3, (2, 3), 2, 4
+    n = grid[0] * grid[1]
+    dynamic = (0, 3)
+    sinks = [policies.ChangingPatches(6, keep=0.33 if head in dynamic else 0.0) for head in range(H)]
+    whole = make(S, W, grid=grid, heads=H, dtype=torch.float64)
+    rows = rf.SinkWindowRows(dataclasses.replace(whole.spec, batch=H, heads=1), sink=sinks)
+    heads = [rules.Told(S, W, grid=grid) for _ in range(H)]
+    for number in range(12):
+        q, k, v = tensors(whole, F, number)
+        with rows.chunk(F) as batch:
+            y = batch.attend(0, *(x[0].transpose(0, 1).unsqueeze(2) for x in (q, k, v)))
+        for head, told in enumerate(heads):
+            told.ends.append(F * (number + 1))
+            query, key, value = (x[:, :, head : head + 1] for x in (q, k, v))
+            if head in dynamic:
+                seen = rules.patches(told, 6, 0.33, 1, 1)
+                tokens = sum(x.shape[1] for _, x, _ in seen)
+                assert tokens == n * min(number + 1, 3) * (number > 0)  # sink; with it a frame; and patches
+            else:
+                seen = rules.short(dataclasses.replace(told, S=1, W=5), 1)
+            own_at = list(range(told.begin, told.end))
+            entries = [
+                *seen,
+                *((f, x, y) for f, x, y in zip(own_at, key.split(n, 1), value.split(n, 1), strict=True)),
+            ]
+            keys = [x if f is None else rotate(x, token_positions([f], grid)) for f, x, _ in entries]
+            query = rotate(query, token_positions(own_at, grid))
+            query, keys, values = (
+                x.transpose(1, 2) for x in (query, torch.cat(keys, 1), torch.cat([x for *_, x in entries], 1))
+            )
+            expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+            assert relative_l2(y[head : head + 1], expected) < 1e-12
+            for i, frame in enumerate(own_at):
+                told.k[frame], told.v[frame] = (x[:, i * n : (i + 1) * n] for x in (key, value))
+                told.at[frame] = frame

@@ -80,16 +80,30 @@ class Projections(nn.Module):
 
 class CausalSelfAttention(Projections):
     """Self-attention of one chunk over sink, window and itself, through one layer of a
-    ``SinkWindowCache``."""
+    ``SinkWindowCache``, and what its policy answers beside them if the model has a map of it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.linear_proj = None
+        if config.linear_proj:
+            self.linear_proj = nn.Linear(config.head_dim, config.head_dim)
+            for parameter in self.linear_proj.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, layer: int, chunk: rf.Chunk) -> Tensor:
         """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into the cache's
         ``layer``."""
         if self.parallel is not None:
             q, k, v = (self.parallel.to_heads(t, chunk.frames) for t in self.normed_qkv(x))
-            return self.o(self.parallel.to_tokens(chunk.attend(layer, q, k, v), chunk.frames).flatten(2))
+            y = chunk.attend(layer, q, k, v)
+            if self.linear_proj is not None:
+                y = y + chunk.beside(layer, q, project=self.linear_proj)
+            return self.o(self.parallel.to_tokens(y, chunk.frames).flatten(2))
         q, k, v = self.raw_qkv(x)
-        y = chunk.attend(layer, q, k, v, q_norm=self.norm_q, k_norm=self.norm_k, norm="model", eps=self.eps)
+        norm = {"q_norm": self.norm_q, "norm": "model", "eps": self.eps}
+        y = chunk.attend(layer, q, k, v, k_norm=self.norm_k, **norm)
+        if self.linear_proj is not None:
+            y = y + chunk.beside(layer, q, project=self.linear_proj, **norm)
         return self.o(y.flatten(2))
 
 

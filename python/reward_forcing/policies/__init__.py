@@ -2,9 +2,11 @@
 
 from .cyclic import CyclicSink
 from .important import ImportantTokens
+from .linear import LinearState
 from .memory import MemoryState
 from .merged import MergedTokens
 from .named import NAMES, parse
+from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -16,8 +18,10 @@ from .weighted import LogBias, RandomHistory
 
 __all__ = [
     "NAMES",
+    "ChangingPatches",
     "CyclicSink",
     "ImportantTokens",
+    "LinearState",
     "LogBias",
     "MemoryState",
     "MergedTokens",

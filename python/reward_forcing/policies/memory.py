@@ -48,6 +48,26 @@ class MemoryState(rf.SinkState):
         at = self.tokens(plan.ring.slot(plan.sources[j][i]))
         return self.turned(k[:, at], plan.turns[j, i]), v[:, at].to(self.tensors["v_state"].dtype)
 
+    def table(self, position: int):
+        """Angles of a frame's keys at a position, and their axes; None without RoPE."""
+        if self.spec.rope is None:
+            return None
+        places = [[position], *(range(length) for length in self.spec.grid)]
+        wide = torch.promote_types(self.spec.dtype, torch.float32)
+        return self.spec.rope.table(places, dtype=wide, device=self.spec.device)
+
+    def rotated(self, x: Tensor, table, back: bool = False) -> Tensor:
+        """Keys or queries rotated by a table, or that undone."""
+        if table is None:
+            return x
+        angles, axes = table
+        angles = self.undoing(angles) if back else angles
+        return rf.rope(x.contiguous(), angles=angles, axes=axes, layout=self.spec.layout)
+
+    def undoing(self, table: Tensor) -> Tensor:
+        """The table ``[..., 2]`` that turns round what this one does."""
+        return torch.stack((table[..., 0], -table[..., 1]), -1)
+
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         self.unite(layer, k, v, plan)
         self.absorb(layer, k, v, plan)

@@ -9,7 +9,9 @@ import rf_kernels as rf
 from .._check import expect
 from .cyclic import CyclicSink
 from .important import ImportantTokens
+from .linear import LinearState
 from .merged import MergedTokens
+from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
 from .short import ShortWindow
@@ -29,6 +31,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "strided": (StridedMemory, {}),
     "cyclic": (CyclicSink, {}),
     "important": (ImportantTokens, {}),
+    "linear": (LinearState, {}),
     "merged": (MergedTokens, {}),
     "recall": (RecalledFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
@@ -38,6 +41,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "log-bias": (LogBias, {"rephase": True}),
     "random": (RandomHistory, {"rephase": True}),
     "short": (ShortWindow, {"rephase": True}),
+    "patches": (ChangingPatches, {"rephase": True}),
     "state": (StateSlot, {}),
 }
 

@@ -57,25 +57,10 @@ class _RecalledState(MemoryState):
         self.allocate("q_mean", wide, tokens=1)
         numbers = torch.zeros(spec.layers, spec.batch, policy.frames, dtype=torch.int64, device=spec.device)
         self.tensors["number"] = numbers
-        self._tables = [self._table(j, wide) for j in range(spec.sink_frames)]
-        self._back = torch.tensor([1.0, -1.0], dtype=wide, device=spec.device)  # turns a rotation round
+        self._tables = [self.table(j) for j in range(spec.sink_frames)]
 
     def has_state(self) -> bool:
         return True
-
-    def _table(self, position: int, dtype: torch.dtype):
-        if self.spec.rope is None:
-            return None
-        places = [[position], *(range(length) for length in self.spec.grid)]
-        return self.spec.rope.table(places, dtype=dtype, device=self.spec.device)
-
-    def _rotated(self, x: Tensor, table, back: bool = False) -> Tensor:
-        """A frame's keys rotated as at a position, or that undone."""
-        if table is None:
-            return x
-        angles, axes = table
-        angles = angles * self._back if back else angles
-        return rf.rope(x.contiguous(), angles=angles, axes=axes, layout=self.spec.layout)
 
     def _numbers(self, frames: Sequence[int]) -> Tensor:
         """``[B, len(frames)]``, made on the device: a copy from the host would wait."""
@@ -88,7 +73,7 @@ class _RecalledState(MemoryState):
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         q = q.to(self.tensors["q_mean"].dtype)
-        q = self._rotated(q, None if plan.angles is None else (plan.angles, plan.axes), back=True)
+        q = self.rotated(q, None if plan.angles is None else (plan.angles, plan.axes), back=True)
         groups = q.unflatten(2, (self.spec.heads, -1))
         self.tensors["q_mean"][layer].copy_(groups.mean(dim=(1, 3)).unsqueeze(1))
 
@@ -96,7 +81,7 @@ class _RecalledState(MemoryState):
         super().unite(layer, k, v, plan)
         for j in range(self.spec.sink_frames if plan.first else 0):
             key, _ = self.state(layer, j)
-            key.copy_(self._rotated(key, self._tables[j], back=True))
+            key.copy_(self.rotated(key, self._tables[j], back=True))
         if plan.first:
             numbers = range(self.static, self.spec.sink_frames)
             self.tensors["number"][layer].copy_(self._numbers(numbers))
@@ -109,7 +94,7 @@ class _RecalledState(MemoryState):
         trusted = [self.tensors[name][layer] for name in ("k_state", "v_state")]
         old = [x[:, self.static * n :].unflatten(1, (M, n)) for x in trusted]
         new = [self.source(k, v, plan, j, i) for i in range(count)]
-        new = [(self._rotated(key, self._tables[j], back=True), value) for key, value in new]
+        new = [(self.rotated(key, self._tables[j], back=True), value) for key, value in new]
         known = self.tensors["number"][layer]
         numbers = torch.cat([known, self._numbers(plan.sources[-1])], 1)
 
@@ -138,6 +123,6 @@ class _RecalledState(MemoryState):
     def write(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan, frames: int) -> None:
         for j in range(frames):
             key, value = self.state(layer, j)
-            key = self._rotated(key, self._tables[j])
+            key = self.rotated(key, self._tables[j])
             k[:, self.tokens(j)] = self.turned(key, plan.turns[j, -1]).to(k.dtype)
             v[:, self.tokens(j)] = value.to(v.dtype)

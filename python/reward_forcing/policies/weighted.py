@@ -42,20 +42,23 @@ class _BiasState(MemoryState):
 @dataclass(frozen=True)
 class RandomHistory(rf.SinkPolicy):
     """Of the past frames in the window every chunk sees ``keep``, drawn at random, beside the sink (KVPO,
-    arXiv 2605.14278).
+    arXiv 2605.14278); of the sink, ``sink`` frames, also drawn, once frames have left (Infinite-Forcing).
 
     Args:
-        keep: frames.
+        keep: frames; None for all.
         seed: the draw is a function of it and of the chunk's first frame.
         rephase: of the sink, which is static.
+        sink: frames of the sink that are seen; None for all.
     """
 
-    keep: int = 3
+    keep: int | None = 3
     seed: int = 0
     rephase: bool = False
+    sink: int | None = None
 
     def bind(self, spec: rf.CacheSpec) -> rf.SinkState:
-        expect(self.keep >= 0, "RandomHistory", "keep", "at least 0", self.keep)
+        for name, frames in (("keep", self.keep), ("sink", self.sink)):
+            expect(frames is None or frames >= 0, "RandomHistory", name, "at least 0, or None", frames)
         return _RandomState(self, spec)
 
 
@@ -63,7 +66,11 @@ class _RandomState(MemoryState):
     weighs = True
 
     def weights(self, opening: rf.Opening, held: Sequence[int]) -> Sequence[float]:
-        past = sorted(f for f in held[self.spec.sink_frames :] if f < opening.begin)
-        draw = random.Random(f"{self.policy.seed} {opening.begin}")
-        hidden = set(past) - set(draw.sample(past, min(self.policy.keep, len(past))))
+        S, policy, hidden = self.spec.sink_frames, self.policy, set()
+        past = sorted(f for f in held[S:] if f < opening.begin)
+        draw = random.Random(f"{policy.seed} {opening.begin}")
+        gone = S not in held and opening.end > S  # the window's first frame
+        for frames, count in ((past, policy.keep), (held[:S] if gone else (), policy.sink)):
+            if count is not None:
+                hidden |= set(frames) - set(draw.sample(frames, min(count, len(frames))))
         return [-math.inf if frame in hidden else 0.0 for frame in held]
