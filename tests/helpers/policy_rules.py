@@ -314,9 +314,13 @@ def short(told, frames):
     return told.sink(range(told.S), 0) + window[max(0, len(window) - frames) :]
 
 
-def patches(told, cuts, keep, frames, memory, rephase=False):
-    """One sample after the other. ``cuts``: patches of a frame."""
-    window, best, S, n = [], None, told.S, told.grid[0] * told.grid[1]
+def patches(told, cuts, keep, frames, memory, rephase=False, by=None):
+    """One sample after the other. ``cuts``: patches of a frame; ``by``: whose keys tell likeness."""
+    window, best, S, size = [], None, told.S, told.grid[0] * told.grid[1] // cuts
+
+    def rotated(stream, f, b):
+        return rotate(stream.k[f], token_positions([told.at[f]], told.grid))[b]
+
     for begin, end in zip([0, *told.ends[:-1]], told.ends, strict=True):
         own = [f for f in range(begin, end) if f >= S]
         excess = max(len(window) - frames, len(window) + len(own) - told.W, 0)
@@ -326,14 +330,10 @@ def patches(told, cuts, keep, frames, memory, rephase=False):
             for b in range(len(told.k[0])):
                 pool = []
                 for f in (f for f in gone if f + 1 in known):
-                    k, after = (
-                        rotate(told.k[g], token_positions([told.at[g]], told.grid))[b] for g in (f, f + 1)
-                    )
-                    like = torch.cosine_similarity(k.flatten(1), after.flatten(1), dim=1).split(n // cuts)
-                    for p, tokens in enumerate(
-                        zip(k.split(n // cuts), told.v[f][b].split(n // cuts), strict=True)
-                    ):
-                        pool.append((like[p].mean().item(), tokens))
+                    a, z = (rotated(by or told, g, b).flatten(1) for g in (f, f + 1))
+                    like = torch.cosine_similarity(a, z, dim=1).split(size)
+                    parts = zip(rotated(told, f, b).split(size), told.v[f][b].split(size), strict=True)
+                    pool += [(x.mean().item(), tokens) for x, tokens in zip(like, parts, strict=True)]
                 count = min(round(keep * len(pool)), memory * cuts)
                 best.append([tokens for _, tokens in sorted(pool, key=lambda x: x[0])[:count]])
         window = window[excess:] + own

@@ -240,6 +240,8 @@ def test_an_internal_error_keeps_its_traceback(tmp_path, monkeypatch):
         ["--policy", "two-rates:long=0.1,adaptive=true"],
         ["--policy", "cyclic", "--noisy-context"],
         ["--policy", "shots:offset=8", "--cuts", "6"],
+        ["--policy", "merged:threshold=0.5"],
+        ["--policy", "patches:patches=1"],
         ["--rolling"],
         ["--restart", "9", "3"],
         ["--steps", "1000"],

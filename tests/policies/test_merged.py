@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import rf_kernels as rf
+from helpers import policy_rules as rules
 from helpers.cache_case import make, state_of, step, tensors
 from reward_forcing import policies
+from rf_kernels.reference.streaming import rotate, token_positions
 from rf_kernels.testing import assert_equal_bits, relative_l2
 
 
@@ -100,9 +102,34 @@ def test_a_chunk_of_the_window_is_written_again():
         (policies.ChangingPatches(5), "patches.*a divisor of the 6 tokens of a frame.*5"),
         (policies.ChangingPatches(keep=2), "keep.*a number in 0..1.*2"),
         (policies.ChangingPatches(memory=0), "memory.*1..2 sink frames.*0"),
+        (policies.ChangingPatches(layer=1), "layer.*None, or a layer 0..0.*1"),
         (policies.ChangingPatches(frames=-1), "frames.*at least 0.*-1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(policy, expected):
     with pytest.raises(rf.ArgumentError, match=expected):
         make(2, 5, policy=policy)
+
+
+def test_a_layer_chooses_for_those_behind_it():
+    """The published choice of Forcing-KV: the first layer keeps no patches, the second chooses, by all heads
+    of the cache, and the third keeps the same ones."""
+    cache = make(2, 4, policy=policies.ChangingPatches(3, layer=1), layers=3, batch=2)
+    layers = [rules.Told(2, 4, grid=(2, 3)) for _ in range(3)]
+    for number in range(12):
+        with cache.chunk(3) as chunk:
+            for layer, told in enumerate(layers):
+                told.ends.append(3 * (number + 1))
+                q, k, v = tensors(cache, 3, 10 * number + layer)
+                seen = rules.patches(told, 3, 0.33 if layer else 0.0, 1, 1, by=layers[1])
+                own_at = list(range(told.begin, told.end))
+                own = [*zip(own_at, k.split(6, 1), v.split(6, 1), strict=True)]
+                turned = [
+                    x if f is None else rotate(x, token_positions([f], (2, 3))) for f, x, _ in [*seen, *own]
+                ]
+                query, values = rotate(q, token_positions(own_at, (2, 3))), [x for *_, x in [*seen, *own]]
+                expected = attention(query, torch.cat(turned, 1), torch.cat(values, 1))
+                assert relative_l2(chunk.attend(layer, q, k, v), expected) < 1e-12
+                told.k |= {f: x for f, x, _ in own}
+                told.v |= {f: x for f, _, x in own}
+                told.at |= {f: f for f in own_at}

@@ -105,7 +105,7 @@ CASES = {
     "log bias": Case(policies.LogBias(0.3), of(rules.log_bias, 0.3), sizes=((0, 9), (2, 5))),
     "random": Case(policies.RandomHistory(2, seed=3), of(rules.random_history, 2, 3), sizes=((0, 9), (2, 5))),
     "random, of the sink": Case(
-        policies.RandomHistory(None, seed=3, sink=1),
+        policies.RandomHistory(None, seed=3, sink_frames=1),
         of(rules.random_history, None, 3, 1),
         sizes=((3, 6), (2, 5)),
     ),

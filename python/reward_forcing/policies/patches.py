@@ -33,6 +33,8 @@ class ChangingPatches(rf.SinkPolicy):
         frames: of the window, before the chunk's own.
         memory: C, the last sink frames: room for patches, and hidden until there are any.
         rephase: of the first sink frames, which are static.
+        layer: None: every layer chooses. A number (1 in the published code): that layer chooses, those behind
+            it keep the same patches, and those before it none. A forward has to come to it before them.
     """
 
     patches: int = 6
@@ -40,6 +42,7 @@ class ChangingPatches(rf.SinkPolicy):
     frames: int = 1
     memory: int = 1
     rephase: bool = False
+    layer: int | None = None
 
     def bind(self, spec: rf.CacheSpec) -> rf.SinkState:
         who, n, S = "ChangingPatches", spec.frame_tokens, spec.sink_frames
@@ -48,6 +51,8 @@ class ChangingPatches(rf.SinkPolicy):
         expect(0 <= self.keep <= 1, who, "keep", "a number in 0..1", self.keep)
         expect(self.frames >= 0, who, "frames", "at least 0", self.frames)
         expect(1 <= self.memory <= S, who, "memory", f"1..{S} sink frames", self.memory)
+        fits = self.layer is None or 0 <= self.layer < spec.layers
+        expect(fits, who, "layer", f"None, or a layer 0..{spec.layers - 1}", self.layer)
         return _PatchState(self, spec)
 
 
@@ -58,6 +63,8 @@ class _PatchState(MemoryState):
         super().__init__(policy, spec)
         self.static = spec.sink_frames - policy.memory
         self.allocate_numbers("bias")
+        if policy.layer is not None:
+            self.allocate_numbers("choice", torch.int64, policy.memory * policy.patches)
         if self.turns and self.static:
             wide = torch.promote_types(spec.dtype, torch.float32)
             for name in ("k_state", "v_state"):
@@ -99,18 +106,30 @@ class _PatchState(MemoryState):
         chosen = [f for f in plan.sources[-1] if f + 1 in there]
         patches, first = len(chosen) * policy.patches, self.static * n
         count = min(round(policy.keep * patches), policy.memory * policy.patches)
+        count = 0 if layer < (policy.layer or 0) else count
         end = first + count * (n // policy.patches)
         bias = self.tensors["bias"][layer]
         bias[:, first:end] = 0
         bias[:, end : S * n] = -math.inf
         if not count:
             return
+        best = self._best(layer, k, chosen, plan, count)[..., None, None, None]
+        for x in (k, v):
+            frames = [x[:, self.tokens(plan.slot_of(f))] for f in chosen]
+            pool = torch.cat(frames, 1).unflatten(1, (patches, -1))
+            x[:, first:end] = pool.gather(1, best.expand(-1, -1, *pool.shape[2:])).flatten(1, 2)
+
+    def _best(self, layer: int, k: Tensor, chosen: Sequence[int], plan: rf.ChunkPlan, count: int) -> Tensor:
+        """Which patches of the frames stay, ``[B, count]``, ascending."""
+        shared = self.policy.layer
+        if shared is not None and layer > shared:
+            return self.tensors["choice"][shared][:, :count]
         at = {f: self.tokens(plan.slot_of(f)) for f in {*chosen, *(f + 1 for f in chosen)}}
         wide = torch.promote_types(k.dtype, torch.float32)
         keys = {f: k[:, tokens].flatten(2).to(wide) for f, tokens in at.items()}
         like = [functional.cosine_similarity(keys[f], keys[f + 1], dim=-1) for f in chosen]
-        score = torch.cat(like, 1).unflatten(1, (patches, -1)).mean(-1)
-        best = score.topk(count, dim=1, largest=False).indices.sort(dim=1).values[..., None, None, None]
-        for x in (k, v):
-            pool = torch.cat([x[:, at[f]] for f in chosen], 1).unflatten(1, (patches, -1))
-            x[:, first:end] = pool.gather(1, best.expand(-1, -1, *pool.shape[2:])).flatten(1, 2)
+        score = torch.cat(like, 1).unflatten(1, (len(chosen) * self.policy.patches, -1)).mean(-1)
+        best = score.topk(count, dim=1, largest=False).indices.sort(dim=1).values
+        if shared is not None:
+            self.tensors["choice"][layer][:, :count] = best
+        return best
