@@ -115,6 +115,8 @@ class Chunk(Beside):
         self._appended = [False] * layers
         #: Layers in which the model has asked what the policy has beside the slots, where it has something.
         self._asked = [not cache._sink.answers] * layers
+        #: Layers in which the model has told the text, where the policy hears.
+        self._told = [not cache._sink.hears] * layers
         #: What answers are made from: memory and angles of each layer that was asked under grad.
         self._memories: dict[int, tuple] = {}
         #: How the chunk ended; None while it is open.
@@ -263,14 +265,15 @@ class Chunk(Beside):
         self._check_open("mark_written")
         self._appended[:] = [True] * len(self._appended)
         self._evicted[:] = [_DONE] * len(self._evicted)
-        self._asked[:] = [True] * len(self._asked)
+        self._asked[:] = self._told[:] = [True] * len(self._asked)
 
     # ---- the end -------------------------------------------------------------------------------------------
     def commit(self) -> None:
         """End the chunk: its frames belong to the stream.
 
         Raises:
-            ArgumentError: layers were not written, or not asked under a policy that answers (``beside``).
+            ArgumentError: layers were not written, or not asked under a policy that answers (``beside``),
+                or not told the text under one that hears (``tell``).
             NonFiniteError: with ``EMASink(on_nonfinite="raise")``, when leaving frames had tokens that were
                 not finite.
 
@@ -283,11 +286,12 @@ class Chunk(Beside):
                 raise argument_error(
                     f"{_OP}.commit", "self", "every layer written", f"nothing in layers {missing}"
                 )
-            if not all(self._asked):
-                missing = [layer for layer, done in enumerate(self._asked) if not done]
-                expected = "a model that asks for `beside` in every layer"
-                found = f"none in layers {missing} under {type(self._cache.sink).__name__}"
-                raise argument_error(f"{_OP}.commit", "self", expected, found)
+            for done, does in ((self._asked, "asks for `beside`"), (self._told, "tells the text by `tell`")):
+                if not all(done):
+                    missing = [layer for layer, said in enumerate(done) if not said]
+                    expected = f"a model that {does} in every layer"
+                    found = f"none in layers {missing} under {type(self._cache.sink).__name__}"
+                    raise argument_error(f"{_OP}.commit", "self", expected, found)
             self._cache._sink.check_commit(self.plan)
         except BaseException:
             self._fail("a failed commit")
@@ -422,6 +426,7 @@ class Chunk(Beside):
             raise argument_error(
                 f"{_OP}.attend", "layer", "a layer whose eviction was not interrupted", layer
             )
+        self._check_told(layer)
         rope_append_check(q, k, v, *cache._stored[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
@@ -489,6 +494,33 @@ class Chunk(Beside):
         recomputed = self._is_recomputation()
         layer = self._number_of("beside", layer) if recomputed else self._check_layer("beside", layer)
         return answer_of(self, layer, q, Norms(q_weight, None, norm, eps), recomputed)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the policy wants to be told the text."""
+        return self._cache._sink.hears
+
+    def _hear(self, layer, text: Tensor) -> None:
+        if self._is_recomputation():
+            return
+        layer, spec = self._check_layer("tell", layer), self._cache.spec
+        expected = f"[{spec.batch}, T, a multiple of {spec.heads}, {spec.head_dim}]"
+        if not isinstance(text, Tensor) or text.dim() != 4:
+            found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            raise argument_error(f"{_OP}.tell", "text", expected, found)
+        B, T, H, D = text.shape
+        if (B, D) != (spec.batch, spec.head_dim) or H % spec.heads or not T:
+            raise argument_error(f"{_OP}.tell", "text", expected, list(text.shape))
+        if self._evicted[layer] == _WAITING:
+            with torch.no_grad():
+                self.plan.told[layer] = self._cache._sink.hear(text)
+        self._told[layer] = True
+
+    def _check_told(self, layer: int) -> None:
+        if self._cache._sink.hears and self.plan.sources is not None and layer not in self.plan.told:
+            expected = "a model that tells the text by `tell` before it attends"
+            found = f"none in layer {layer} under {type(self._cache.sink).__name__}"
+            raise argument_error(f"{_OP}.attend", "self", expected, found)
 
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
         options = self._options(norms)

@@ -1,4 +1,4 @@
-"""``Chunk.attend`` and ``beside`` under torch.compile: an opaque op each, which finds the chunk by a handle.
+"""``Chunk.attend``, ``beside`` and ``tell`` under torch.compile: opaque ops that find the chunk by a handle.
 
 What a forward does depends on numbers of the host: the layer, the tokens that are valid by now, whether the
 sink has still to absorb. Traced, each of them would be a guard, and a compilation for every layer and for
@@ -33,6 +33,10 @@ _library.define(
 _library.define(
     "beside(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor? q_weight, str? norm,"
     " float eps) -> (Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_library.define(
+    "tell(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor text) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _chunks: weakref.WeakValueDictionary[int, Chunk | ChunkBatch] = weakref.WeakValueDictionary()
@@ -90,3 +94,19 @@ def _run_beside(handle, number, index, q, q_weight, norm, eps):
 @torch.library.register_fake("rf_kernels::beside", lib=_library)
 def _fake_beside(handle, number, index, q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[0], 1, 1, 1)
+
+
+def tell(handle: Tensor, layer: int | Tensor, text: Tensor) -> None:
+    """As ``attend``, for ``Chunk.tell``."""
+    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
+    torch.ops.rf_kernels.tell.default(handle, number, index, text)
+
+
+@torch.library.impl(_library, "tell", "CompositeExplicitAutograd")
+def _run_tell(handle, number, index, text):
+    _chunks[int(handle)]._hear(number if index is None else index, text)
+
+
+@torch.library.register_fake("rf_kernels::tell", lib=_library)
+def _fake_tell(handle, number, index, text):
+    return None

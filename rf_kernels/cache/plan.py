@@ -242,6 +242,8 @@ class ChunkPlan:
     bias: torch.Tensor | None = field(default=None, repr=False)
     #: Log-weight of each held frame.
     weights: Sequence[float] | None = field(default=None, repr=False)
+    #: Of each layer, what the policy has made of the text that the model told (``SinkState.hear``).
+    told: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def shift(self) -> float:

@@ -482,6 +482,20 @@ class ChunkBatch(Beside):
         answers, weights = zip(*parts, strict=True)
         return torch.cat(answers), torch.cat(weights)
 
+    @property
+    def hears(self) -> bool:
+        """Whether the policy of any row wants to be told the text."""
+        return any(chunk.hears for chunk in self.chunks)
+
+    def _hear(self, layer, text: Tensor) -> None:
+        if not isinstance(text, Tensor) or text.dim() != 4 or text.shape[0] != len(self.chunks):
+            found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            expected = f"[B, T, H, D] of {len(self.chunks)} samples, one a chunk"
+            raise argument_error(f"{_BATCH}.tell", "text", expected, found)
+        for i, chunk in enumerate(self.chunks):
+            if chunk.hears:
+                chunk._hear(layer, text[i : i + 1])
+
     def _calls(self, layer: int, q, k, v, norms) -> list[tuple[tuple, dict]]:
         """Arguments of the append, a run each."""
         owner = self._owner
@@ -515,6 +529,7 @@ class ChunkBatch(Beside):
                 for tensors, options in calls:
                     rope_append_check(*tensors, **options)
                 for chunk in waiting:
+                    chunk._check_told(layer)
                     chunk.cache._check_apart_from_sink(q=q, k=k, v=v)
             except ArgumentError as error:
                 raise self._blamed(error, q, k, v) from None

@@ -70,6 +70,7 @@ class SinkState:
         weighs_keys: whether ``key_bias`` is asked.
         observes: whether ``observe`` is called.
         answers: whether the model is to ask ``Chunk.beside`` for what ``answer`` says.
+        hears: whether the model is to tell the text, by ``Chunk.tell``.
         resets: whether the sink's slots are all that its state is made of, so that ``reset_sink`` can take it
             from them.
         latent: whether ``evict`` serves a cache with ``value_dims``: ``v`` is then a view of channels of
@@ -77,7 +78,7 @@ class SinkState:
             refused for such a cache.
     """
 
-    latent = weighs = weighs_keys = observes = answers = False
+    latent = weighs = weighs_keys = observes = answers = hears = False
     resets = True
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
@@ -159,6 +160,14 @@ class SinkState:
             q: the queries, normalised and rotated, ``[B, F * n, Hq, D]``.
             k, v, plan: as for ``evict``.
         """
+
+    def hear(self, text: Tensor) -> Tensor:
+        """With ``hears``: what ``evict`` needs of the text in a layer, as ``plan.told[layer]``. Without grad.
+
+        Args:
+            text: keys of the text in the layer's cross-attention, ``[B, T, Hq, D]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.hear")
 
     def memory(self, layer: int, plan: ChunkPlan) -> tuple[Tensor, ...]:
         """With ``answers``: what the chunk's queries are answered from in one layer. New tensors, which later

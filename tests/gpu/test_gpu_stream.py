@@ -455,6 +455,7 @@ def test_streaming_never_waits_for_the_device(device):
         "shots",
         "random",
         "linear",
+        "routed",
         "patches:patches=5",
     ],
 )
