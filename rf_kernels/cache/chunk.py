@@ -41,7 +41,7 @@ class KV(NamedTuple):
     k: Tensor
     """[B, kv_tokens, H, D] view of the valid slots, rotated, in the order of the slots."""
     v: Tensor
-    """As k."""
+    """As k; with ``value_dims`` in the spec the values are a view of k."""
     kv_tokens: int
     bias: Tensor | None = None
     """float32 [kv_tokens] or [B, kv_tokens], to be added to the logits of a key; None where the policy weighs
@@ -165,7 +165,7 @@ class Chunk(Beside):
         layer: int | Tensor,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         *,
         q_norm: Tensor | nn.Module | None = None,
         k_norm: Tensor | nn.Module | None = None,
@@ -181,7 +181,7 @@ class Chunk(Beside):
             layer: index of the layer: a number, or a tensor (int64 ``[]`` on the host), for modules
                 that keep it and are compiled by themselves: each other number would be compiled again.
             q: ``[B, F * n, Hq, D]`` of the cache's dtype, neither normalised nor rotated; k, v: ``[B, F * n,
-                H, D]``.
+                H, D]``. No v with ``value_dims`` in the spec: values are channels of k.
             q_norm, k_norm: RMSNorm of q and k: an ``nn.RMSNorm`` (or another module with ``weight`` and
                 ``eps``), the weight alone, or None for none. An ``nn.Identity`` counts as None.
             norm: what one mean spans: "model" (all heads of a token) or "head". By default as the weight's
@@ -189,7 +189,7 @@ class Chunk(Beside):
             eps: added to the mean of squares. By default the module's; 1e-6 for a weight alone.
             softmax_scale, deterministic: see ``sink_window_attention``.
         Returns:
-            ``[B, F * n, Hq, D]``, new.
+            ``[B, F * n, Hq, D]``, new; with ``value_dims=(a, b)`` ``[B, F * n, Hq, b - a]``.
         Raises:
             ArgumentError: before anything is written.
 
@@ -211,7 +211,16 @@ class Chunk(Beside):
     _attend_uncompiled = torch._disable_dynamo(attend)
 
     def append(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        q_norm=None,
+        k_norm=None,
+        norm=None,
+        eps=None,
     ) -> Tensor:
         """The first half of ``attend``, for attention of one's own: everything but the attention.
 
@@ -229,6 +238,7 @@ class Chunk(Beside):
                 expected = "a forward (only `attend` can be recomputed)"
                 raise argument_error(f"{_OP}.append", "self", expected, "a recomputation inside backward")
         layer = self._check_layer("append", layer)
+        self._check_values("append", v)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if torch.compiler.is_compiling():
             return self._append(layer, q, k, v, norms)
@@ -341,6 +351,12 @@ class Chunk(Beside):
             raise argument_error(f"{_OP}.{what}", "layer", f"a layer 0..{layers - 1}", repr(layer))
         return number
 
+    def _check_values(self, what: str, v) -> None:
+        if (v is None) != (self._cache.spec.value_dims is not None):
+            found = "None" if v is None else type(v).__name__
+            expected = "a tensor" if v is None else "None (values are channels of the keys)"
+            raise argument_error(f"{_OP}.{what}", "v", expected, found)
+
     def _check_attention(self, q, softmax_scale, deterministic) -> None:
         """What the attention would refuse after the append has written: both ops or none."""
         spec = self._cache.spec
@@ -411,7 +427,7 @@ class Chunk(Beside):
                 f"{_OP}.attend", "layer", "a layer whose eviction was not interrupted", layer
             )
         self._check_told(layer)
-        rope_append_check(q, k, v, *cache._slots[layer], **options)
+        rope_append_check(q, k, v, *cache._stored[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
         cache._prepare(layer, self.plan)
@@ -420,6 +436,7 @@ class Chunk(Beside):
     def _attend(self, layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic) -> Tensor:
         recomputed = self._is_recomputation()
         layer = self._number_of("attend", layer) if recomputed else self._check_layer("attend", layer)
+        self._check_values("attend", v)
         self._check_attention(q, softmax_scale, deterministic)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms)):
@@ -457,16 +474,18 @@ class Chunk(Beside):
 
     def _attend_compiled(self, layer, q, k, v, softmax_scale, deterministic, **norms) -> Tensor:
         """What a compiler traces. It sees neither which layer this is nor what the chunk will do there."""
-        check_tensors("rope_append", {"q": q, "k": k, "v": v}, {})
+        self._check_values("attend", v)
+        check_tensors("rope_append", {"q": q, "k": k}, {"v": v})
         if not isinstance(layer, Tensor):
             layer = integer(f"{_OP}.attend", "layer", layer)
         self._check_attention(q, softmax_scale, deterministic)
         found = norms_of(self._cache.spec, **norms)
         inputs = (q, k, v, found.q_weight, found.k_weight)
+        dim = self._cache.spec.value_dim
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
             return self._attend_uncompiled(layer, q, k, v, **norms, **options)
-        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic)
+        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic, dim)
 
     def _norms_of_q(self, q_norm, norm, eps) -> Norms:
         return norms_of(self._cache.spec, q_norm, None, norm, eps)
@@ -507,7 +526,7 @@ class Chunk(Beside):
         options = self._options(norms)
         if self._evicted[layer] != _DONE:
             self._evict(layer, q, k, v, options)
-        q_out = rope_append(q, k, v, *self._cache._slots[layer], **options)
+        q_out = rope_append(q, k, v, *self._cache._stored[layer], **options)
         if self._cache._sink.observes:
             self._cache._sink.observe(layer, q_out, *self._cache._slots[layer], self.plan)
         self._appended[layer] = True
@@ -543,5 +562,5 @@ class Chunk(Beside):
             self._appended[layer] = True
 
         return attend_with_grad(
-            q, k, v, norms, past, cache._slots[layer], written, softmax_scale, deterministic
+            q, k, v, norms, past, cache._stored[layer], written, softmax_scale, deterministic
         )

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 _library = torch.library.Library("rf_kernels", "FRAGMENT")
 _library.define(
-    "attend(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor k, Tensor v,"
-    " Tensor? q_weight, Tensor? k_weight, str? norm, float eps, float? softmax_scale, bool? deterministic)"
-    " -> Tensor",
+    "attend(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor k, Tensor? v,"
+    " Tensor? q_weight, Tensor? k_weight, str? norm, float eps, float? softmax_scale, bool? deterministic,"
+    " int value_dim) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _library.define(
@@ -58,7 +58,7 @@ def attend(handle: Tensor, layer: int | Tensor, *arguments) -> Tensor:
 
 
 @torch.library.impl(_library, "attend", "CompositeExplicitAutograd")
-def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_scale, deterministic):
+def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_scale, deterministic, _):
     with torch.no_grad():
         return _chunks[int(handle)].attend(
             number if index is None else index,
@@ -73,8 +73,8 @@ def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_
 
 
 @torch.library.register_fake("rf_kernels::attend", lib=_library)
-def _fake(handle, number, index, q, *_):
-    return q.new_empty(q.shape)
+def _fake(handle, number, index, q, *others):
+    return q.new_empty((*q.shape[:3], others[-1]))
 
 
 def beside(handle: Tensor, layer: int | Tensor, *arguments) -> tuple[Tensor, Tensor]:

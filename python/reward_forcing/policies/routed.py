@@ -42,6 +42,7 @@ class RoutedFrames(rf.SinkPolicy):
 
 class _RoutedState(MemoryState):
     hears, resets = True, False
+    latent = False  # the text is told as keys of the model's heads
 
     def __init__(self, policy: RoutedFrames, spec: rf.CacheSpec):
         super().__init__(policy, spec)
