@@ -9,6 +9,8 @@ from .named import NAMES, parse
 from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .rolling import RollingAnchor
+from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -29,7 +31,9 @@ __all__ = [
     "PlacedSink",
     "RandomHistory",
     "RecalledFrames",
+    "RollingAnchor",
     "RopeCut",
+    "RoutedFrames",
     "ShortWindow",
     "StateSlot",
     "StridedMemory",

@@ -14,6 +14,8 @@ from .merged import MergedTokens
 from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .rolling import RollingAnchor
+from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -34,12 +36,14 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "linear": (LinearState, {}),
     "merged": (MergedTokens, {}),
     "recall": (RecalledFrames, {}),
+    "routed": (RoutedFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
     "shots": (PinnedShots, {}),
     "rope-cut": (RopeCut, {}),
     "log-bias": (LogBias, {"rephase": True}),
     "random": (RandomHistory, {"rephase": True}),
+    "rolling": (RollingAnchor, {}),
     "short": (ShortWindow, {"rephase": True}),
     "patches": (ChangingPatches, {"rephase": True}),
     "state": (StateSlot, {}),

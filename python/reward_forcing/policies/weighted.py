@@ -42,22 +42,23 @@ class _BiasState(MemoryState):
 @dataclass(frozen=True)
 class RandomHistory(rf.SinkPolicy):
     """Of the past frames in the window every chunk sees ``keep``, drawn at random, beside the sink (KVPO,
-    arXiv 2605.14278); of the sink, ``sink`` frames, also drawn, once frames have left (Infinite-Forcing).
+    arXiv 2605.14278). Of the sink it sees ``sink_frames`` frames, also drawn, once frames have left
+    (Infinite-Forcing).
 
     Args:
         keep: frames; None for all.
         seed: the draw is a function of it and of the chunk's first frame.
         rephase: of the sink, which is static.
-        sink: frames of the sink that are seen; None for all.
+        sink_frames: frames of the sink that are seen; None for all.
     """
 
     keep: int | None = 3
     seed: int = 0
     rephase: bool = False
-    sink: int | None = None
+    sink_frames: int | None = None
 
     def bind(self, spec: rf.CacheSpec) -> rf.SinkState:
-        for name, frames in (("keep", self.keep), ("sink", self.sink)):
+        for name, frames in (("keep", self.keep), ("sink_frames", self.sink_frames)):
             expect(frames is None or frames >= 0, "RandomHistory", name, "at least 0, or None", frames)
         return _RandomState(self, spec)
 
@@ -70,7 +71,7 @@ class _RandomState(MemoryState):
         past = sorted(f for f in held[S:] if f < opening.begin)
         draw = random.Random(f"{policy.seed} {opening.begin}")
         gone = S not in held and opening.end > S  # the window's first frame
-        for frames, count in ((past, policy.keep), (held[:S] if gone else (), policy.sink)):
+        for frames, count in ((past, policy.keep), (held[:S] if gone else (), policy.sink_frames)):
             if count is not None:
                 hidden |= set(frames) - set(draw.sample(frames, min(count, len(frames))))
         return [-math.inf if frame in hidden else 0.0 for frame in held]
