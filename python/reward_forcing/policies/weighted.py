@@ -42,8 +42,8 @@ class _BiasState(MemoryState):
 @dataclass(frozen=True)
 class RandomHistory(rf.SinkPolicy):
     """Of the past frames in the window every chunk sees the newest ``nearest``, and ``keep`` of the others,
-    drawn at random, beside the sink (KVPO, arXiv 2605.14278). Of the sink it sees ``sink_frames`` frames, drawn
-    too, once frames have left (Infinite-Forcing).
+    drawn at random, beside the sink (KVPO, arXiv 2605.14278). Of the sink it sees ``sink_frames`` frames,
+    drawn too, once frames have left (Infinite-Forcing).
 
     Args:
         keep: frames; None for all.
