@@ -14,6 +14,7 @@ from helpers.cache_case import attend, make, state_of, step, tensors, text_of
 from helpers.training import STREAM, TINY
 from reward_forcing import CausalWanModel, policies
 from reward_forcing.checkpoint import load_causal_model
+from reward_forcing.models.head_parallel import HeadParallel, share_heads
 from reward_forcing.pipeline import StreamingPipeline
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
 
@@ -318,3 +319,17 @@ def test_a_prompt_that_changes_changes_what_is_kept():
         kept.append(cache._sink.tensors["number"].tolist())
     assert kept[0] != kept[1]
     assert all(n % 3 == 0 for layers in kept for layer in layers for n in layer[0][1:])
+
+
+def test_a_rank_tells_its_own_heads():
+    """Those that its cache has, of ranks that share a sample by heads."""
+    model, text = CausalWanModel(TINY), torch.randn(1, 5, TINY.num_heads, TINY.head_dim)
+    share_heads(model, HeadParallel.alone(2, TINY.num_heads))
+    cache = make(
+        2, 4, policy=policies.RoutedFrames(1, 1), dtype=torch.float32, heads=1, head_dim=TINY.head_dim
+    )
+    for number in range(4):
+        with cache.chunk(2) as chunk:
+            model.blocks[0].self_attn.tell(text, 0, chunk)
+            chunk.attend(0, *tensors(cache, 2, number))
+    assert relative_l2(chunk.plan.told[0], text[:, :, :1].mean(1)) < 1e-6
