@@ -44,6 +44,7 @@ CHOOSING = (
     "recall",
     "merged",
     "merged, absolute",
+    "merged, with a bound",
     "patches",
     "patches, more of them",
 )  # by scores of keys
@@ -71,6 +72,9 @@ CASES = {
         policies.MergedTokens(1, 0.15, rephase=False),
         of(rules.merged, 1, 0.15, False),
         sizes=((1, 6), (3, 5)),
+    ),
+    "merged, with a bound": Case(
+        policies.MergedTokens(1, 0.1, most=1.5), of(rules.merged, 1, 0.1, most=1.5), sizes=((2, 4), (1, 5))
     ),
     "recall": Case(
         policies.RecalledFrames(2, 0.35, 0.3), of(rules.recalled, 2, 0.35, 0.3), sizes=((4, 6), (3, 5))
