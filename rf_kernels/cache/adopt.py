@@ -17,6 +17,10 @@ def adopted(spec: CacheSpec, k, v) -> tuple[Tensor | tuple[Tensor, ...], Tensor 
     """``k`` and ``v`` as they are, lists as tuples; every check is made before anything is built."""
     seen: list[tuple[str, Tensor]] = []
     for name, given in (("k", k), ("v", v)):
+        if name == "v" and spec.value_dims is not None:
+            if v is not None:
+                raise argument_error(_OP, "v", "None (values are channels of the keys)", type(v).__name__)
+            continue
         if not isinstance(given, Tensor | list | tuple):
             raise argument_error(_OP, name, "a tensor, or a sequence of one per layer", type(given).__name__)
         if isinstance(given, Tensor) and given.dim() == 0 or len(given) != spec.layers:
@@ -30,7 +34,19 @@ def adopted(spec: CacheSpec, k, v) -> tuple[Tensor | tuple[Tensor, ...], Tensor 
                 if _overlap(tensor, before, woven=name == "v" and i == layer):
                     raise argument_error(_OP, place, f"memory apart from {other}", "memory in common")
             seen.append((place if place != name else f"{name}[{layer}]", tensor))
-    return tuple(x if isinstance(x, Tensor) else tuple(x) for x in (k, v))
+    return tuple(x if x is None or isinstance(x, Tensor) else tuple(x) for x in (k, v))
+
+
+def allocated(spec: CacheSpec, k, v) -> tuple[Tensor | tuple[Tensor, ...], Tensor | tuple[Tensor, ...]]:
+    """Keys and values of a cache: the caller's memory, or new. With ``value_dims`` values are views."""
+    if k is None and v is None:
+        tokens = spec.ring.length * spec.frame_tokens
+        k, v = spec.zeros(tokens), spec.zeros(tokens) if spec.value_dims is None else None
+    else:
+        k, v = adopted(spec, k, v)
+    if spec.value_dims is not None:
+        v = spec.values_of(k) if isinstance(k, Tensor) else tuple(map(spec.values_of, k))
+    return k, v
 
 
 def _check(spec: CacheSpec, place: str, tensor) -> None:

@@ -1,7 +1,10 @@
-"""What a policy answers beside the slots: ``beside``, of an open chunk and of a batch of them.
+"""What a model and a policy say to one another: ``beside`` and ``tell``, of an open chunk and of a batch.
 
 A policy with ``answers`` keeps something that no slot holds, such as the state of a linear attention. The
 model asks for it with the chunk's queries, and adds what comes back to the attention's result.
+
+A policy with ``hears`` is told the text by the model, as the layer's cross-attention has it, before the layer
+attends.
 
 Under grad an answer is differentiable in the queries, and what it is made from is a constant: copied once per
 chunk and layer, as the past of ``attend`` is (grad.py). A recomputation reads the copy.
@@ -72,6 +75,34 @@ class Beside:
 
     #: Compiled code leaves its graph for it.
     _beside_uncompiled = torch._disable_dynamo(beside)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the policy wants to be told the text."""
+        raise NotImplementedError
+
+    def tell(self, layer: int | Tensor, text: Tensor) -> None:
+        """Tell the policy the text, in every forward before the layer's ``attend`` or ``append``. Does
+        nothing under a policy that does not hear.
+
+        Args:
+            layer: as for ``attend``.
+            text: keys of the text in the layer's cross-attention, ``[B, T, H, D]``, or a multiple of H heads.
+        Raises:
+            ArgumentError: before anything is written.
+        """
+        if not self.hears:
+            return
+        text = text.detach() if isinstance(text, Tensor) else text
+        if torch.compiler.is_compiling():
+            if not isinstance(layer, Tensor):
+                layer = integer("Chunk.tell", "layer", layer)
+            compiled.tell(self._handle, layer, text)
+        else:
+            self._hear(layer, text)
+
+    def _hear(self, layer, text: Tensor) -> None:
+        raise NotImplementedError
 
     def _norms_of_q(self, q_norm, norm, eps) -> Norms:
         raise NotImplementedError

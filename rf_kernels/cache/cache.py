@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._backend import ArgumentError, argument_error, number, refuse_transforms
 from . import stream_file
-from .adopt import adopted
+from .adopt import allocated
 from .chunk import Chunk
 from .plan import CacheSpec, ChunkPlan, PlanBuffers, Ring, is_integer
 from .sinks import SinkPolicy
@@ -48,10 +48,12 @@ class SinkWindowCache:
             or a policy of your own (docs/sinks.md).
         k, v: memory for the slots that the caller has allocated, both or none: ``[layers, B, L * n, H, D]``,
             or a sequence with ``[B, L * n, H, D]`` of each layer. Views will do, if the last dimension is
-            contiguous. What lies there is not read; ``reset`` and ``load`` write there too.
+            contiguous. What lies there is not read; ``reset`` and ``load`` write there too. With
+            ``spec.value_dims`` k alone.
 
     Attributes:
-        k, v: ``[layers, B, L * n, H, D]``, or the tuple of the caller's layers.
+        k, v: ``[layers, B, L * n, H, D]``, or the tuple of the caller's layers. With ``spec.value_dims``, v
+            is a view of k.
         next_frame: first frame of the next chunk = one past the last one committed.
     """
 
@@ -81,18 +83,17 @@ class SinkWindowCache:
     def _allocate(self, k, v) -> None:
         spec = self.spec
         self._sink = self.sink.bind(spec)
-        if k is None and v is None:
-            k, v = (spec.zeros(spec.ring.length * spec.frame_tokens) for _ in range(2))
-        else:
-            k, v = adopted(spec, k, v)
-        self.k, self.v = k, v
+        self.k, self.v = k, v = allocated(spec, k, v)
         self._slots = [(k[layer], v[layer]) for layer in range(spec.layers)]
+        #: What has memory of its own: keys and values, or keys and None.
+        self._stored = self._slots if spec.value_dims is None else [(k, None) for k, _ in self._slots]
         self._undo: dict[str, Tensor] = {}
         if spec.undo_frames:
             chunk, kept = spec.undo_frames * spec.frame_tokens, spec.sink_frames * spec.frame_tokens
-            self._undo = {"k": spec.zeros(chunk), "v": spec.zeros(chunk)}
+            names = "kv" if spec.value_dims is None else "k"
+            self._undo = {name: spec.zeros(chunk) for name in names}
             if self._sink.tensors:
-                self._undo |= {"sink_k": spec.zeros(kept), "sink_v": spec.zeros(kept)}
+                self._undo |= {f"sink_{name}": spec.zeros(kept) for name in names}
                 self._undo |= {f"sink.{name}": torch.zeros_like(t) for name, t in self._sink.tensors.items()}
         self._buffers = PlanBuffers(spec, self._sink.max_sources, self._sink.weighs)
 
@@ -116,7 +117,7 @@ class SinkWindowCache:
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache (on device "meta" they are counted without being allocated)."""
         tensors = [
-            *(t for pair in self._slots for t in pair),
+            *self._memory(),
             self._buffers.ints,
             self._buffers.floats,
             *((self._buffers.bias, self._buffers.frame_bias) if self._sink.weighs else ()),
@@ -124,6 +125,11 @@ class SinkWindowCache:
             *self._undo.values(),
         ]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _memory(self, layer: int | None = None) -> list[Tensor]:
+        """Keys and values that have memory of their own, of one layer or of all."""
+        stored = self._stored if layer is None else self._stored[layer : layer + 1]
+        return [t for pair in stored for t in pair if t is not None]
 
     @property
     def skipped_tokens(self) -> Tensor:
@@ -294,8 +300,7 @@ class SinkWindowCache:
     def reset(self) -> None:
         """Start a new stream: frame 0, slots zeroed (nothing of the old stream stays in memory), an open
         chunk void."""
-        slots = (tensor for pair in self._slots for tensor in pair)
-        for tensor in (*slots, *self._sink.tensors.values(), *self._undo.values()):
+        for tensor in (*self._memory(), *self._sink.tensors.values(), *self._undo.values()):
             tensor.zero_()
         self._restart(Stream())
 
@@ -343,7 +348,7 @@ class SinkWindowCache:
                     frame = slice(j * n, (j + 1) * n)
                     pair[0][:, frame] = self._sink.turned(written[0][:, frame], turn)
                 self._sink.evict(layer, *pair, plan)
-                for x, bits in zip(pair, written, strict=True):
+                for x, bits in zip(self._memory(layer), written, strict=False):  # a view of k comes with it
                     x[:, :sink_tokens] = bits
 
     # ---- saving and copying a stream between chunks --------------------------------------------------------
@@ -416,7 +421,7 @@ class SinkWindowCache:
         if plan.sources is not None:
             self._sink.evict(layer, *self._slots[layer], plan)
         for source, target in plan.moves:
-            for slots in self._slots[layer]:
+            for slots in self._memory(layer):
                 slots[:, target * n : (target + 1) * n] = slots[:, source * n : (source + 1) * n]
 
     def _check_apart_from_sink(self, **inputs) -> None:
@@ -425,7 +430,7 @@ class SinkWindowCache:
             return  # traced tensors have no memory
         held = {t.untyped_storage().data_ptr() for t in self._sink.tensors.values()}
         for name, tensor in inputs.items():
-            if tensor.untyped_storage().data_ptr() in held:
+            if tensor is not None and tensor.untyped_storage().data_ptr() in held:
                 raise argument_error(
                     "Chunk.attend", name, "memory apart from the sink's state", "the state's own"
                 )
@@ -482,15 +487,15 @@ class SinkWindowCache:
             target.copy_(source)
 
         written = [*map(plan.ring.slot, range(plan.begin, plan.end)), *(to for _, to in plan.moves)]
-        for layer, pair in enumerate(self._slots):
-            for name, slots in zip(("k", "v"), pair, strict=True):
+        for layer in range(self.spec.layers):
+            for name, slots in zip("kv", self._memory(layer), strict=False):
                 for i, slot in enumerate(written):
                     copy(slots[:, slot * n : (slot + 1) * n], area[name][layer, :, i * n : (i + 1) * n])
         if plan.sources is not None or plan.fresh or self._sink.observes:
             sink_tokens = self.spec.sink_frames * n
-            for layer, (k, v) in enumerate(self._slots if "sink_k" in area else ()):
-                copy(k[:, :sink_tokens], area["sink_k"][layer])
-                copy(v[:, :sink_tokens], area["sink_v"][layer])
+            for layer in range(self.spec.layers if "sink_k" in area else 0):
+                for name, slots in zip("kv", self._memory(layer), strict=False):
+                    copy(slots[:, :sink_tokens], area[f"sink_{name}"][layer])
             for name, tensor in self._sink.tensors.items():
                 copy(tensor, area[f"sink.{name}"])
 

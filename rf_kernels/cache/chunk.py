@@ -41,7 +41,7 @@ class KV(NamedTuple):
     k: Tensor
     """[B, kv_tokens, H, D] view of the valid slots, rotated, in the order of the slots."""
     v: Tensor
-    """As k."""
+    """As k; with ``value_dims`` in the spec the values are a view of k."""
     kv_tokens: int
     bias: Tensor | None = None
     """float32 [kv_tokens] or [B, kv_tokens], to be added to the logits of a key; None where the policy weighs
@@ -115,6 +115,8 @@ class Chunk(Beside):
         self._appended = [False] * layers
         #: Layers in which the model has asked what the policy has beside the slots, where it has something.
         self._asked = [not cache._sink.answers] * layers
+        #: Layers in which the model has told the text, where the policy hears.
+        self._told = [not cache._sink.hears] * layers
         #: What answers are made from: memory and angles of each layer that was asked under grad.
         self._memories: dict[int, tuple] = {}
         #: How the chunk ended; None while it is open.
@@ -163,7 +165,7 @@ class Chunk(Beside):
         layer: int | Tensor,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         *,
         q_norm: Tensor | nn.Module | None = None,
         k_norm: Tensor | nn.Module | None = None,
@@ -179,7 +181,7 @@ class Chunk(Beside):
             layer: index of the layer: a number, or a tensor (int64 ``[]`` on the host), for modules
                 that keep it and are compiled by themselves: each other number would be compiled again.
             q: ``[B, F * n, Hq, D]`` of the cache's dtype, neither normalised nor rotated; k, v: ``[B, F * n,
-                H, D]``.
+                H, D]``. No v with ``value_dims`` in the spec: values are channels of k.
             q_norm, k_norm: RMSNorm of q and k: an ``nn.RMSNorm`` (or another module with ``weight`` and
                 ``eps``), the weight alone, or None for none. An ``nn.Identity`` counts as None.
             norm: what one mean spans: "model" (all heads of a token) or "head". By default as the weight's
@@ -187,7 +189,7 @@ class Chunk(Beside):
             eps: added to the mean of squares. By default the module's; 1e-6 for a weight alone.
             softmax_scale, deterministic: see ``sink_window_attention``.
         Returns:
-            ``[B, F * n, Hq, D]``, new.
+            ``[B, F * n, Hq, D]``, new; with ``value_dims=(a, b)`` ``[B, F * n, Hq, b - a]``.
         Raises:
             ArgumentError: before anything is written.
 
@@ -209,7 +211,16 @@ class Chunk(Beside):
     _attend_uncompiled = torch._disable_dynamo(attend)
 
     def append(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        q_norm=None,
+        k_norm=None,
+        norm=None,
+        eps=None,
     ) -> Tensor:
         """The first half of ``attend``, for attention of one's own: everything but the attention.
 
@@ -227,6 +238,7 @@ class Chunk(Beside):
                 expected = "a forward (only `attend` can be recomputed)"
                 raise argument_error(f"{_OP}.append", "self", expected, "a recomputation inside backward")
         layer = self._check_layer("append", layer)
+        self._check_values("append", v)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if torch.compiler.is_compiling():
             return self._append(layer, q, k, v, norms)
@@ -253,14 +265,15 @@ class Chunk(Beside):
         self._check_open("mark_written")
         self._appended[:] = [True] * len(self._appended)
         self._evicted[:] = [_DONE] * len(self._evicted)
-        self._asked[:] = [True] * len(self._asked)
+        self._asked[:] = self._told[:] = [True] * len(self._asked)
 
     # ---- the end -------------------------------------------------------------------------------------------
     def commit(self) -> None:
         """End the chunk: its frames belong to the stream.
 
         Raises:
-            ArgumentError: layers were not written, or not asked under a policy that answers (``beside``).
+            ArgumentError: layers were not written, or not asked under a policy that answers (``beside``),
+                or not told the text under one that hears (``tell``).
             NonFiniteError: with ``EMASink(on_nonfinite="raise")``, when leaving frames had tokens that were
                 not finite.
 
@@ -273,11 +286,12 @@ class Chunk(Beside):
                 raise argument_error(
                     f"{_OP}.commit", "self", "every layer written", f"nothing in layers {missing}"
                 )
-            if not all(self._asked):
-                missing = [layer for layer, done in enumerate(self._asked) if not done]
-                expected = "a model that asks for `beside` in every layer"
-                found = f"none in layers {missing} under {type(self._cache.sink).__name__}"
-                raise argument_error(f"{_OP}.commit", "self", expected, found)
+            for done, does in ((self._asked, "asks for `beside`"), (self._told, "tells the text by `tell`")):
+                if not all(done):
+                    missing = [layer for layer, said in enumerate(done) if not said]
+                    expected = f"a model that {does} in every layer"
+                    found = f"none in layers {missing} under {type(self._cache.sink).__name__}"
+                    raise argument_error(f"{_OP}.commit", "self", expected, found)
             self._cache._sink.check_commit(self.plan)
         except BaseException:
             self._fail("a failed commit")
@@ -336,6 +350,12 @@ class Chunk(Beside):
         if not is_integer(number) or not 0 <= number < layers:
             raise argument_error(f"{_OP}.{what}", "layer", f"a layer 0..{layers - 1}", repr(layer))
         return number
+
+    def _check_values(self, what: str, v) -> None:
+        if (v is None) != (self._cache.spec.value_dims is not None):
+            found = "None" if v is None else type(v).__name__
+            expected = "a tensor" if v is None else "None (values are channels of the keys)"
+            raise argument_error(f"{_OP}.{what}", "v", expected, found)
 
     def _check_attention(self, q, softmax_scale, deterministic) -> None:
         """What the attention would refuse after the append has written: both ops or none."""
@@ -406,7 +426,8 @@ class Chunk(Beside):
             raise argument_error(
                 f"{_OP}.attend", "layer", "a layer whose eviction was not interrupted", layer
             )
-        rope_append_check(q, k, v, *cache._slots[layer], **options)
+        self._check_told(layer)
+        rope_append_check(q, k, v, *cache._stored[layer], **options)
         cache._check_apart_from_sink(q=q, k=k, v=v)
         self._evicted[layer] = _BEGUN
         cache._prepare(layer, self.plan)
@@ -415,6 +436,7 @@ class Chunk(Beside):
     def _attend(self, layer, q, k, v, q_norm, k_norm, norm, eps, softmax_scale, deterministic) -> Tensor:
         recomputed = self._is_recomputation()
         layer = self._number_of("attend", layer) if recomputed else self._check_layer("attend", layer)
+        self._check_values("attend", v)
         self._check_attention(q, softmax_scale, deterministic)
         norms = norms_of(self._cache.spec, q_norm, k_norm, norm, eps)
         if recomputed or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, norms)):
@@ -452,16 +474,18 @@ class Chunk(Beside):
 
     def _attend_compiled(self, layer, q, k, v, softmax_scale, deterministic, **norms) -> Tensor:
         """What a compiler traces. It sees neither which layer this is nor what the chunk will do there."""
-        check_tensors("rope_append", {"q": q, "k": k, "v": v}, {})
+        self._check_values("attend", v)
+        check_tensors("rope_append", {"q": q, "k": k}, {"v": v})
         if not isinstance(layer, Tensor):
             layer = integer(f"{_OP}.attend", "layer", layer)
         self._check_attention(q, softmax_scale, deterministic)
         found = norms_of(self._cache.spec, **norms)
         inputs = (q, k, v, found.q_weight, found.k_weight)
+        dim = self._cache.spec.value_dim
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
             return self._attend_uncompiled(layer, q, k, v, **norms, **options)
-        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic)
+        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic, dim)
 
     def _norms_of_q(self, q_norm, norm, eps) -> Norms:
         return norms_of(self._cache.spec, q_norm, None, norm, eps)
@@ -471,11 +495,38 @@ class Chunk(Beside):
         layer = self._number_of("beside", layer) if recomputed else self._check_layer("beside", layer)
         return answer_of(self, layer, q, Norms(q_weight, None, norm, eps), recomputed)
 
+    @property
+    def hears(self) -> bool:
+        """Whether the policy wants to be told the text."""
+        return self._cache._sink.hears
+
+    def _hear(self, layer, text: Tensor) -> None:
+        if self._is_recomputation():
+            return
+        layer, spec = self._check_layer("tell", layer), self._cache.spec
+        expected = f"[{spec.batch}, T, a multiple of {spec.heads}, {spec.head_dim}]"
+        if not isinstance(text, Tensor) or text.dim() != 4:
+            found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            raise argument_error(f"{_OP}.tell", "text", expected, found)
+        B, T, H, D = text.shape
+        if (B, D) != (spec.batch, spec.head_dim) or H % spec.heads or not T:
+            raise argument_error(f"{_OP}.tell", "text", expected, list(text.shape))
+        if self._evicted[layer] == _WAITING:
+            with torch.no_grad():
+                self.plan.told[layer] = self._cache._sink.hear(text)
+        self._told[layer] = True
+
+    def _check_told(self, layer: int) -> None:
+        if self._cache._sink.hears and self.plan.sources is not None and layer not in self.plan.told:
+            expected = "a model that tells the text by `tell` before it attends"
+            found = f"none in layer {layer} under {type(self._cache.sink).__name__}"
+            raise argument_error(f"{_OP}.attend", "self", expected, found)
+
     def _append(self, layer: int, q, k, v, norms: Norms) -> Tensor:
         options = self._options(norms)
         if self._evicted[layer] != _DONE:
             self._evict(layer, q, k, v, options)
-        q_out = rope_append(q, k, v, *self._cache._slots[layer], **options)
+        q_out = rope_append(q, k, v, *self._cache._stored[layer], **options)
         if self._cache._sink.observes:
             self._cache._sink.observe(layer, q_out, *self._cache._slots[layer], self.plan)
         self._appended[layer] = True
@@ -511,5 +562,5 @@ class Chunk(Beside):
             self._appended[layer] = True
 
         return attend_with_grad(
-            q, k, v, norms, past, cache._slots[layer], written, softmax_scale, deterministic
+            q, k, v, norms, past, cache._stored[layer], written, softmax_scale, deterministic
         )

@@ -1,4 +1,4 @@
-"""``Chunk.attend`` and ``beside`` under torch.compile: an opaque op each, which finds the chunk by a handle.
+"""``Chunk.attend``, ``beside`` and ``tell`` under torch.compile: opaque ops that find the chunk by a handle.
 
 What a forward does depends on numbers of the host: the layer, the tokens that are valid by now, whether the
 sink has still to absorb. Traced, each of them would be a guard, and a compilation for every layer and for
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 
 _library = torch.library.Library("rf_kernels", "FRAGMENT")
 _library.define(
-    "attend(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor k, Tensor v,"
-    " Tensor? q_weight, Tensor? k_weight, str? norm, float eps, float? softmax_scale, bool? deterministic)"
-    " -> Tensor",
+    "attend(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor k, Tensor? v,"
+    " Tensor? q_weight, Tensor? k_weight, str? norm, float eps, float? softmax_scale, bool? deterministic,"
+    " int value_dim) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _library.define(
     "beside(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor q, Tensor? q_weight, str? norm,"
     " float eps) -> (Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_library.define(
+    "tell(Tensor(a!) handle, SymInt? layer, Tensor? layer_index, Tensor text) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 _chunks: weakref.WeakValueDictionary[int, Chunk | ChunkBatch] = weakref.WeakValueDictionary()
@@ -54,7 +58,7 @@ def attend(handle: Tensor, layer: int | Tensor, *arguments) -> Tensor:
 
 
 @torch.library.impl(_library, "attend", "CompositeExplicitAutograd")
-def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_scale, deterministic):
+def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_scale, deterministic, _):
     with torch.no_grad():
         return _chunks[int(handle)].attend(
             number if index is None else index,
@@ -69,8 +73,8 @@ def _run(handle, number, index, q, k, v, q_weight, k_weight, norm, eps, softmax_
 
 
 @torch.library.register_fake("rf_kernels::attend", lib=_library)
-def _fake(handle, number, index, q, *_):
-    return q.new_empty(q.shape)
+def _fake(handle, number, index, q, *others):
+    return q.new_empty((*q.shape[:3], others[-1]))
 
 
 def beside(handle: Tensor, layer: int | Tensor, *arguments) -> tuple[Tensor, Tensor]:
@@ -90,3 +94,19 @@ def _run_beside(handle, number, index, q, q_weight, norm, eps):
 @torch.library.register_fake("rf_kernels::beside", lib=_library)
 def _fake_beside(handle, number, index, q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[0], 1, 1, 1)
+
+
+def tell(handle: Tensor, layer: int | Tensor, text: Tensor) -> None:
+    """As ``attend``, for ``Chunk.tell``."""
+    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
+    torch.ops.rf_kernels.tell.default(handle, number, index, text)
+
+
+@torch.library.impl(_library, "tell", "CompositeExplicitAutograd")
+def _run_tell(handle, number, index, text):
+    _chunks[int(handle)]._hear(number if index is None else index, text)
+
+
+@torch.library.register_fake("rf_kernels::tell", lib=_library)
+def _fake_tell(handle, number, index, text):
+    return None

@@ -48,11 +48,12 @@ class Past:
     """What the forwards of a chunk see beside the chunk itself, in one layer: copies.
 
     ``k``, ``v``: ``[B, others, H, D]``, the valid slots that are not the chunk's, in the order of the slots.
+    No ``v`` with ``value_dims``, where values are channels of the keys.
     ``pieces``: how own and other slots follow one another (``ChunkPlan.pieces``).
     """
 
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     slots: Tensor
     angles: Tensor | None
     axes: list[int]
@@ -61,6 +62,7 @@ class Past:
     frame_tokens: int
     kv_tokens: int
     bias: Tensor | None
+    value_dims: tuple[int, int] | None
 
     @classmethod
     def of(
@@ -79,7 +81,10 @@ class Past:
             if not own:
                 runs.append(slice(at * n, (at + end - begin) * n))
             at += end - begin
-        k, v = (torch.cat([x[:, run] for run in runs], 1) if runs else x[:, :0].clone() for x in (k, v))
+        k, v = (
+            None if x is None else torch.cat([x[:, run] for run in runs], 1) if runs else x[:, :0].clone()
+            for x in (k, v if spec.value_dims is None else None)
+        )
         if chunk is not None:
             slots, angles, bias = chunk.slots, chunk.angles, chunk.bias
         else:
@@ -87,7 +92,12 @@ class Past:
             slots, angles, bias = (None if t is None else t.clone() for t in kept)
         if key_bias is not None:
             bias = key_bias.clone() if plan.bias is None else key_bias + plan.bias
-        return cls(k, v, slots, angles, plan.axes, spec.layout, pieces, n, plan.kv_tokens, bias)
+        numbers = (plan.axes, spec.layout, pieces, n, plan.kv_tokens)
+        return cls(k, v, slots, angles, *numbers, bias, spec.value_dims)
+
+    def values_of(self, keys: Tensor) -> Tensor:
+        """The values in keys, with ``value_dims``."""
+        return keys[..., slice(*self.value_dims)]
 
     def joined(self, others: Tensor, own: Tensor) -> Tensor:
         """The valid slots in order, of the chunk's own tokens and the others."""
@@ -114,7 +124,7 @@ class _Attend(torch.autograd.Function):
     ):
         k_slots, v_slots = slots or (
             past.joined(past.k, k),
-            past.joined(past.v, v),
+            None if v is None else past.joined(past.v, v),
         )  # the append overwrites what k and v left
         rotated = rope_append(
             q,
@@ -136,7 +146,7 @@ class _Attend(torch.autograd.Function):
         out, lse = sink_window_attention(
             rotated,
             k_slots,
-            v_slots,
+            past.values_of(k_slots) if v is None else v_slots,
             kv_tokens=past.kv_tokens,
             softmax_scale=softmax_scale,
             deterministic=deterministic,
@@ -162,11 +172,12 @@ class _Attend(torch.autograd.Function):
             ]
             common = {"angles": angles, "axes": place.axes, "layout": place.layout, "norm": norm, "eps": eps}
             rotated = [rope(x, weight=w, **common) for x, w in ((q, q_weight), (k, k_weight))]
+        keys = place.joined(past_k, rotated[1].detach())
         grads = ops.sink_window_attention_backward(
             grad_out,
             rotated[0].detach(),
-            place.joined(past_k, rotated[1].detach()),
-            place.joined(past_v, v),
+            keys,
+            place.values_of(keys) if v is None else place.joined(past_v, v),
             out,
             lse,
             place.kv_tokens,
@@ -177,7 +188,11 @@ class _Attend(torch.autograd.Function):
             None,
             bias if bias is None else bias[..., : place.kv_tokens],
         )
-        dv = place.own(grads[2]) if needed[2] else None
+        dv = None
+        if v is None:
+            place.values_of(grads[1]).add_(grads[2])
+        elif needed[2]:
+            dv = place.own(grads[2])
         pairs = [
             (y, g) for y, g in zip(rotated, (grads[0], place.own(grads[1])), strict=True) if y.requires_grad
         ]
@@ -193,7 +208,8 @@ class _Attend(torch.autograd.Function):
 
 def _without_tensors(past: Past) -> Past:
     """The numbers of a past: its tensors are the graph's to keep and to free, not the node's."""
-    return Past(*(None,) * 4, past.axes, past.layout, past.pieces, past.frame_tokens, past.kv_tokens, None)
+    numbers = (past.axes, past.layout, past.pieces, past.frame_tokens, past.kv_tokens)
+    return Past(*(None,) * 4, *numbers, None, past.value_dims)
 
 
 def attend_with_grad(q, k, v, norms, past, slots, written, softmax_scale, deterministic) -> Tensor:

@@ -43,6 +43,9 @@ class CacheSpec:
         dtype, device: of keys and values.
         undo_frames: frames of the largest chunk that ``chunk(frames, undo=True)`` may be asked for (its save
             area is allocated with the cache).
+        value_dims: ``(a, b)``: values are the channels ``a .. b - 1`` of the keys, none of which ``rope``
+            turns, and have no slots of their own. For models whose keys and values are one latent (VideoMLA,
+            arXiv 2605.30351). None: values are tensors of their own.
     """
 
     layers: int
@@ -56,6 +59,7 @@ class CacheSpec:
     dtype: torch.dtype
     device: torch.device | str
     undo_frames: int = 0
+    value_dims: tuple[int, int] | None = None
     # What follows from them, as plain attributes: they are read in compiled code.
     #: n.
     frame_tokens: int = field(init=False, repr=False, compare=False)
@@ -103,12 +107,25 @@ class CacheSpec:
                 raise argument_error(op, "rope", f"at most {self.head_dim} rotated dims", rope.rotated_dims)
         if self.undo_frames > length:
             raise argument_error(op, "undo_frames", f"at most {length}", self.undo_frames)
+        value_dims = self.value_dims
+        if value_dims is not None:
+            pair = (
+                isinstance(value_dims, Sequence) and len(value_dims) == 2 and all(map(is_integer, value_dims))
+            )
+            first = 0 if rope is None else rope.rotated_dims
+            if not pair or not first <= value_dims[0] < value_dims[1] <= self.head_dim:
+                expected = (
+                    f"None, or (a, b) with {first} <= a < b <= {self.head_dim}: channels that do not turn"
+                )
+                raise argument_error(op, "value_dims", expected, repr(value_dims))
+            value_dims = tuple(value_dims)
         try:
             device = torch.device(self.device)
         except (RuntimeError, TypeError):
             raise argument_error(op, "device", "a device", repr(self.device)) from None
         followed = {
             "grid": grid,
+            "value_dims": value_dims,
             "device": device,
             "frame_tokens": math.prod(grid),
             "ring": Ring(self.sink_frames, self.window_frames),
@@ -118,11 +135,20 @@ class CacheSpec:
         for name, value in followed.items():
             object.__setattr__(self, name, value)
 
-    def zeros(self, tokens: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``[layers, B, tokens, H, D]`` of zeros on the device, of the cache's dtype unless another is
-        named."""
-        size = (self.layers, self.batch, tokens, self.heads, self.head_dim)
+    def zeros(self, tokens: int, dtype: torch.dtype | None = None, dim: int | None = None) -> torch.Tensor:
+        """``[layers, B, tokens, H, D]`` of zeros on the device, of the cache's dtype and head dim unless
+        others are named."""
+        size = (self.layers, self.batch, tokens, self.heads, dim or self.head_dim)
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value."""
+        return self.head_dim if self.value_dims is None else self.value_dims[1] - self.value_dims[0]
+
+    def values_of(self, keys: torch.Tensor) -> torch.Tensor:
+        """The values in keys ``[..., D]``, with ``value_dims``: a view."""
+        return keys[..., slice(*self.value_dims)]
 
 
 @dataclass(frozen=True)
@@ -216,6 +242,8 @@ class ChunkPlan:
     bias: torch.Tensor | None = field(default=None, repr=False)
     #: Log-weight of each held frame.
     weights: Sequence[float] | None = field(default=None, repr=False)
+    #: Of each layer, what the policy has made of the text that the model told (``SinkState.hear``).
+    told: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def shift(self) -> float:

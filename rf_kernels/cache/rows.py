@@ -20,7 +20,7 @@ from .._backend import ArgumentError, argument_error, integer, refuse_transforms
 from ..ops.rope_append import rope_append, rope_append_check
 from ..ops.sink_window_attention import sink_window_attention
 from . import compiled, stream_file
-from .adopt import adopted
+from .adopt import allocated
 from .beside import Beside
 from .cache import SinkWindowCache
 from .chunk import _BEGUN, _DONE, Chunk, Norms, norms_of
@@ -61,13 +61,12 @@ class SinkWindowRows:
         self.spec, self.sink = spec, tuple(sink) if isinstance(sink, Sequence) else sink
         sinks = self._for_each(_OP, "sink", self.sink, spec.batch)
         with torch.inference_mode(False):
-            if k is None and v is None:
-                k, v = (spec.zeros(spec.ring.length * spec.frame_tokens) for _ in range(2))
-            else:
-                k, v = adopted(spec, k, v)
+            k, v = allocated(spec, k, v)
+            apart = spec.value_dims is None
             one = dataclasses.replace(spec, batch=1)
             self._rows = tuple(
-                SinkWindowCache(one, sink=sinks[i], k=_part(k, i), v=_part(v, i)) for i in range(spec.batch)
+                SinkWindowCache(one, sink=sinks[i], k=_part(k, i), v=_part(v, i) if apart else None)
+                for i in range(spec.batch)
             )
             needs = {(row._sink.max_sources, row._sink.weighs) for row in self._rows}
             if len(needs) > 1:  # one layout of the plans: that of the policies which need most
@@ -190,6 +189,11 @@ def _part(slots: Tensor | tuple[Tensor, ...], row: int) -> Tensor | list[Tensor]
     return slots[:, own] if isinstance(slots, Tensor) else [x[own] for x in slots]
 
 
+def _each(part, *tensors: Tensor | None) -> list[Tensor | None]:
+    """A part of each; of None, None."""
+    return [None if x is None else part(x) for x in tensors]
+
+
 def _of_row(error: BaseException, row: int) -> BaseException:
     """The error, which says whose it is."""
     if isinstance(error, ArgumentError | ArithmeticError):
@@ -247,7 +251,7 @@ class ChunkBatch(Beside):
         layer: int | Tensor,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         *,
         q_norm=None,
         k_norm=None,
@@ -278,9 +282,9 @@ class ChunkBatch(Beside):
         if again or (torch.is_grad_enabled() and snapshot_is_wanted(q, k, v, found)):
             if not again:
                 with torch.no_grad():
-                    self._check_append(layer, *(x.detach() for x in (q, k, v)), found)
+                    self._check_append(layer, *_each(Tensor.detach, q, k, v), found)
             alone = [
-                chunk.attend(layer, *(x[i : i + 1] for x in (q, k, v)), **norms, **options)
+                chunk.attend(layer, *_each(lambda x, i=i: x[i : i + 1], q, k, v), **norms, **options)
                 for i, chunk in enumerate(self.chunks)
             ]
             return torch.cat(alone)
@@ -302,7 +306,16 @@ class ChunkBatch(Beside):
     _attend_uncompiled = torch._disable_dynamo(attend)
 
     def append(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, q_norm=None, k_norm=None, norm=None, eps=None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        q_norm=None,
+        k_norm=None,
+        norm=None,
+        eps=None,
     ) -> Tensor:
         """As ``Chunk.append`` for every chunk; ``chunks[i].kv(layer)`` has what sample i may attend."""
         options = {"q_norm": q_norm, "k_norm": k_norm, "norm": norm, "eps": eps}
@@ -421,7 +434,10 @@ class ChunkBatch(Beside):
                     raise argument_error(f"{_BATCH}.{what}", "layer", expected, number)
             except ArgumentError as error:
                 raise _of_row(error, row) from None
-        for name, x in zip(("q", "k", "v"), inputs, strict=True):
+        latent = self._owner.spec.value_dims is not None
+        if latent:
+            self.chunks[0]._check_values(what, inputs[2])
+        for name, x in zip("qk" if latent else "qkv", inputs, strict=False):
             samples = len(self.chunks)
             if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] != samples:
                 found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -439,7 +455,8 @@ class ChunkBatch(Beside):
         ):
             options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
             return self._attend_uncompiled(layer, q, k, v, **norms, **options)
-        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic)
+        dim = self._owner.spec.value_dim
+        return compiled.attend(self._handle, layer, q, k, v, *found, softmax_scale, deterministic, dim)
 
     def _norms_of_q(self, q_norm, norm, eps) -> Norms:
         return norms_of(self._owner.spec, q_norm, None, norm, eps)
@@ -465,6 +482,20 @@ class ChunkBatch(Beside):
         answers, weights = zip(*parts, strict=True)
         return torch.cat(answers), torch.cat(weights)
 
+    @property
+    def hears(self) -> bool:
+        """Whether the policy of any row wants to be told the text."""
+        return any(chunk.hears for chunk in self.chunks)
+
+    def _hear(self, layer, text: Tensor) -> None:
+        if not isinstance(text, Tensor) or text.dim() != 4 or text.shape[0] != len(self.chunks):
+            found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            expected = f"[B, T, H, D] of {len(self.chunks)} samples, one a chunk"
+            raise argument_error(f"{_BATCH}.tell", "text", expected, found)
+        for i, chunk in enumerate(self.chunks):
+            if chunk.hears:
+                chunk._hear(layer, text[i : i + 1])
+
     def _calls(self, layer: int, q, k, v, norms) -> list[tuple[tuple, dict]]:
         """Arguments of the append, a run each."""
         owner = self._owner
@@ -479,7 +510,11 @@ class ChunkBatch(Beside):
         }
         return [
             (
-                (q[run.samples], k[run.samples], v[run.samples], k_slots[run.rows], v_slots[run.rows]),
+                (
+                    *_each(lambda x, run=run: x[run.samples], q, k, v),
+                    k_slots[run.rows],
+                    None if v is None else v_slots[run.rows],
+                ),
                 {"slots": run.slots, "angles": run.angles, **common},
             )
             for run in self._runs
@@ -494,6 +529,7 @@ class ChunkBatch(Beside):
                 for tensors, options in calls:
                     rope_append_check(*tensors, **options)
                 for chunk in waiting:
+                    chunk._check_told(layer)
                     chunk.cache._check_apart_from_sink(q=q, k=k, v=v)
             except ArgumentError as error:
                 raise self._blamed(error, q, k, v) from None
@@ -503,7 +539,8 @@ class ChunkBatch(Beside):
         calls = self._check_append(layer, q, k, v, norms)
         for i, chunk in enumerate(self.chunks):
             if chunk._evicted[layer] != _DONE:
-                chunk._evict(layer, *(x[i : i + 1] for x in (q, k, v)), chunk._options(norms))
+                own = _each(lambda x, i=i: x[i : i + 1], q, k, v)
+                chunk._evict(layer, *own, chunk._options(norms))
         try:
             rotated = [rope_append(*tensors, **options) for tensors, options in calls]
         except ArgumentError as error:

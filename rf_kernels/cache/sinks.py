@@ -70,14 +70,22 @@ class SinkState:
         weighs_keys: whether ``key_bias`` is asked.
         observes: whether ``observe`` is called.
         answers: whether the model is to ask ``Chunk.beside`` for what ``answer`` says.
+        hears: whether the model is to tell the text, by ``Chunk.tell``.
         resets: whether the sink's slots are all that its state is made of, so that ``reset_sink`` can take it
             from them.
+        latent: whether ``evict`` serves a cache with ``value_dims``: ``v`` is then a view of channels of
+            ``k``, ``[B, L * n, H, Dv]``. A state that rewrites slots or answers, and does not say so, is
+            refused for such a cache.
     """
 
-    weighs = weighs_keys = observes = answers = False
+    latent = weighs = weighs_keys = observes = answers = hears = False
     resets = True
 
     def __init__(self, policy: SinkPolicy, spec: CacheSpec):
+        writes = self.answers or type(self).evict is not SinkState.evict
+        if spec.value_dims is not None and writes and not self.latent:
+            expected = "a policy that serves values which are channels of the keys (SinkState.latent)"
+            raise argument_error("SinkWindowCache", "sink", expected, type(policy).__name__)
         self.policy, self.spec = policy, spec
         self.tensors: dict[str, Tensor] = {}
         self.max_sources = spec.window_frames if spec.sink_frames else 0
@@ -85,12 +93,14 @@ class SinkState:
         #: identity.
         self.turns = policy.rephase and spec.rope is not None and spec.rope.temporal_pairs > 0
 
-    def allocate(self, name: str, dtype: torch.dtype | None = None, tokens: int | None = None) -> Tensor:
+    def allocate(
+        self, name: str, dtype: torch.dtype | None = None, tokens: int | None = None, *, values: bool = False
+    ) -> Tensor:
         """A zeroed tensor ``[layers, B, tokens, H, D]`` of the state; by default of the sink's tokens and the
-        cache's dtype."""
+        cache's dtype. ``values``: with the channels that values have."""
         spec = self.spec
         tokens = spec.sink_frames * spec.frame_tokens if tokens is None else tokens
-        self.tensors[name] = spec.zeros(tokens, dtype)
+        self.tensors[name] = spec.zeros(tokens, dtype, spec.value_dim if values else None)
         return self.tensors[name]
 
     def allocate_numbers(
@@ -150,6 +160,14 @@ class SinkState:
             q: the queries, normalised and rotated, ``[B, F * n, Hq, D]``.
             k, v, plan: as for ``evict``.
         """
+
+    def hear(self, text: Tensor) -> Tensor:
+        """With ``hears``: what ``evict`` needs of the text in a layer, as ``plan.told[layer]``. Without grad.
+
+        Args:
+            text: keys of the text in the layer's cross-attention, ``[B, T, Hq, D]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.hear")
 
     def memory(self, layer: int, plan: ChunkPlan) -> tuple[Tensor, ...]:
         """With ``answers``: what the chunk's queries are answered from in one layer. New tensors, which later
@@ -298,6 +316,7 @@ class _Rephased(SinkState):
     """What static and averaging sinks share: the keys' state at the temporal phase of their own slots, fused
     and turned by ``ema_evict``."""
 
+    latent = True
     precision, alpha = "published", 1.0
     skipped: Tensor | None = None
 
@@ -316,7 +335,7 @@ class _Rephased(SinkState):
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: ChunkPlan) -> None:
         ema_evict(
             k,
-            v,
+            v if self.spec.value_dims is None else None,
             *self._layers[layer],
             schedule=plan.schedule,
             turns=plan.turns,
@@ -333,7 +352,11 @@ class _Rephased(SinkState):
         k_state, k_state_lo, v_state = self._layers[layer]
         k, v = (k if k_state is None else k_state).to(wide), v.to(wide)
         if self.precision == "compensated":
-            k, v = k + k_state_lo.to(wide), v + v_state.to(wide)
+            k = k + k_state_lo.to(wide)
+        if self.spec.value_dims is not None:
+            v = self.spec.values_of(k)
+        elif self.precision == "compensated":
+            v = v + v_state.to(wide)
         elif self.precision == "float32":
             v = v_state
         return k, v
@@ -369,7 +392,7 @@ class _EMAState(_Rephased):
             self.allocate("k_state", state_dtype)
             if self.precision == "compensated":
                 self.allocate("k_state_lo")
-            if self.precision != "published":
+            if self.precision != "published" and spec.value_dims is None:
                 self.allocate("v_state", state_dtype)
             self.tensors["skipped"] = torch.zeros(spec.layers, dtype=torch.int64, device=spec.device)
             if policy.on_nonfinite != "propagate":

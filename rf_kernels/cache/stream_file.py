@@ -31,7 +31,8 @@ def identity_of(cache: SinkWindowCache) -> dict:
     given = (
         [] if rope is None or rope.given is None else [[None if g is None else list(g) for g in rope.given]]
     )
-    return {
+    own = {} if spec.value_dims is None else {"value_dims": list(spec.value_dims)}
+    return own | {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
         "geometry": [spec.layers, spec.batch, spec.heads, spec.head_dim, *spec.grid],
@@ -48,7 +49,10 @@ def identity_of(cache: SinkWindowCache) -> dict:
 def _parts(cache: SinkWindowCache, stream: Stream) -> dict[str, list[Tensor]]:
     """The tensors of a stream, as they lie in a cache, layer by layer."""
     valid = len(stream.held) * cache.spec.frame_tokens
-    slots = {name: [pair[i][:, :valid] for pair in cache._slots] for i, name in enumerate("kv")}
+    slots = {
+        name: [pair[i][:, :valid] for pair in cache._stored]
+        for i, name in enumerate("kv" if cache.spec.value_dims is None else "k")
+    }
     return slots | {f"sink.{name}": list(tensor) for name, tensor in cache._sink.tensors.items()}
 
 
@@ -81,7 +85,7 @@ def check_state(cache: SinkWindowCache, state) -> tuple[dict[str, list[Tensor]],
         raise argument_error(op, "state", "a dict with `meta` and `tensors`", type(state).__name__)
     meta, tensors = (state[part] for part in parts)
     listed = {"version": _LISTED_VERSION} if meta.get("version") == _LISTED_VERSION else {}
-    for name, expected in (identity_of(cache) | listed).items():
+    for name, expected in ({"value_dims": None} | identity_of(cache) | listed).items():
         if meta.get(name) != expected:
             raise argument_error(op, f"meta.{name}", repr(expected), repr(meta.get(name)))
     stream = _stream_of(cache, meta)

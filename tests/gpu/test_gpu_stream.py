@@ -101,6 +101,34 @@ def test_a_default_device_and_a_copy(device):
             assert_equal_bits(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "policy", [rf.EMASink(0.9), rf.EMASink(0.9, state="float32"), rf.StaticSink(True)], ids=str
+)
+@torch.no_grad()
+def test_a_latent_is_kept_as_keys_and_values_are(matrix_device, policy):
+    """One latent for keys and values beside a cache that is given its channels once more: slots and sink of
+    the same bits, from kernels without values and with."""
+    sizes = {"layers": 1, "batch": 2, "heads": 1, "head_dim": 224, "grid": (3, 5), "rope": rf.RoPE3D.wan(32)}
+    sizes |= {"sink_frames": 2, "window_frames": 5, "dtype": torch.bfloat16, "device": matrix_device}
+    latent, ordinary = (
+        rf.SinkWindowCache(rf.CacheSpec(**sizes, value_dims=dims), sink=policy) for dims in ((32, 224), None)
+    )
+    for number in range(6):
+        g = torch.Generator().manual_seed(number)
+        q, k = (
+            torch.randn(2, 45, h, 224, generator=g, device="cpu").to(matrix_device, torch.bfloat16)
+            for h in (12, 1)
+        )
+        v = torch.cat([torch.zeros_like(k[..., :32]), k[..., 32:]], -1)
+        with latent.chunk(3) as one, ordinary.chunk(3) as other:
+            out, expected = one.attend(0, q, k), other.attend(0, q, k, v)[..., 32:]
+        torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7)
+        assert_equal_bits(latent.k, ordinary.k)
+        for ours, theirs in zip(latent.sink_state(0), ordinary.sink_state(0), strict=True):
+            assert_equal_bits(ours, theirs[..., -ours.shape[-1] :])
+    assert latent.nbytes < 0.6 * ordinary.nbytes
+
+
 # ---- CUDA graphs -------------------------------------------------------------------------------------------
 
 
@@ -427,6 +455,7 @@ def test_streaming_never_waits_for_the_device(device):
         "shots",
         "random",
         "linear",
+        "routed",
         "patches:patches=5",
     ],
 )

@@ -44,10 +44,18 @@ def tensors(cache, frames, seed, q_heads=None):
     ]
 
 
+def text_of(cache, frame):
+    """Keys of a text that is another one every nine frames."""
+    spec, generator = cache.spec, torch.Generator().manual_seed(frame // 9)
+    return torch.randn(spec.batch, 5, spec.heads, spec.head_dim, generator=generator).to(spec.dtype)
+
+
 def attend(chunk, layer, q, k, v, **options):
-    """What a model does: it also asks for what the policy has beside the slots."""
+    """What a model does: it also tells the text, and asks for what the policy has beside the slots."""
+    chunks = getattr(chunk, "chunks", [chunk])
+    chunk.tell(layer, torch.cat([text_of(each.cache, each.first_frame) for each in chunks]))
     y = chunk.attend(layer, q, k, v, **options)
-    if any(each.cache._sink.answers for each in getattr(chunk, "chunks", [chunk])):
+    if any(each.cache._sink.answers for each in chunks):
         y = y + chunk.beside(layer, q)
     return y
 

@@ -28,6 +28,7 @@ class Told:
     cuts: list = field(default_factory=list)
     grid: tuple = ()
     at: dict = field(default_factory=dict)
+    text: list = field(default_factory=list)  # of every chunk, keys [B, T, H, D]
 
     @property
     def begin(self):
@@ -253,6 +254,34 @@ def recalled(told, frames, weight, tau):
         for i in range(frames)
     ]
     return told.sink(range(G), told.shift()) + seen + told.window()
+
+
+def routed(told, frames, every):
+    """One sample after the other, every pair of a token of the text and one of a frame."""
+    G = told.S - frames
+    if told.begin < told.S:
+        return told.sink(range(told.S), 0) + told.window()
+    banks = []
+    for b in range(len(told.k[0])):
+        bank = list(range(G, told.S))
+        for chunk in range(1, len(told.ends)):
+            for e in range(told.oldest(chunk - 1), told.oldest(chunk)):
+                if e % every:
+                    continue
+
+                def score(f, text=told.text[chunk][b], b=b):
+                    k = rotate(told.k[f], token_positions([told.at[f]], told.grid))[b]
+                    return float(torch.einsum("thd,khd->thk", text, k).mean())
+
+                bank.remove(min(bank, key=score))
+                bank.append(e)
+        banks.append(bank)
+    kept = [
+        torch.stack([torch.stack([x[f][b] for f in bank]) for b, bank in enumerate(banks)])
+        for x in ({f: rotate(told.k[f], token_positions([told.at[f]], told.grid)) for f in told.k}, told.v)
+    ]
+    seen = [(None, kept[0][:, i], kept[1][:, i]) for i in range(frames)]
+    return told.sink(range(G), 0) + told.window() + seen
 
 
 def placed(told, ahead=None, at=None):

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import rf_kernels as rf
 from helpers import policy_rules as rules
-from helpers.cache_case import attend, make, state_of, step, tensors
+from helpers.cache_case import attend, make, state_of, step, tensors, text_of
 from helpers.training import STREAM, TINY
 from reward_forcing import CausalWanModel, policies
 from reward_forcing.checkpoint import load_causal_model
@@ -224,3 +224,97 @@ def test_a_model_with_a_map_of_its_own_streams_with_a_linear_state(tmp_path):
         latents(model, "static")
     with pytest.raises(rf.ArgumentError, match="asks for `beside` in every layer.*under LinearState"):
         latents(plain, "linear")
+
+
+def test_a_text_is_told_in_every_way_that_a_forward_runs():
+    """Compiled, under grad and in a checkpointed block, whose recomputation tells nothing; the last prompt
+    counts."""
+    caches = [make(3, 4, policy=policies.RoutedFrames(2, 1), layers=2, dtype=torch.float64) for _ in range(3)]
+
+    def block(chunk, layer, text, q, k, v):
+        chunk.tell(layer, text)
+        return chunk.attend(layer, q, k, v)
+
+    def checkpointed(chunk, layer, text, q, k, v):
+        q, k = q.requires_grad_(), k.requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(block, chunk, layer, text, q, k, v, use_reentrant=False)
+        backwards.append((y, k))
+        return y
+
+    counter, backwards, chosen = CompileCounter(), [], set()
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for number in range(8):
+        outputs = []
+        for cache, run in zip(caches, (block, compiled, checkpointed), strict=True):
+            with torch.set_grad_enabled(run is checkpointed), cache.chunk(2) as chunk:
+                for layer in range(2):
+                    inputs = tensors(cache, 2, 10 * number + layer)
+                    outputs.append(run(chunk, torch.tensor(layer), text_of(cache, 9 * number), *inputs))
+        for found in (outputs[2:4], outputs[4:]):
+            assert_equal_bits(torch.stack(found).detach(), torch.stack(outputs[:2]))
+        numbers = [cache._sink.tensors["number"] for cache in caches]
+        assert torch.equal(numbers[0], numbers[1]) and torch.equal(numbers[0], numbers[2])
+        chosen |= {tuple(x) for x in numbers[0].flatten(0, 1).tolist()}
+    assert counter.frame_count == 1 and len(chosen) > 6
+    before = fingerprint(*state_of(caches[2]))
+    for y, k in backwards:
+        assert torch.isfinite(torch.autograd.grad(y.sum(), k)[0]).all()
+    assert fingerprint(*state_of(caches[2])) == before
+
+
+def test_what_is_refused_of_tell():
+    cache = make(2, 4, policy=policies.RoutedFrames(1, 1), undo_frames=4, batch=2)
+    (q, k, v), text = tensors(cache, 2, 0), text_of(cache, 0)
+    with (
+        pytest.raises(rf.ArgumentError, match="tells the text by `tell` in every layer"),
+        cache.chunk(2) as c,
+    ):
+        c.attend(0, q, k, v)
+    cache.reset()
+    for number in range(3):
+        step(cache, 2, number)
+    before = fingerprint(*state_of(cache))
+    with cache.chunk(2, undo=True) as chunk:
+        for wrong in (text[:1], text[..., :16], text[:, :0], text[0], None):
+            with pytest.raises(rf.ArgumentError, match=r"tell.*`text`.*\[2, T, a multiple of 2, 32\]"):
+                chunk.tell(0, wrong)
+        with pytest.raises(rf.ArgumentError, match="tells the text by `tell` before it attends"):
+            chunk.attend(0, q, k, v)
+        assert fingerprint(*state_of(cache)) == before and not chunk.written
+        chunk.tell(0, text.repeat(1, 1, 2, 1))  # more heads than keys have
+        chunk.attend(0, q, k, v)
+        assert fingerprint(*state_of(cache)) != before
+        chunk.rollback()
+    assert fingerprint(*state_of(cache)) == before
+    rows = rf.SinkWindowRows(cache.spec, sink=[policies.RoutedFrames(1, 1), rf.EMASink()])
+    with rows.chunk(2) as batch:
+        with pytest.raises(rf.ArgumentError, match="tell.*`text`.*2 samples"):
+            batch.tell(0, text[:1])
+        batch.tell(0, text)
+        batch.attend(0, q, k, v)
+    with make(2, 4).chunk(2) as chunk:
+        assert not chunk.hears
+        chunk.tell(0, "nothing is looked at")
+        chunk.attend(0, q[:1], k[:1], v[:1])
+    for wrong in ({"frames": 3}, {"every": 0}):
+        with pytest.raises(rf.ArgumentError, match="RoutedFrames"):
+            make(2, 4, policy=policies.RoutedFrames(**wrong))
+
+
+def test_a_prompt_that_changes_changes_what_is_kept():
+    """Through the pipeline: the model tells its cross-attention's keys, of the prompt that streams."""
+    torch.manual_seed(0)
+    model = CausalWanModel(TINY).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = dataclasses.replace(STREAM, sink_policy="routed:frames=2", denoising_step_list=(1000, 500))
+    pipeline = StreamingPipeline(model, config)
+    noise = list(torch.randn(9, 1, 3, 4, 4, 4).double())
+    prompts, kept = torch.randn(2, 1, 3, 8).double() * 3, []
+    for second in prompts:
+        cache = pipeline.new_cache(1, 4, 4)
+        for part, prompt in ((noise[:4], prompts[0]), (noise[4:], second)):
+            list(pipeline.stream(part, prompt, cache=cache, noise_source=torch.zeros_like))
+        kept.append(cache._sink.tensors["number"].tolist())
+    assert kept[0] != kept[1]
+    assert all(n % 3 == 0 for layers in kept for layer in layers for n in layer[0][1:])

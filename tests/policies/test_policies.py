@@ -12,7 +12,7 @@ import torch
 import rf_kernels as rf
 from helpers import policy_rules as rules
 from helpers.cache_case import attend as asked
-from helpers.cache_case import make, state_of, step, tensors, write
+from helpers.cache_case import make, state_of, step, tensors, text_of, write
 from reward_forcing import policies
 from rf_kernels.reference.streaming import rotate, token_positions
 from rf_kernels.testing import assert_equal_bits, fingerprint, relative_l2
@@ -38,6 +38,8 @@ def of(function, *arguments, **more):
 
 CUTS = (4, 9)
 CHOOSING = (
+    "routed",
+    "routed, one",
     "important",
     "recall",
     "merged",
@@ -84,6 +86,8 @@ CASES = {
         sizes=((3, 6), (1, 5)),
         beside=lambda told, q, at, *x: rules.linear(told, q, at, "softmax", 13, *x),
     ),
+    "routed": Case(policies.RoutedFrames(3, 2), of(rules.routed, 3, 2), sizes=((4, 6), (3, 5))),
+    "routed, one": Case(policies.RoutedFrames(1, 1), of(rules.routed, 1, 1), sizes=((1, 6), (2, 5))),
     "ahead": Case(policies.PlacedSink(ahead=2.5), of(rules.placed, ahead=2.5), sizes=((1, 6), (2, 5))),
     "identity": Case(policies.PlacedSink(at=0.0), of(rules.placed, at=0.0)),
     "shots": Case(
@@ -202,12 +206,14 @@ def test_a_policy_is_its_rule(name, which):
         cut = number in case.cuts
         told.ends.append(begin + frames)
         told.cuts += [begin] * cut
+        told.text.append(text_of(cache, begin))
         seen, own_at = case.rule(told), own_positions(name, told, case)
         with cache.chunk(frames, cut=cut) as chunk:
             left += len(chunk.plan.leaving)
             for forward in range(2):
                 q, k, v = tensors(cache, frames, 10 * number + forward)
                 expected = attention(q, (k, v), seen, own_at, grid)
+                chunk.tell(0, told.text[-1])
                 assert relative_l2(chunk.attend(0, q, k, v), expected) < 1e-12
                 if case.beside is not None:
                     assert relative_l2(chunk.beside(0, q), case.beside(told, q, own_at)) < 1e-12

@@ -69,6 +69,9 @@ class Projections(nn.Module):
         """``[B, N, dim]`` as ``[B, N, heads, head_dim]``."""
         return x.unflatten(-1, (self.heads, self.head_dim))
 
+    def tell(self, text: Tensor, *attention) -> None:
+        """What the self-attention needs of the text's keys: nothing, unless a policy does."""
+
     def raw_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projected, neither normalised nor rotated: the ops do both."""
         return self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
@@ -89,6 +92,11 @@ class CausalSelfAttention(Projections):
             self.linear_proj = nn.Linear(config.head_dim, config.head_dim)
             for parameter in self.linear_proj.parameters():
                 nn.init.zeros_(parameter)
+
+    def tell(self, text: Tensor, layer: int, chunk: rf.Chunk) -> None:
+        """Tells the policy the keys of the text, in the heads that this rank has."""
+        if chunk.hears:
+            chunk.tell(layer, text if self.parallel is None else self.parallel.own_heads(text))
 
     def forward(self, x: Tensor, layer: int, chunk: rf.Chunk) -> Tensor:
         """x ``[B, F * n, dim]`` -> the same; writes the chunk's keys and values into the cache's
@@ -184,8 +192,9 @@ class WanBlock(nn.Module):
 
     def _forward(self, x: Tensor, time: Tensor, text: TextKeys | Tensor, *attention) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.unsqueeze(1) + time).unbind(2)
-        x = x + gated(self.self_attn(modulate(self.norm1(x), shift1, scale1), *attention), gate1)
         text = self.cross_attn.keys(text) if isinstance(text, Tensor) else text
+        self.self_attn.tell(text[0], *attention)
+        x = x + gated(self.self_attn(modulate(self.norm1(x), shift1, scale1), *attention), gate1)
         x = x + self.cross_attn(self.norm3(x), text)
         return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 

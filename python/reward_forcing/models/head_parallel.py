@@ -55,6 +55,10 @@ class HeadParallel:
         )  # [P, B, F, m, dim]
         return parts.permute(1, 2, 0, 3, 4).flatten(1, 3)
 
+    def own_heads(self, x: Tensor) -> Tensor:
+        """This rank's heads of what every rank has: ``[B, N, H, D]`` -> ``[B, N, H / ranks, D]``."""
+        return x.unflatten(2, (self.size, self.heads))[:, :, self.rank]
+
     def to_heads(self, x: Tensor, frames: int) -> Tensor:
         """``[B, F * n / ranks, H, D]`` -> ``[B, F * n, H / ranks, D]``."""
         x = x.unflatten(2, (self.size, self.heads)).unflatten(1, (frames, -1))  # [B, F, m, P, h, D]

@@ -33,13 +33,13 @@ class CyclicSink(rf.SinkPolicy):
 
 
 class _CyclicState(rf.SinkState):
-    resets = False  # what is in the slots are copies
+    latent, resets = True, False  # what is in the slots are copies
 
     def __init__(self, policy: CyclicSink, spec: rf.CacheSpec):
         super().__init__(policy, spec)
         self.bank = policy.bank or spec.sink_frames + spec.window_frames // 2
         for name in ("k_bank", "v_bank"):
-            self.allocate(name, tokens=self.bank * spec.frame_tokens)
+            self.allocate(name, tokens=self.bank * spec.frame_tokens, values=name == "v_bank")
 
     def copied(self, frame: int) -> int:
         """g."""
@@ -63,13 +63,17 @@ class _CyclicState(rf.SinkState):
     def evict(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         n, S = self.spec.frame_tokens, self.spec.sink_frames
         shown = self.shown(min(plan.after.held[S:]))
-        for slots, name in ((k, "k_bank"), (v, "v_bank")):
-            bank = self.tensors[name][layer].unflatten(1, (-1, n))
-            frames = slots.unflatten(1, (-1, n))
+        parts = [
+            (slots.unflatten(1, (-1, n)), self.tensors[name][layer].unflatten(1, (-1, n)))
+            for slots, name in ((k, "k_bank"), (v, "v_bank"))
+        ]
+        for frames, bank in parts:  # before a slot is written: values may be channels of the keys
             if plan.first:
                 bank[:, :S] = frames[:, :S]
             for e in plan.sources[0]:
                 bank[:, e] = frames[:, plan.ring.slot(e)]
-            for j, f in enumerate(shown):
-                copy = bank[:, self.copied(f)]
-                frames[:, j] = copy if slots is v else self.turned(copy, plan.turns[j, -1]).to(k.dtype)
+        (keys, k_bank), (values, v_bank) = parts
+        for j, f in enumerate(shown):
+            at = self.copied(f)
+            keys[:, j] = self.turned(k_bank[:, at], plan.turns[j, -1]).to(k.dtype)
+            values[:, j] = v_bank[:, at]

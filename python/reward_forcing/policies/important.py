@@ -44,7 +44,7 @@ class _ImportantState(MemoryState):
         wide = torch.promote_types(spec.dtype, torch.float32)
         self.allocate("q_sum", wide, tokens=1)
         for name in ("k_state", "v_state"):
-            self.allocate(name, wide, tokens=self.static * spec.frame_tokens)
+            self.allocate(name, wide, self.static * spec.frame_tokens, values=name == "v_state")
 
     def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         still = [[] for _ in range(self.spec.sink_frames - 1)]

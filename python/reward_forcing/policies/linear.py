@@ -51,6 +51,7 @@ class LinearState(rf.SinkPolicy):
 
 class _LinearState(MemoryState):
     answers, resets = True, False
+    latent = False  # an answer has the channels of a key
 
     def __init__(self, policy: LinearState, spec: rf.CacheSpec):
         super().__init__(policy, spec)

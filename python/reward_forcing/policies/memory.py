@@ -14,13 +14,19 @@ class MemoryState(rf.SinkState):
     changes them in ``absorb``; the slots are written from them. By itself: a static sink.
 
     Bytes beside the slots: ``2 S n H D`` numbers a layer and sample.
+
+    Where values are channels of the keys (``value_dims``) they have a state all the same. It follows the rule
+    of the keys, so what is written to these channels twice is the same.
     """
+
+    latent = True
 
     def __init__(self, policy: rf.SinkPolicy, spec: rf.CacheSpec):
         super().__init__(policy, spec)
         if self.has_state():
             for name in ("k_state", "v_state"):
-                self.allocate(name, torch.promote_types(spec.dtype, torch.float32))
+                wide = torch.promote_types(spec.dtype, torch.float32)
+                self.allocate(name, wide, values=name == "v_state")
 
     def has_state(self) -> bool:
         """Whether the sink ever differs from its slots."""

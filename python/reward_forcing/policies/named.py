@@ -14,6 +14,7 @@ from .merged import MergedTokens
 from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
 from .state_slot import StateSlot
@@ -34,6 +35,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "linear": (LinearState, {}),
     "merged": (MergedTokens, {}),
     "recall": (RecalledFrames, {}),
+    "routed": (RoutedFrames, {}),
     "ahead": (PlacedSink, {"ahead": 1.0}),
     "identity": (PlacedSink, {"at": 0.0}),
     "shots": (PinnedShots, {}),

@@ -68,7 +68,7 @@ class _PatchState(MemoryState):
         if self.turns and self.static:
             wide = torch.promote_types(spec.dtype, torch.float32)
             for name in ("k_state", "v_state"):
-                self.allocate(name, wide, tokens=self.static * spec.frame_tokens)
+                self.allocate(name, wide, self.static * spec.frame_tokens, values=name == "v_state")
 
     def has_state(self) -> bool:
         return False
