@@ -298,6 +298,40 @@ class InfiniteForcingSink(InfiniteForcing):
     ran = "inference pipeline, with three sink frames"
 
 
+class RollingForcing(Rig):
+    """Not for ``patch``, which refuses it: ``benchmarks.rolling`` compares its pipeline with ours."""
+
+    checkout, pipeline_module = "RollingForcing", "pipeline.rolling_forcing_inference"
+    window = 21
+    ran = "inference pipeline"
+
+    def settings(self):
+        settings = super().settings()
+        settings |= {"denoising_step_list": [1000, 800, 600, 400, 200], "warp_denoising_step": True}
+        return settings
+
+    def pipeline(self, dtype):
+        made, n = super().pipeline(dtype), self.frame_tokens
+        for block in made.generator.model.blocks:  # written for 1560 tokens a frame
+            block.self_attn.frame_length, block.self_attn.block_length = n, self.chunk * n
+            block.self_attn.max_attention_size = self.window * n
+
+        def sized(batch_size, dtype, device):
+            shape = (batch_size, (self.window + self.chunk) * n, self.heads, self.head_dim)
+            made.kv_cache_clean = [
+                {name: torch.zeros(shape, dtype=dtype) for name in ("k", "v")}
+                | {f"{name}_end_index": torch.tensor([0]) for name in ("global", "local")}
+                for _ in range(self.layers)
+            ]
+
+        made._initialize_kv_cache = sized
+        return made
+
+    def stream(self, pipeline, noise, dtype):
+        pipeline.kv_cache_clean = None
+        return pipeline.inference_rolling_forcing(noise, ["a prompt"], return_latents=True)[1]
+
+
 class LongLive(Rig):
     checkout, ref, pipeline_module = "LongLive", "origin/v1.0", "pipeline.causal_inference"
     ran = "inference pipeline"

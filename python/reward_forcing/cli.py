@@ -138,12 +138,15 @@ def add_stream_options(parser: argparse.ArgumentParser, **defaults) -> None:
     add("cuts", "frames at which a shot begins, for policies that know of shots", at_least_0, [], nargs="+")
     text = "leave the keys and values of the last denoising step, without a forward on the finished chunk"
     parser.add_argument("--noisy-context", action="store_true", help=text)
+    add_ways(parser)
+
+
+def add_ways(parser: argparse.ArgumentParser) -> None:
+    """The options of ways of streaming (docs/stream.md)."""
     text = "denoise as many chunks together as there are steps, each a step behind the one before it"
     parser.add_argument("--rolling", action="store_true", help=text)
-    text = "start over after so many frames, with the last OVERLAP of them"
-    parser.add_argument(
-        "--restart", type=at_least_1, nargs=2, default=[], metavar=("FRAMES", "OVERLAP"), help=text
-    )
+    text, sizes = "start over after so many frames, with the last OVERLAP of them", ("FRAMES", "OVERLAP")
+    parser.add_argument("--restart", type=_whole(1), nargs=2, default=[], metavar=sizes, help=text)
 
 
 def stream_job(options: argparse.Namespace) -> StreamJob:
@@ -254,6 +257,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     policies = ["none", "static", "ema:0.99", "ema:0.9"]
     text = f"policies as for `stream --policy`; NAME@S has S sink frames (default: {' '.join(policies)})"
     judge.add_argument("--sinks", dest="policies", nargs="+", default=policies, help=text)
+    judge.add_argument("--window", type=_whole(1), help="frames attended (default: as trained)")
+    add_ways(judge)
     for name, default in (("prompts", 64), ("seeds", 3), ("frames", 60)):
         judge.add_argument(f"--{name}", type=_whole(1), default=default, help=f"(default: {default})")
     options = parser.parse_args(argv)
@@ -321,7 +326,10 @@ def _evaluate(options: argparse.Namespace) -> int:
             students = dict(text.split("=", 1) for text in options.student)
         names = ("policies", "prompts", "seeds", "frames", "teacher", "guidance")
         chosen = {name: getattr(options, name) for name in names}
-        report = evaluate.evaluate(students, **chosen, progress=say)
+        stream = {"rolling": options.rolling, "restart": tuple(options.restart)}
+        if options.window is not None:
+            stream["local_attn_size"] = options.window
+        report = evaluate.evaluate(students, **chosen, stream=stream, progress=say)
         evaluate.write(report, options.out)
     except (rf.ArgumentError, CheckpointError, FileNotFoundError) as error:
         fail(str(error))

@@ -158,7 +158,8 @@ class StreamConfig:
             sink_frames``).
         alpha: decay of the sink's moving average.
         sink_policy: "ema", "static", or "none" (needs ``sink_frames = 0``); "ema" without sink frames is
-            "none". Any other as ``reward_forcing.policies.parse`` takes it.
+            "none". Any other as ``reward_forcing.policies.parse`` takes it. "ema:alpha=A" is "ema" with
+            ``alpha = A``.
         sink_state: precision of the sink's state, see ``rf_kernels.EMASink``.
         denoising_step_list: nominal timesteps, 1000 = pure noise.
         warp: look the nominal steps up in the shifted schedule.
@@ -200,10 +201,10 @@ class StreamConfig:
         allowed = ("compensated", "float32", "published")
         expect(self.sink_state in allowed, who, "sink_state", f"one of {allowed}", repr(self.sink_state))
         expect(0 <= self.alpha <= 1, who, "alpha", "a number in 0..1", self.alpha)
-        self.policy()
+        self._settle_policy()
         no_frames = self.sink_policy != "none" or self.sink_frames == 0
         expect(no_frames, who, "sink_frames", "0 with sink_policy 'none'", self.sink_frames)
-        least = self.sink_frames + 1 if self.sink_policy == "ema" else max(self.sink_frames, 1)
+        least = self.sink_frames + 1 if isinstance(self.policy(), rf.EMASink) else max(self.sink_frames, 1)
         enough = f"at least {least}, with {self.sink_frames} sink frames and sink_policy '{self.sink_policy}'"
         expect(self.local_attn_size >= least, who, "local_attn_size", enough, self.local_attn_size)
         expect(len(self.denoising_step_list) >= 1, who, "denoising_step_list", "at least one step", "none")
@@ -212,6 +213,18 @@ class StreamConfig:
         expect(self.shift > 0, who, "shift", "a positive number", self.shift)
         expect(self.context_noise >= 0, who, "context_noise", "at least 0", self.context_noise)
         self._check_mode(who)
+
+    def _settle_policy(self) -> None:
+        """An average whose text says no more than fields can is told by the fields."""
+        found = self.policy()
+        if self.sink_policy.startswith("ema:") and self.sink_frames and isinstance(found.alpha, float):
+            if found == rf.EMASink(found.alpha, found.state):
+                for name, value in (
+                    ("sink_policy", "ema"),
+                    ("alpha", found.alpha),
+                    ("sink_state", found.state),
+                ):
+                    object.__setattr__(self, name, value)
 
     def _check_mode(self, who: str) -> None:
         """Of ``rolling`` and ``restart``."""
@@ -240,9 +253,9 @@ class StreamConfig:
 
     def policy(self):
         """The ``sink`` argument of ``rf_kernels.SinkWindowCache``."""
-        if self.sink_frames == 0 and self.sink_policy in ("none", "static", "ema"):
-            return rf.NoSink()
-        return policies.parse(self.sink_policy, who="StreamConfig", alpha=self.alpha, state=self.sink_state)
+        found = policies.parse(self.sink_policy, who="StreamConfig", alpha=self.alpha, state=self.sink_state)
+        plain = self.sink_policy.partition(":")[0] in ("none", "static", "ema")
+        return rf.NoSink() if plain and not self.sink_frames else found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamConfig:

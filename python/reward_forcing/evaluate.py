@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from .checkpoint import load_bidirectional_model, load_causal_model
 from .config import StreamConfig
 from .models import BidirectionalWanModel, CausalWanModel
 from .pipeline import Chunk, StreamingPipeline
-from .policies import parse
 from .trainer import TrainConfig, load
 from .trainer.draws import Draws
 from .trainer.stages import sample_teacher
@@ -62,16 +62,12 @@ def load_teacher(path: Path | str | None = None) -> tuple[BidirectionalWanModel,
 
 
 def with_sink(stream: StreamConfig, policy: str) -> StreamConfig:
-    """A stream with another sink of as many attended frames, as ``policies.parse`` reads it; "ema:ALPHA" is
-    "ema:alpha=ALPHA". "NAME@S" has S sink frames; otherwise those of the stream, and none with "none"."""
+    """A stream with another sink of as many attended frames, as ``policies.parse`` reads it. "NAME@S" has S
+    sink frames; otherwise those of the stream, and none with "none"."""
     text, _, frames = policy.partition("@")
     expect(not frames or frames.isdigit(), "with_sink", "policy", "a number of frames behind @", repr(policy))
     count = int(frames) if frames else 0 if text == "none" else stream.sink_frames
-    found, alpha = parse(text, alpha=stream.alpha), stream.alpha
-    if text.startswith("ema:alpha=") or (text.startswith("ema:") and "=" not in text):
-        if "," not in text:  # the configuration has a name for it
-            text, alpha = "ema", found.alpha
-    return dataclasses.replace(stream, sink_policy=text, sink_frames=count, alpha=alpha)
+    return dataclasses.replace(stream, sink_policy=text, sink_frames=count)
 
 
 def some_prompts(count: int) -> list[world.Prompt]:
@@ -89,16 +85,21 @@ def stream_clips(
     draws, samples, side = Draws(seed), range(len(prompts)), world.SIZE // world.PATCH
     step, channels = pipeline.config.chunk_frames, pipeline.model.config.in_dim
     expect(frames % step == 0 < frames, "stream_clips", "frames", f"a multiple of {step}", frames)
-    at = {"chunk": 0, "step": 0}
+    # (chunk, how often it was noised again) of the newest chunks
+    newest: deque[list[int]] = deque(maxlen=len(pipeline.config.denoising_step_list))
 
     def noise_chunks() -> Iterator[Tensor]:
         for index in range(frames // step):
-            at.update(chunk=index, step=0)
+            newest.append([index, 0])
             yield draws.normal("evaluation noise", index, samples, (step, channels, side, side))
 
     def renoise(like: Tensor) -> Tensor:
-        at["step"] += 1
-        return draws.normal(f"evaluation step {at['step']}", at["chunk"], samples, like.shape[1:])
+        parts = []
+        for chunk in list(newest)[-(like.shape[1] // step) :]:
+            chunk[1] += 1
+            shape = (step, *like.shape[2:])
+            parts.append(draws.normal(f"evaluation step {chunk[1]}", chunk[0], samples, shape))
+        return torch.cat(parts, dim=1)
 
     text = world.embed(list(prompts))
     yield from pipeline.stream(noise_chunks(), text, noise_source=renoise, cache=cache)
@@ -264,6 +265,7 @@ def evaluate(
     frames: int = 60,
     teacher: Path | str | None = None,
     guidance: float = 1.0,
+    stream: Mapping | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Tables for students x sink policies, beside rendered clips and the teacher's; all numbers, for JSON.
@@ -279,8 +281,10 @@ def evaluate(
     chosen, codec = some_prompts(prompts), world.PatchCodec.fit()
     streams = {name: load_student(path) for name, path in students.items()}  # all are read before any runs
     streams = {
-        (name, policy): StreamingPipeline(model, with_sink(stream, policy))
-        for name, (model, stream) in streams.items()
+        (name, policy): StreamingPipeline(
+            model, with_sink(dataclasses.replace(trained, **(stream or {})), policy)
+        )
+        for name, (model, trained) in streams.items()
         for policy in policies
     }
     teacher_model, config = load_teacher(teacher)
@@ -322,6 +326,7 @@ def evaluate(
             "frames": frames,
             "teacher frames": config.frames,
             "students": {name: str(path) for name, path in students.items()},
+            "stream": dict(stream or {}),
         },
         "seconds": time.perf_counter() - begun,
         "rows": [row | costs.get((row["checkpoint"], row["sink"]), {}) for row in table.rows()],

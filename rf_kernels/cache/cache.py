@@ -230,6 +230,7 @@ class SinkWindowCache:
             end=end,
             shot=begin if cut else min(before.shot, begin),
             cut=cut,
+            rewrites=begin < before.frames,
             window=before.window(begin, ring),
             ring=ring,
             origin=before.origin,

@@ -44,6 +44,7 @@ class Opening:
         begin, end: the chunk is the frames [begin, end).
         shot: first frame of the newest shot: 0, or where the newest chunk with ``cut=True`` began.
         cut: whether this chunk begins it.
+        rewrites: whether the chunk goes back: it begins with a frame that was written before.
         window: frames in the ring that came before the chunk, ascending.
         ring: sizes.
         origin: frame of the video that the stream began with.
@@ -54,6 +55,7 @@ class Opening:
     end: int
     shot: int
     cut: bool
+    rewrites: bool
     window: Sequence[int]
     ring: Ring
     origin: int

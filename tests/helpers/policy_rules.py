@@ -169,7 +169,7 @@ def important(told, frames):
     return told.sink(range(G), told.shift()) + told.window() + ([(None, *pool)] if pool else [])
 
 
-def merged(told, frames, threshold, rephase=True):
+def merged(told, frames, threshold, rephase=True, most=math.inf):
     """One sample after the other, token by token. A place is [key, value, number of tokens, last frame]."""
     G, n = told.S - frames, told.grid[0] * told.grid[1]
     if not told.gone():
@@ -206,7 +206,7 @@ def merged(told, frames, threshold, rephase=True):
         k, v, m, _ = zip(*(place or empty for place in places), strict=True)
         keys.append(torch.stack(k))
         values.append(torch.stack(v))
-        weights.append(torch.tensor(m, dtype=torch.float64).log())
+        weights.append(torch.tensor(m, dtype=torch.float64).clamp(max=most).log())
     memory = (None, *(torch.stack(x) for x in (keys, values, weights)))
     return told.sink(range(G), told.shift() if rephase else 0) + told.window() + [memory]
 
@@ -336,6 +336,14 @@ def random_history(told, keep, seed, sink=None):
     if sink is not None and told.gone():
         anchors = draw.sample(range(told.S), sink)
     return told.sink(anchors, 0) + window
+
+
+def rolling(told, frames):
+    first = max(0, told.end - frames)
+    window = [
+        (told.at[f], told.k[f], told.v[f]) for f in range(told.oldest(), told.begin) if f >= first + told.S
+    ]
+    return told.sink(range(told.S), first) + window
 
 
 def short(told, frames):

@@ -105,3 +105,16 @@ def test_what_is_read_from_files_is_taken():
 def test_a_schedule_needs_a_finite_shift(shift):
     with pytest.raises(rf.ArgumentError, match="argument `shift`: expected a positive finite number"):
         FlowMatchScheduler(shift)
+
+
+def test_an_average_is_told_by_one_field_however_it_is_written():
+    """Whoever asks a configuration for `ema` and `alpha` finds them."""
+    for text in ("ema:0.9", "ema:alpha=0.9", "ema:alpha=0.9,state=published"):
+        state = "published" if "published" in text else "compensated"
+        told = StreamConfig(sink_policy=text)
+        assert told == StreamConfig(alpha=0.9, sink_state=state) and told.policy() == rf.EMASink(0.9, state)
+    for text in ("ema:held=0", "steady", "ema:alpha=0.9/0.8/0.7"):
+        assert StreamConfig(sink_policy=text).sink_policy == text
+    assert StreamConfig(sink_policy="ema:0.9", sink_frames=0).policy() == rf.NoSink()
+    with pytest.raises(rf.ArgumentError, match="at least 10, with 9 sink frames"):
+        StreamConfig(sink_policy="ema:0.9", sink_frames=9)

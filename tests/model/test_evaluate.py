@@ -117,6 +117,18 @@ def test_the_command_writes_the_tables(tmp_path, capsys):
     assert "right colour" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("way", [["--rolling", "--window", "15"], ["--restart", "9", "3"]], ids=" ".join)
+def test_other_ways_of_streaming_are_judged_too(way, tmp_path):
+    path, _ = evaluate.shipped("distill")
+    small = ["--prompts", "2", "--seeds", "1", "--frames", "12", "--guidance", "0", "--sinks", "static"]
+    whole = ["--student", f"a={path}", *small, *way, "--out", str(tmp_path / "e.json")]
+    assert cli.main(["evaluate", *whole]) == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["settings"]["stream"]["rolling"] == ("--rolling" in way)
+    alive = report["rows"][-1]["measures"]["alive"]["mean"]
+    assert alive is not None and 0 <= alive <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -125,6 +137,7 @@ def test_the_command_writes_the_tables(tmp_path, capsys):
         (["--sinks", "ema:fast"], "`alpha`: expected a number"),
         (["--sinks", "oracle"], "one of none, static, ema, steady"),
         (["--prompts", "0"], "--prompts"),
+        (["--rolling"], "`local_attn_size`: expected at least 15, with rolling"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, capsys, arguments, said):

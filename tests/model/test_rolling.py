@@ -79,6 +79,7 @@ class Plain:
     policy: str = "static"
     alpha: float = 0.9
     sinks: int = S
+    anchor: int = 0  # frames seen, where the memory has more
 
     def __post_init__(self):
         self.text = self.line.model.text_keys(CONTEXT)
@@ -95,16 +96,20 @@ class Plain:
             for kv in memory.kv if self.policy == "ema" else ():
                 j = (e - S) % S
                 kv[j] = [self.alpha * a + (1 - self.alpha) * b for a, b in zip(kv[j], kv[e], strict=True)]
-        shift = max(0, end - config.local_attn_size)
+        shift = max(0, end - (self.anchor or config.local_attn_size))
         memory.seen = [(j, j + shift) for j in range(min(S, begin))]
-        memory.seen += [(f, f) for f in past if f not in self.gone]
+        memory.seen += [(f, f) for f in past if f not in self.gone and (not self.anchor or f >= shift + S)]
+        if self.anchor and not t.any():  # a context pass
+            memory.seen = [(f, f) for f in range(begin) if f >= shift]
         memory.own = [(f, f) for f in range(begin, end)]
         return self.line.model(z.transpose(1, 2), t, self.text, memory).transpose(1, 2)
 
 
 def rolled(line, noise, source, prefix=None):
     """The published order: chunk c of N comes in with forward c and is finished in forward c + T - 1."""
-    plain, scheduler, levels = Plain(line, line.config.sink_policy), line.scheduler, line.timesteps
+    anchor = 9 if line.config.sink_policy.startswith("rolling") else 0
+    plain = Plain(line, line.config.sink_policy, anchor=anchor)
+    scheduler, levels = line.scheduler, line.timesteps
     T, parts, first = len(levels), list(noise.split(F, 1)), 0
     if prefix is not None:
         for given in prefix.split(F, 1):
@@ -133,6 +138,14 @@ def rolling(model, policy="static", steps=(1000, 700, 300), extra=2, **options):
     size = {"chunk_frames": F, "sink_frames": sink, "local_attn_size": sink + len(steps) * F + extra}
     config = replace(STREAM, **size, sink_policy=policy, denoising_step_list=steps, rolling=True, **options)
     return StreamingPipeline(model, config)
+
+
+def test_what_a_context_pass_sees_in_rolling_forcing(model):
+    """The newest frames that were ever finished, more of them than a denoising forward has room for."""
+    line = rolling(model, "rolling:frames=9,chunk=2", extra=7)  # 9 frames, and two chunks of noise
+    expected = rolled(line, clip(24), noise_source())
+    found = line.rollout(clip(24), CONTEXT, noise_source=noise_source())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("policy", ["static", "ema"])
@@ -211,6 +224,23 @@ def test_what_a_rolling_window_cannot_take(model):
     with pytest.raises(rf.ArgumentError, match="chunks of 2 frames, found 3"):
         list(line.stream([clip(3)], CONTEXT, cache=cache))
     assert cache.next_frame == 0
+
+
+@pytest.mark.parametrize("policy", ["static", "ema"])
+def test_without_a_clean_forward_the_last_step_stays(model, policy):
+    """Causal-rCM, Diagonal Distillation: chunks see the keys of the last denoising step."""
+    size = {"chunk_frames": F, "local_attn_size": 7, "denoising_step_list": (1000, 600, 300)}
+    line = StreamingPipeline(model, replace(STREAM, **size, sink_policy=policy, clean_forward=False))
+    plain, expected = Plain(line, policy), []
+    for number, z in enumerate(clip(16).split(F, 1)):
+        for step, level in enumerate(line.timesteps):
+            t = torch.full((2, F), level)
+            x0 = line.scheduler.x0_from_flow(plain.flow(z, t, number * F), z, t)
+            following = torch.full((2, F), line.timesteps[min(step + 1, 2)])
+            z = line.scheduler.add_noise(x0, own_noise(x0), following)
+        expected.append(x0)
+    found = line.rollout(clip(16), CONTEXT, noise_source=own_noise)
+    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-9, atol=1e-9)
 
 
 # ---- stretches ---------------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ def test_a_chunk_of_the_window_is_written_again():
     [
         (policies.MergedTokens(3), "frames.*1..2 sink frames.*3"),
         (policies.MergedTokens(threshold=1.5), "threshold.*a cosine in -1..1.*1.5"),
+        (policies.MergedTokens(most=0.5), "most.*at least 1, or None.*0.5"),
         (policies.ChangingPatches(5), "patches.*a divisor of the 6 tokens of a frame.*5"),
         (policies.ChangingPatches(keep=2), "keep.*a number in 0..1.*2"),
         (policies.ChangingPatches(memory=0), "memory.*1..2 sink frames.*0"),

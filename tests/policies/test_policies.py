@@ -44,6 +44,7 @@ CHOOSING = (
     "recall",
     "merged",
     "merged, absolute",
+    "merged, with a bound",
     "patches",
     "patches, more of them",
 )  # by scores of keys
@@ -71,6 +72,9 @@ CASES = {
         policies.MergedTokens(1, 0.15, rephase=False),
         of(rules.merged, 1, 0.15, False),
         sizes=((1, 6), (3, 5)),
+    ),
+    "merged, with a bound": Case(
+        policies.MergedTokens(1, 0.1, most=1.5), of(rules.merged, 1, 0.1, most=1.5), sizes=((2, 4), (1, 5))
     ),
     "recall": Case(
         policies.RecalledFrames(2, 0.35, 0.3), of(rules.recalled, 2, 0.35, 0.3), sizes=((4, 6), (3, 5))
@@ -108,6 +112,12 @@ CASES = {
     ),
     "log bias": Case(policies.LogBias(0.3), of(rules.log_bias, 0.3), sizes=((0, 9), (2, 5))),
     "random": Case(policies.RandomHistory(2, seed=3), of(rules.random_history, 2, 3), sizes=((0, 9), (2, 5))),
+    "rolling": Case(
+        policies.RollingAnchor(7),
+        of(rules.rolling, 7),
+        sizes=((2, 9), (3, 6)),
+        lengths=((3,) * 13, (2, 4) * 7),
+    ),
     "random, of the sink": Case(
         policies.RandomHistory(None, seed=3, sink_frames=1),
         of(rules.random_history, None, 3, 1),

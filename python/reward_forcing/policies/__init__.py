@@ -9,6 +9,7 @@ from .named import NAMES, parse
 from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .rolling import RollingAnchor
 from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
@@ -30,6 +31,7 @@ __all__ = [
     "PlacedSink",
     "RandomHistory",
     "RecalledFrames",
+    "RollingAnchor",
     "RopeCut",
     "RoutedFrames",
     "ShortWindow",

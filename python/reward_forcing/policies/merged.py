@@ -37,16 +37,20 @@ class MergedTokens(rf.SinkPolicy):
             the last sink frame does; the sink moves along. False: keys are compared, averaged and seen as
             they were rotated, so that equal content of two frames has unequal keys; the static frames stay
             where they are.
+        most: a place weighs as much as so many tokens at most; None: as all that it has.
     """
 
     frames: int = 1
     threshold: float = 0.9
     rephase: bool = True
+    most: float | None = None
 
     def bind(self, spec: rf.CacheSpec) -> rf.SinkState:
         fits = 1 <= self.frames <= spec.sink_frames
         expect(fits, "MergedTokens", "frames", f"1..{spec.sink_frames} sink frames", self.frames)
         expect(-1 <= self.threshold <= 1, "MergedTokens", "threshold", "a cosine in -1..1", self.threshold)
+        fits = self.most is None or self.most >= 1
+        expect(fits, "MergedTokens", "most", "at least 1, or None", self.most)
         return _MergedState(self, spec)
 
 
@@ -95,7 +99,8 @@ class _MergedState(MemoryState):
             if not self.turns:
                 key = k[:, self.tokens(plan.ring.slot(frame))]
             self._take_in(layer, key.to(value.dtype), value, frame)
-        self.tensors["bias"][layer][:, self.places] = self.tensors["count"][layer].log()
+        weight = self.tensors["count"][layer].clamp(max=self.policy.most or torch.inf)
+        self.tensors["bias"][layer][:, self.places] = weight.log()
 
     def _take_in(self, layer: int, key: Tensor, value: Tensor, frame: int) -> None:
         """The tokens of one frame ``[B, n, H, D]`` into the places."""

@@ -14,6 +14,7 @@ from .merged import MergedTokens
 from .patches import ChangingPatches
 from .placed import PlacedSink
 from .recall import RecalledFrames
+from .rolling import RollingAnchor
 from .routed import RoutedFrames
 from .short import ShortWindow
 from .shots import PinnedShots, RopeCut
@@ -42,6 +43,7 @@ NAMES: dict[str, tuple[type[rf.SinkPolicy], dict]] = {
     "rope-cut": (RopeCut, {}),
     "log-bias": (LogBias, {"rephase": True}),
     "random": (RandomHistory, {"rephase": True}),
+    "rolling": (RollingAnchor, {}),
     "short": (ShortWindow, {"rephase": True}),
     "patches": (ChangingPatches, {"rephase": True}),
     "state": (StateSlot, {}),
