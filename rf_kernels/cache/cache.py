@@ -132,6 +132,12 @@ class SinkWindowCache:
         return [t for pair in stored for t in pair if t is not None]
 
     @property
+    def answers(self) -> bool:
+        """Whether the policy has something beside the slots, for which the model must ask
+        (``Chunk.beside``)."""
+        return self._sink.answers
+
+    @property
     def skipped_tokens(self) -> Tensor:
         """``int64 [layers]`` on the device; counts tokens of leaving frames that were not fused because they
         were not finite."""

@@ -329,10 +329,11 @@ def log_bias(told, factor):
     return seen + [(*x, weight if x[0] else 0.0) for x in told.window()]
 
 
-def random_history(told, keep, seed, sink=None):
+def random_history(told, keep, seed, sink=None, nearest=0):
     window, draw, anchors = told.window(), random.Random(f"{seed} {told.begin}"), range(told.S)
     if keep is not None:
-        window = [window[i] for i in sorted(draw.sample(range(len(window)), min(keep, len(window))))]
+        older, newest = window[: max(0, len(window) - nearest)], window[max(0, len(window) - nearest) :]
+        window = [older[i] for i in sorted(draw.sample(range(len(older)), min(keep, len(older))))] + newest
     if sink is not None and told.gone():
         anchors = draw.sample(range(told.S), sink)
     return told.sink(anchors, 0) + window

@@ -56,6 +56,8 @@ class Memory:
     def frames(self):
         return len(self.own)
 
+    hears = False
+
     def attend(self, layer, q, k, v, *, q_norm, k_norm, norm, eps):
         q, k = (
             rms_norm(x.flatten(2), w.weight, eps).unflatten(2, x.shape[2:])

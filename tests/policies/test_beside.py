@@ -220,9 +220,9 @@ def test_a_model_with_a_map_of_its_own_streams_with_a_linear_state(tmp_path):
     assert relative_l2(without, latents(plain, "static")) < 1e-12
     assert_equal_bits(with_state[:, :6], without[:, :6])
     assert (with_state - without)[:, 6:].norm() > 0
-    with pytest.raises(rf.ArgumentError, match="a policy that answers beside the slots, found StaticSink"):
+    with pytest.raises(rf.ArgumentError, match="sink_policy.*a policy that answers, found 'static'"):
         latents(model, "static")
-    with pytest.raises(rf.ArgumentError, match="asks for `beside` in every layer.*under LinearState"):
+    with pytest.raises(rf.ArgumentError, match="a model without linear_proj can stream with, found 'linear'"):
         latents(plain, "linear")
 
 

@@ -118,6 +118,11 @@ CASES = {
         sizes=((2, 9), (3, 6)),
         lengths=((3,) * 13, (2, 4) * 7),
     ),
+    "random, of the older": Case(
+        policies.RandomHistory(1, seed=3, nearest=2),
+        of(rules.random_history, 1, 3, nearest=2),
+        sizes=((0, 9), (2, 7)),
+    ),
     "random, of the sink": Case(
         policies.RandomHistory(None, seed=3, sink_frames=1),
         of(rules.random_history, None, 3, 1),

@@ -88,7 +88,11 @@ class StreamingPipeline:
         ``options`` as for ``CausalWanModel.cache_spec``."""
         frames = {"sink_frames": self.config.sink_frames, "window_frames": self.config.window_frames}
         spec = self.model.cache_spec(height, width, batch=batch, **frames, **options)
-        return rf.SinkWindowCache(spec, sink=self.config.policy())
+        cache = rf.SinkWindowCache(spec, sink=self.config.policy())
+        asks, policy = self.model.config.linear_proj, self.config.sink_policy
+        expected = f"a policy that {'answers' if asks else 'a model without linear_proj can stream with'}"
+        expect(cache.answers == asks, "StreamingPipeline", "sink_policy", expected, repr(policy))
+        return cache
 
     def split(self, clip: Tensor, *, starts_stream: bool = True) -> list[Tensor]:
         """The chunks of a whole clip ``[B, F, C, H, W]``. ``starts_stream``: its first frame is the stream's

@@ -41,23 +41,26 @@ class _BiasState(MemoryState):
 
 @dataclass(frozen=True)
 class RandomHistory(rf.SinkPolicy):
-    """Of the past frames in the window every chunk sees ``keep``, drawn at random, beside the sink (KVPO,
-    arXiv 2605.14278). Of the sink it sees ``sink_frames`` frames, also drawn, once frames have left
-    (Infinite-Forcing).
+    """Of the past frames in the window every chunk sees the newest ``nearest``, and ``keep`` of the others,
+    drawn at random, beside the sink (KVPO, arXiv 2605.14278). Of the sink it sees ``sink_frames`` frames,
+    drawn too, once frames have left (Infinite-Forcing).
 
     Args:
         keep: frames; None for all.
         seed: the draw is a function of it and of the chunk's first frame.
         rephase: of the sink, which is static.
         sink_frames: frames of the sink that are seen; None for all.
+        nearest: frames.
     """
 
     keep: int | None = 3
     seed: int = 0
     rephase: bool = False
     sink_frames: int | None = None
+    nearest: int = 0
 
     def bind(self, spec: rf.CacheSpec) -> rf.SinkState:
+        expect(self.nearest >= 0, "RandomHistory", "nearest", "at least 0", self.nearest)
         for name, frames in (("keep", self.keep), ("sink_frames", self.sink_frames)):
             expect(frames is None or frames >= 0, "RandomHistory", name, "at least 0, or None", frames)
         return _RandomState(self, spec)
@@ -69,6 +72,7 @@ class _RandomState(MemoryState):
     def weights(self, opening: rf.Opening, held: Sequence[int]) -> Sequence[float]:
         S, policy, hidden = self.spec.sink_frames, self.policy, set()
         past = sorted(f for f in held[S:] if f < opening.begin)
+        past = past[: max(0, len(past) - policy.nearest)]
         draw = random.Random(f"{policy.seed} {opening.begin}")
         gone = S not in held and opening.end > S  # the window's first frame
         for frames, count in ((past, policy.keep), (held[:S] if gone else (), policy.sink_frames)):
