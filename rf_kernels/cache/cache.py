@@ -250,7 +250,7 @@ class SinkWindowCache:
             f - before.origin: 0 if position is None else position[i] - f for i, f in enumerate(numbers)
         }
         held, leaving, moves, places = before.arrange(
-            begin, end, ring, lambda n: self._check_leaving(opening.window, sink.leaving(opening, n), n)
+            opening, lambda n: self._check_leaving(opening.window, sink.leaving(opening, n), n)
         )
         if undo and frames + len(moves) > self.spec.undo_frames:
             found = frames if not moves else f"{frames}, and {len(moves)} more that move"

@@ -190,20 +190,18 @@ class Stream:
         """Frames of the ring before ``begin``, ascending."""
         return sorted(f for slot, f in enumerate(self.held) if slot >= ring.sink_frames and f < begin)
 
-    def arrange(
-        self, begin: int, end: int, ring: Ring, leaves: Callable[[int], Sequence[int]]
-    ) -> Arrangement:
-        """What the chunk of the frames [begin, end), counted in the stream, does to the slots. ``leaves``:
-        the frames of the window that leave where so many have to."""
-        sink_frames = ring.sink_frames
+    def arrange(self, opening: Opening, leaves: Callable[[int], Sequence[int]]) -> Arrangement:
+        """What a chunk does to the slots. ``leaves``: the frames of the window that leave where so many have
+        to."""
+        begin, end, ring = opening.begin, opening.end, opening.ring
+        sink_frames, before = ring.sink_frames, {f: slot for slot, f in enumerate(self.held)}
         new = range(max(begin, sink_frames), max(end, sink_frames))
-        window = sorted((f, slot) for slot, f in enumerate(self.held) if slot >= sink_frames and f < begin)
+        window = [(f, before[f]) for f in opening.window]
         excess = max(0, len(window) + len(new) - ring.window_frames)
         chosen = set(leaves(excess))
         leaving, kept = ([x for x in window if (x[0] in chosen) == out] for out in (True, False))
         size = min(end, sink_frames) + len(kept) + len(new)
 
-        before = {f: slot for slot, f in enumerate(self.held)}
         places = {f: f for f in range(min(end, sink_frames))} | {f: slot for f, slot in kept if slot < size}
         places |= {f: before[f] for f in new if before.get(f, size) < size}
         taken, left = set(places.values()), [slot for _, slot in leaving if slot < size]

@@ -50,6 +50,15 @@ def config(head_dim: int, dtype: torch.dtype, backward: bool) -> Config:
     return Config(64, 32, 8, 1) if wide else Config(128, 64, 8, 2)
 
 
+class View(NamedTuple):
+    """A tensor ``[B, tokens, heads, D]`` as kernels take it: the memory, and the strides."""
+
+    base: torch.Tensor
+    b: int
+    t: int
+    h: int
+
+
 class Chunk(NamedTuple):
     """Queries [begin, end) that see the keys [0, sink_end) and [window_begin, window_end)."""
 
@@ -102,6 +111,12 @@ def _store_rows(base, at, stride, end, value, DIM: tl.constexpr, DIMS: tl.conste
         round_to(value, base.dtype.element_ty),
         mask=mask,
     )
+
+
+@triton.jit
+def _head(x, b, h):
+    """Where the matrix of a head begins."""
+    return x.base + b * x.b + h * x.h
 
 
 @triton.jit
@@ -163,31 +178,15 @@ def _row_end(row, end):
 @triton.jit
 def _forward(
     q,
-    q_b,
-    q_t,
-    q_h,
     k,
-    k_b,
-    k_t,
-    k_h,
     v,
-    v_b,
-    v_t,
-    v_h,
     out,
-    out_b,
-    out_t,
-    out_h,
     lse,
     rows,
     bias,
     bias_b,
     queries,
-    begin,
-    end,
-    sink_end,
-    window_begin,
-    window_end,
+    chunk,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -199,59 +198,42 @@ def _forward(
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    end, sink_end = chunk.end, chunk.sink_end
+    row = chunk.begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     if ROWS:
         sink_end = _row_end(rows + b, sink_end)
     if BIAS:
         bias += b * bias_b
-    k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
-    tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
+    k_at, v_at = _head(k, b, h // GROUP), _head(v, b, h // GROUP)
+    tile = _rows(_head(q, b, h), row, q.t, end, DIM, DIMS)
     acc = tl.zeros((QUERIES, DIMS), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
-    acc, total, largest = _attend(
-        tile,
-        acc,
-        total,
-        largest,
-        k_at,
-        k_t,
-        v_at,
-        v_t,
-        bias,
-        0,
-        sink_end,
-        scale,
-        DIM,
-        DIMS,
-        KEYS,
-        PRECISION,
-        BIAS,
-    )
-    acc, total, largest = _attend(
-        tile,
-        acc,
-        total,
-        largest,
-        k_at,
-        k_t,
-        v_at,
-        v_t,
-        bias,
-        window_begin,
-        window_end,
-        scale,
-        DIM,
-        DIMS,
-        KEYS,
-        PRECISION,
-        BIAS,
-    )
+    for window in tl.static_range(2):
+        acc, total, largest = _attend(
+            tile,
+            acc,
+            total,
+            largest,
+            k_at,
+            k.t,
+            v_at,
+            v.t,
+            bias,
+            chunk.window_begin if window else 0,
+            chunk.window_end if window else sink_end,
+            scale,
+            DIM,
+            DIMS,
+            KEYS,
+            PRECISION,
+            BIAS,
+        )
     none = total == 0.0  # no key at all: out is 0, lse is -inf
     total = tl.where(none, 1.0, total)
     acc = acc / total[:, None]
-    _store_rows(out + b * out_b + h * out_h, row, out_t, end, acc, DIM, DIMS)
+    _store_rows(_head(out, b, h), row, out.t, end, acc, DIM, DIMS)
     value = tl.where(none, float("-inf"), largest + tl.log(total))
     tl.store(lse + (b * HEADS + h) * queries + row, value, mask=row < end)
 
@@ -303,40 +285,18 @@ def _grad_q_of(
 @triton.jit
 def _backward_q(
     q,
-    q_b,
-    q_t,
-    q_h,
     k,
-    k_b,
-    k_t,
-    k_h,
     v,
-    v_b,
-    v_t,
-    v_h,
     out,
-    out_b,
-    out_t,
-    out_h,
     do,
-    do_b,
-    do_t,
-    do_h,
     grad,
-    grad_b,
-    grad_t,
-    grad_h,
     lse,
     deltas,
     rows,
     bias,
     bias_b,
     queries,
-    begin,
-    end,
-    sink_end,
-    window_begin,
-    window_end,
+    chunk,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -348,98 +308,61 @@ def _backward_q(
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    row = begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    end, sink_end = chunk.end, chunk.sink_end
+    row = chunk.begin + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     if ROWS:
         sink_end = _row_end(rows + b, sink_end)
     if BIAS:
         bias += b * bias_b
-    k_at, v_at = k + b * k_b + h // GROUP * k_h, v + b * v_b + h // GROUP * v_h
-    tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
-    do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
-    out_tile = _rows(out + b * out_b + h * out_h, row, out_t, end, DIM, DIMS)
+    k_at, v_at = _head(k, b, h // GROUP), _head(v, b, h // GROUP)
+    tile = _rows(_head(q, b, h), row, q.t, end, DIM, DIMS)
+    do_tile = _rows(_head(do, b, h), row, do.t, end, DIM, DIMS)
+    out_tile = _rows(_head(out, b, h), row, out.t, end, DIM, DIMS)
     delta = tl.sum(widen(out_tile) * widen(do_tile), 1)
     at = (b * HEADS + h) * queries + row
     tl.store(deltas + at, delta, mask=row < end)
     row_lse = _load_lse(lse, at, row < end)
     sums = tl.zeros((QUERIES, DIMS), tl.float32)
-    sums = _grad_q_of(
-        tile,
-        do_tile,
-        row_lse,
-        delta,
-        sums,
-        k_at,
-        k_t,
-        v_at,
-        v_t,
-        bias,
-        0,
-        sink_end,
-        scale,
-        DIM,
-        DIMS,
-        KEYS,
-        PRECISION,
-        BIAS,
-    )
-    sums = _grad_q_of(
-        tile,
-        do_tile,
-        row_lse,
-        delta,
-        sums,
-        k_at,
-        k_t,
-        v_at,
-        v_t,
-        bias,
-        window_begin,
-        window_end,
-        scale,
-        DIM,
-        DIMS,
-        KEYS,
-        PRECISION,
-        BIAS,
-    )
-    _store_rows(grad + b * grad_b + h * grad_h, row, grad_t, end, sums * scale, DIM, DIMS)
+    for window in tl.static_range(2):
+        sums = _grad_q_of(
+            tile,
+            do_tile,
+            row_lse,
+            delta,
+            sums,
+            k_at,
+            k.t,
+            v_at,
+            v.t,
+            bias,
+            chunk.window_begin if window else 0,
+            chunk.window_end if window else sink_end,
+            scale,
+            DIM,
+            DIMS,
+            KEYS,
+            PRECISION,
+            BIAS,
+        )
+    _store_rows(_head(grad, b, h), row, grad.t, end, sums * scale, DIM, DIMS)
 
 
 @triton.jit
 def _backward_kv(
     q,
-    q_b,
-    q_t,
-    q_h,
     k,
-    k_b,
-    k_t,
-    k_h,
     v,
-    v_b,
-    v_t,
-    v_h,
     do,
-    do_b,
-    do_t,
-    do_h,
     grad_k,
     grad_v,
-    grad_b,
-    grad_t,
-    grad_h,
     lse,
     deltas,
     rows,
     bias,
     bias_b,
     queries,
-    begin,
-    end,
-    sink_end,
-    window_begin,
-    window_end,
+    chunk,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -456,22 +379,23 @@ def _backward_kv(
     their part."""
     tile, kv_heads = tl.program_id(0), HEADS // GROUP
     b, kv = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    sink_end, window_begin, end = chunk.sink_end, chunk.window_begin, chunk.end
     if ROWS:  # tiles behind the end are of an empty window: nothing is read or written
         sink_end = _row_end(rows + b, sink_end)
     sink_tiles = tl.cdiv(sink_end, KEYS)
     in_window = tile >= sink_tiles
     at = tl.where(in_window, window_begin + (tile - sink_tiles) * KEYS, tile * KEYS) + tl.arange(0, KEYS)
-    last = tl.where(in_window, window_end, sink_end)
-    keys = _rows(k + b * k_b + kv * k_h, at, k_t, last, DIM, DIMS)
-    values = _rows(v + b * v_b + kv * v_h, at, v_t, last, DIM, DIMS)
-    gk, gv = grad_k + b * grad_b + kv * grad_h, grad_v + b * grad_b + kv * grad_h
+    last = tl.where(in_window, chunk.window_end, sink_end)
+    keys = _rows(_head(k, b, kv), at, k.t, last, DIM, DIMS)
+    values = _rows(_head(v, b, kv), at, v.t, last, DIM, DIMS)
+    gk, gv = _head(grad_k, b, kv), _head(grad_v, b, kv)
     sum_k, sum_v = tl.zeros((KEYS, DIMS), tl.float32), tl.zeros((KEYS, DIMS), tl.float32)
     for h in range(kv * GROUP, kv * GROUP + GROUP):
-        for first in range(begin, end, QUERIES):
+        for first in range(chunk.begin, end, QUERIES):
             row = first + tl.arange(0, QUERIES)
             mask = row < end
-            queries_tile = _rows(q + b * q_b + h * q_h, row, q_t, end, DIM, DIMS)
-            do_tile = _rows(do + b * do_b + h * do_h, row, do_t, end, DIM, DIMS)
+            queries_tile = _rows(_head(q, b, h), row, q.t, end, DIM, DIMS)
+            do_tile = _rows(_head(do, b, h), row, do.t, end, DIM, DIMS)
             row_lse = _load_lse(lse, (b * HEADS + h) * queries + row, mask)
             delta = tl.load(deltas + (b * HEADS + h) * queries + row, mask=mask, other=0.0)
             zero = tl.zeros((KEYS, QUERIES), tl.float32)
@@ -481,15 +405,15 @@ def _backward_kv(
                 logits += tl.load(bias + b * bias_b + at, mask=at < last, other=0.0)[:, None]
             p = tl.exp(logits - row_lse[None, :])
             p = tl.where((row_lse < float("inf"))[None, :], p, 0.0)
-            sum_v = _dot(round_to(p, do.dtype.element_ty), do_tile, sum_v, PRECISION)
+            sum_v = _dot(round_to(p, do.base.dtype.element_ty), do_tile, sum_v, PRECISION)
             ds = p * (_dot(values, tl.trans(do_tile), zero, PRECISION) - delta[None, :])
-            sum_k = _dot(round_to(ds, q.dtype.element_ty), queries_tile, sum_k, PRECISION)
+            sum_k = _dot(round_to(ds, q.base.dtype.element_ty), queries_tile, sum_k, PRECISION)
     sum_k = sum_k * scale
     if ADD:
-        sum_k += _rows(gk, at, grad_t, last, DIM, DIMS)
-        sum_v += _rows(gv, at, grad_t, last, DIM, DIMS)
-    _store_rows(gk, at, grad_t, last, sum_k, DIM, DIMS)
-    _store_rows(gv, at, grad_t, last, sum_v, DIM, DIMS)
+        sum_k += _rows(gk, at, grad_k.t, last, DIM, DIMS)
+        sum_v += _rows(gv, at, grad_v.t, last, DIM, DIMS)
+    _store_rows(gk, at, grad_k.t, last, sum_k, DIM, DIMS)
+    _store_rows(gv, at, grad_v.t, last, sum_v, DIM, DIMS)
 
 
 def kernel_name(head_dim: int, dtype: torch.dtype, backward: bool) -> str:
@@ -497,7 +421,7 @@ def kernel_name(head_dim: int, dtype: torch.dtype, backward: bool) -> str:
 
 
 def _view(t):
-    return t, *t.stride()[:3]
+    return View(t, *t.stride()[:3])
 
 
 def _constants(q, k, backward, rows=None, bias=None):
@@ -532,16 +456,16 @@ def sink_window_attention(
             _forward,
             grid,
             q,
-            *_view(q),
-            *_view(k),
-            *_view(v),
-            *_view(out),
+            _view(q),
+            _view(k),
+            _view(v),
+            _view(out),
             lse,
             rows,
             bias,
             0 if bias is None else bias.stride(0),
             queries,
-            *chunk,
+            chunk,
             softmax_scale,
             **constants,
         )
@@ -578,7 +502,7 @@ def sink_window_attention_backward(
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
     tile, constants = _constants(q, k, True, rows, bias)
-    inputs = (*_view(q), *_view(k), *_view(v))
+    inputs = (_view(q), _view(k), _view(v))
     for chunk in chunks:
         key_tiles = triton.cdiv(chunk.sink_end, tile.keys) + triton.cdiv(
             chunk.window_end - chunk.window_begin, tile.keys
@@ -586,20 +510,18 @@ def sink_window_attention_backward(
         if key_tiles == 0:
             continue
         bias_stride = 0 if bias is None else bias.stride(0)
-        span = (lse, delta, rows, bias, bias_stride, queries, *chunk, softmax_scale)
+        span = (lse, delta, rows, bias, bias_stride, queries, chunk, softmax_scale)
         grid = (triton.cdiv(chunk.end - chunk.begin, tile.queries), batch * heads)
-        launch(
-            _backward_q, grid, q, *inputs, *_view(out), *_view(grad_out), *_view(grad_q), *span, **constants
-        )
+        launch(_backward_q, grid, q, *inputs, _view(out), _view(grad_out), _view(grad_q), *span, **constants)
         grid = (key_tiles, batch * k.shape[2])
         launch(
             _backward_kv,
             grid,
             q,
             *inputs,
-            *_view(grad_out),
-            sum_k,
-            *_view(sum_v),
+            _view(grad_out),
+            _view(sum_k),
+            _view(sum_v),
             *span,
             **constants,
             ADD=several,

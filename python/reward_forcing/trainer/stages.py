@@ -93,19 +93,33 @@ def timesteps(
     return losses.warp_timesteps(first + (end - first) / 1000 * n, shift=shift, **options)
 
 
-class FlowMatching:
-    """Flow matching of the bidirectional teacher: ``mean |v(x_t, t, text) - (noise - x0)|^2``, t uniform and
-    then warped by the stream's shift, text left out for a share of the samples."""
+class _OnClips:
+    """What the stages share that train by flow matching on whole clips."""
 
-    def __init__(self, config: TrainConfig, model: BidirectionalWanModel, source: Source, draws: Draws):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: BidirectionalWanModel | TeacherForcedWan,
+        source: Source,
+        draws: Draws,
+    ):
         self.config, self.model, self.source, self.draws = config, model, source, draws
         self.scheduler = FlowMatchScheduler(config.stream.shift).to(draws.device)
 
+    def clips(self, step: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Clips, and the features of their prompts: zeros for a share of the samples."""
+        x0, prompts = self.source.clips(step, samples, self.config.frames)
+        keep = self.draws.uniform("text dropout", step, samples) >= self.config.text_dropout
+        return x0, self.source.embed(prompts) * keep[:, None, None]
+
+
+class FlowMatching(_OnClips):
+    """Flow matching of the bidirectional teacher: ``mean |v(x_t, t, text) - (noise - x0)|^2``, t uniform and
+    then warped by the stream's shift, text left out for a share of the samples."""
+
     def loss(self, step: int, samples: Sequence[int]) -> Tensor:
         config, draws = self.config, self.draws
-        x0, prompts = self.source.clips(step, samples, config.frames)
-        keep = draws.uniform("text dropout", step, samples) >= config.text_dropout
-        context = self.source.embed(prompts) * keep[:, None, None]
+        x0, context = self.clips(step, samples)
         t = timesteps(draws, "timestep", step, samples, shift=config.stream.shift, min_step=0, max_step=1000)
         noise = draws.normal("noise", step, samples, x0.shape[1:])
         x_t = self.scheduler.add_noise(x0, noise, t)
@@ -113,19 +127,13 @@ class FlowMatching:
         return (flow - self.scheduler.training_target(x0, noise)).square().mean()
 
 
-class TeacherForcing:
+class TeacherForcing(_OnClips):
     """Flow matching of the causal student on whole clips, each chunk at a noise level of its own, given the
     clean frames before it (with a little noise on them, so that it learns to bear its own mistakes)."""
 
-    def __init__(self, config: TrainConfig, model: TeacherForcedWan, source: Source, draws: Draws):
-        self.config, self.model, self.source, self.draws = config, model, source, draws
-        self.scheduler = FlowMatchScheduler(config.stream.shift).to(draws.device)
-
     def loss(self, step: int, samples: Sequence[int]) -> Tensor:
         config, draws = self.config, self.draws
-        x0, prompts = self.source.clips(step, samples, config.frames)
-        keep = draws.uniform("text dropout", step, samples) >= config.text_dropout
-        context = self.source.embed(prompts) * keep[:, None, None]
+        x0, context = self.clips(step, samples)
         chunks = config.frames // config.stream.chunk_frames
         per_chunk = [
             timesteps(
