@@ -83,7 +83,7 @@ def test_an_answer_has_gradients(checkpointed):
             saved = cache.state_dict()
             for i in range(3):  # nothing of what the backward needs is the cache's
                 step(cache, F, 90 + i)
-        assert relative_l2(found.detach(), expected) < 1e-12
+        assert relative_l2(found.detach(), expected.detach()) < 1e-12
         inputs = (q, *project.parameters())
         pairs = [torch.autograd.grad(y.square().sum(), inputs, allow_unused=True) for y in (found, expected)]
         for a, b in zip(*pairs, strict=True):
