@@ -129,7 +129,7 @@ def test_heads_with_states_of_their_own():
     whole = make(S, W, heads=3, policy=policies.LinearState())
     rows = rf.SinkWindowRows(dataclasses.replace(whole.spec, batch=3, heads=1), sink=sinks)
     told = rules.Told(S, W, grid=whole.spec.grid)
-    project = torch.nn.Linear(32, 32, dtype=torch.float64)
+    project = torch.nn.Linear(32, 32, dtype=torch.float64).requires_grad_(False)
     for number in range(8):
         told.ends.append(F * (number + 1))
         q, k, v = tensors(whole, F, number)

@@ -239,6 +239,25 @@ def test_a_policy_is_its_rule(name, which):
     assert len(told.ends) >= 12 and left >= 5
 
 
+# A prompt has no position; the identity is one.
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("routed", "identity")])
+def test_a_stream_may_begin_at_any_frame(name):
+    """Attention sees differences of positions: a stream that begins at frame 7 is the same stream."""
+    case, found = CASES[name], []
+    for start in (0, 7):
+        cache, outputs = make(*case.sizes[0], policy=case.policy), []
+        for number, frames in enumerate(case.lengths[0]):
+            origin = {} if number else {"start": start}
+            with cache.chunk(frames, cut=number in case.cuts, **origin) as chunk:
+                chunk.tell(0, text_of(cache, 9 * number))
+                q, k, v = tensors(cache, frames, number)
+                outputs.append(chunk.attend(0, q, k, v))
+                if case.beside is not None:
+                    outputs.append(chunk.beside(0, q))
+        found.append(torch.cat(outputs, 1))
+    assert relative_l2(*found) < 1e-12
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in CHOOSING])
 def test_a_policy_in_bfloat16_is_as_near_as_plain_attention(name):
     """Whose keys were rotated in float64 and rounded once. (Where scores choose, rounding chooses too.)"""

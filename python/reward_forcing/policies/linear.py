@@ -57,16 +57,15 @@ class _LinearState(MemoryState):
         super().__init__(policy, spec)
         self.phi = _MAPS[policy.phi]
         wide, device, L = torch.promote_types(spec.dtype, torch.float32), spec.device, spec.layers
-        heads, dim, pairs = spec.heads, spec.head_dim, spec.rope.temporal_pairs if spec.rope else 0
+        heads, dim = spec.heads, spec.head_dim
         sizes = {
             "kv": (spec.batch, heads, dim, dim),  # values, then keys
             "z": (spec.batch, heads, dim),
             "frames": (),  # that are counted: the first ones of the stream
-            "phase": (spec.sink_frames, pairs, 2),  # rotation of each sink frame by its own position
         }
         for name, size in sizes.items():
             self.tensors[name] = torch.zeros((L, *size), dtype=wide, device=device)
-        self._place = self.table(0)
+        self.allocate_phase()
 
     def has_state(self) -> bool:
         return True
@@ -83,29 +82,25 @@ class _LinearState(MemoryState):
 
     def absorb(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         S, W, n = self.spec.sink_frames, self.spec.window_frames, self.spec.frame_tokens
-        phase, count = self.tensors["phase"][layer], self.tensors["frames"][layer]
-        if plan.begin < S and phase.shape[1]:  # frames of the sink come with this chunk
-            _, pairs, row = plan.axes[:3]
-            own = plan.angles[0, row : row + plan.frames * pairs].unflatten(0, (plan.frames, pairs))
-            end = min(plan.end, S)
-            phase[plan.begin : end].copy_(own[: end - plan.begin])
+        count = self.tensors["frames"][layer]
+        self.note_phase(layer, plan)
 
         back, found = self.undoing(plan.turns[0, -1]), []  # of (rotated and plain key, value, weight)
         # A sink frame does not leave, and a chunk may come again: whether it is counted is on the device.
         for j in range(min(S, plan.begin, plan.end - W) if plan.begin <= S + W else 0):
             key, value = self.state(layer, j)
-            plain = self.turned(key, self.undoing(phase[j]))
+            plain = self.plain(layer, j, key)
             found.append((self.turned(key, back), plain, value, (count <= j).to(key.dtype)))
         for i, e in enumerate(plan.sources[0]):
             at = self.tokens(plan.ring.slot(e))
             plain, value = self.source(k, v, plan, 0, i)
-            plain = self.turned(plain, self.undoing(phase[0]))
+            plain = self.plain(layer, 0, plain)
             key = self.turned(k[:, at], back).to(value.dtype)
             found.append((key, plain, value, torch.ones_like(count)))
         if not found:
             return
         keys, plain, values, weights = zip(*found, strict=True)
-        plain = [self.phi(self.rotated(x.to(count.dtype), self._place, back=True)) for x in plain]
+        plain = [self.phi(x) for x in plain]
         weight = torch.stack(weights)
         keys = torch.stack([x * w for x, w in zip(keys, weights, strict=True)], 1).flatten(1, 2)
         values = torch.cat(values, 1)

@@ -64,6 +64,32 @@ class MemoryState(rf.SinkState):
         angles = self.undoing(angles) if back else angles
         return rf.rope(x.contiguous(), angles=angles, axes=axes, layout=self.spec.layout)
 
+    def allocate_phase(self) -> None:
+        """A state for the rotation of each sink frame by its own position: ``note_phase`` fills it."""
+        spec = self.spec
+        size = (spec.layers, spec.sink_frames, spec.rope.temporal_pairs if spec.rope else 0, 2)
+        wide = torch.promote_types(spec.dtype, torch.float32)
+        self.tensors["phase"] = torch.zeros(size, dtype=wide, device=spec.device)
+        self._place = self.table(0)
+
+    def note_phase(self, layer: int, plan: rf.ChunkPlan) -> None:
+        """To be called in every chunk that has frames of the sink."""
+        phase = self.tensors["phase"][layer]
+        if plan.begin < self.spec.sink_frames and phase.shape[1]:
+            _, pairs, row = plan.axes[:3]
+            own = plan.angles[0, row : row + plan.frames * pairs].unflatten(0, (plan.frames, pairs))
+            end = min(plan.end, self.spec.sink_frames)
+            phase[plan.begin : end].copy_(own[: end - plan.begin])
+
+    def plain(self, layer: int, j: int, key: Tensor) -> Tensor:
+        """A key at the phase of slot ``j``, without any rotation."""
+        key = self.turned(key, self.undoing(self.tensors["phase"][layer, j]))
+        return self.rotated(key.to(self.tensors["phase"].dtype), self._place, back=True)
+
+    def placed(self, layer: int, j: int, key: Tensor) -> Tensor:
+        """What ``plain`` undoes."""
+        return self.turned(self.rotated(key, self._place), self.tensors["phase"][layer, j])
+
     def undoing(self, table: Tensor) -> Tensor:
         """The table ``[..., 2]`` that turns round what this one does."""
         return torch.stack((table[..., 0], -table[..., 1]), -1)

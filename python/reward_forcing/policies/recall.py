@@ -57,7 +57,7 @@ class _RecalledState(MemoryState):
         self.allocate("q_mean", wide, tokens=1)
         numbers = torch.zeros(spec.layers, spec.batch, policy.frames, dtype=torch.int64, device=spec.device)
         self.tensors["number"] = numbers
-        self._tables = [self.table(j) for j in range(spec.sink_frames)]
+        self.allocate_phase()
 
     def has_state(self) -> bool:
         return True
@@ -72,6 +72,7 @@ class _RecalledState(MemoryState):
         return [*still, list(leaving)] if leaving else None
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
+        self.note_phase(layer, plan)
         q = q.to(self.tensors["q_mean"].dtype)
         q = self.rotated(q, None if plan.angles is None else (plan.angles, plan.axes), back=True)
         groups = q.unflatten(2, (self.spec.heads, -1))
@@ -81,7 +82,7 @@ class _RecalledState(MemoryState):
         super().unite(layer, k, v, plan)
         for j in range(self.spec.sink_frames if plan.first else 0):
             key, _ = self.state(layer, j)
-            key.copy_(self.rotated(key, self._tables[j], back=True))
+            key.copy_(self.plain(layer, j, key))
         if plan.first:
             numbers = range(self.static, self.spec.sink_frames)
             self.tensors["number"][layer].copy_(self._numbers(numbers))
@@ -94,7 +95,7 @@ class _RecalledState(MemoryState):
         trusted = [self.tensors[name][layer] for name in ("k_state", "v_state")]
         old = [x[:, self.static * n :].unflatten(1, (M, n)) for x in trusted]
         new = [self.source(k, v, plan, j, i) for i in range(count)]
-        new = [(self.rotated(key, self._tables[j], back=True), value) for key, value in new]
+        new = [(self.plain(layer, j, key), value) for key, value in new]
         known = self.tensors["number"][layer]
         numbers = torch.cat([known, self._numbers(plan.sources[-1])], 1)
 
@@ -123,6 +124,6 @@ class _RecalledState(MemoryState):
     def write(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan, frames: int) -> None:
         for j in range(frames):
             key, value = self.state(layer, j)
-            key = self.rotated(key, self._tables[j])
-            k[:, self.tokens(j)] = self.turned(key, plan.turns[j, -1]).to(k.dtype)
+            key = self.turned(self.placed(layer, j, key), plan.turns[j, -1])
+            k[:, self.tokens(j)] = key.to(k.dtype)
             v[:, self.tokens(j)] = value.to(v.dtype)
