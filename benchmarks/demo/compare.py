@@ -121,7 +121,7 @@ def op_rows(
                 "published": lambda: published_append(last),
             },
         )
-        keys, values, kv_tokens = opened.kv(0)
+        keys, values, kv_tokens, _ = opened.kv(0)
         contiguous = [keys.clone(), values.clone()]
         add(
             "sink_window_attention",

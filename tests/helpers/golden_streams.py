@@ -72,14 +72,16 @@ class ReferenceStream:
     """Stands in for a ``SinkWindowCache``, and for each of its chunks, where the whole model runs on the
     reference: same protocol, no ring."""
 
+    hears = False
+
     def __init__(self, geometry: Geometry, layers: int, batch: int):
         self.spec = SimpleNamespace(grid=geometry.grid, batch=batch, layers=layers, undo_frames=0)
         self.layers = [geometry.reference() for _ in range(layers)]
         self.next_frame = self.first_frame = self.frames = 0
         self.cache = self
 
-    def open(self, frames, start=None, cut=False, undo=False):
-        assert start is None and not cut
+    def open(self, frames, start=None, position=None, cut=False, undo=False):
+        assert start is None and position is None and not cut
         for layer in self.layers:
             layer.begin(frames)
         self.first_frame, self.frames = self.next_frame, frames
