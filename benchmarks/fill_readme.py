@@ -146,7 +146,7 @@ def policies() -> list[str]:
             beyond = {m: d["beyond noise"] for m, d in apart.get(row["sink"], {}).items()}
             cells = [(row["measures"][m], "\\*" * beyond.get(m, False)) for m in measures]
             numbers = [
-                "-" if c["mean"] is None else f"{c['mean']:.3f} +- {c['ci95'] or 0:.3f}{mark}"
+                "-" if c["mean"] is None else f"{c['mean']:.3f} ± {c['ci95'] or 0:.3f}{mark}"
                 for c, mark in cells
             ]
             time = row.get("chunk time")
