@@ -58,7 +58,7 @@ def dmd_gradient_arguments(dtype):
     outputs += [torch.zeros((), dtype=torch.int64), torch.empty(())]
     fake, real, uncond = predictions
     weight = torch.empty(2)
-    options = (None, None, weight, None, True, 0.0, NAN_SAMPLE, MEAN, True)
+    options = (None, None, weight, None, True, 0.0, 0.0, NAN_SAMPLE, MEAN, True)
     return x, fake, real, None, uncond, 0.0, 3.0, *options, *outputs
 
 
