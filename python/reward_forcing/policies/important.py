@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +36,7 @@ class ImportantTokens(rf.SinkPolicy):
 
 class _ImportantState(MemoryState):
     observes, resets = True, False
+    absorbing, stays = 1, True
 
     def __init__(self, policy: ImportantTokens, spec: rf.CacheSpec):
         super().__init__(policy, spec)
@@ -45,14 +45,6 @@ class _ImportantState(MemoryState):
         self.allocate("q_sum", wide, tokens=1)
         for name in ("k_state", "v_state"):
             self.allocate(name, wide, self.static * spec.frame_tokens, values=name == "v_state")
-
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        still = [[] for _ in range(self.spec.sink_frames - 1)]
-        return [*still, list(leaving)] if leaving else None
-
-    def shifts(self, opening: rf.Opening) -> Sequence[float]:
-        moved = super().shifts(opening)
-        return [*moved[: self.static], *(0 for _ in moved[self.static :])]
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         groups = q.unflatten(2, (self.spec.heads, -1)).to(self.tensors["q_sum"].dtype)

@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ class MemoryState(rf.SinkState):
     """
 
     latent = True
+    #: So many of the last sink frames absorb all that leaves.
+    absorbing = 0
+    #: Whether the sink frames from ``static`` on stay where they are, while the first ones move along.
+    stays = False
+    static = 0
 
     def __init__(self, policy: rf.SinkPolicy, spec: rf.CacheSpec):
         super().__init__(policy, spec)
@@ -31,6 +38,16 @@ class MemoryState(rf.SinkState):
     def has_state(self) -> bool:
         """Whether the sink ever differs from its slots."""
         return self.spec.sink_frames > 0 and self.turns
+
+    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
+        if not self.absorbing or not leaving:
+            return None
+        still = [[] for _ in range(self.spec.sink_frames - self.absorbing)]
+        return [*still, *(list(leaving) for _ in range(self.absorbing))]
+
+    def shifts(self, opening: rf.Opening) -> Sequence[float]:
+        moved = super().shifts(opening)
+        return [*moved[: self.static], *(0 for _ in moved[self.static :])] if self.stays else moved
 
     def absorb(self, layer: int, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         """Change the state by ``plan.sources``."""

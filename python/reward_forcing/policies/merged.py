@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +55,7 @@ class MergedTokens(rf.SinkPolicy):
 
 class _MergedState(MemoryState):
     weighs_keys, resets = True, False
+    absorbing = 1
 
     def __init__(self, policy: MergedTokens, spec: rf.CacheSpec):
         super().__init__(policy, spec)
@@ -72,10 +72,6 @@ class _MergedState(MemoryState):
 
     def has_state(self) -> bool:
         return True
-
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        still = [[] for _ in range(self.spec.sink_frames - 1)]
-        return [*still, list(leaving)] if leaving else None
 
     def key_bias(self, layer: int, plan: rf.ChunkPlan) -> Tensor:
         return self.tensors["bias"][layer]

@@ -58,6 +58,7 @@ class ChangingPatches(rf.SinkPolicy):
 
 class _PatchState(MemoryState):
     weighs, weighs_keys, resets = True, True, False
+    absorbing, stays = 1, True
 
     def __init__(self, policy: ChangingPatches, spec: rf.CacheSpec):
         super().__init__(policy, spec)
@@ -75,14 +76,6 @@ class _PatchState(MemoryState):
 
     def leaving(self, opening: rf.Opening, excess: int) -> Sequence[int]:
         return opening.window[: max(excess, len(opening.window) - self.policy.frames)]
-
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        still = [[] for _ in range(self.spec.sink_frames - 1)]
-        return [*still, list(leaving)] if leaving else None
-
-    def shifts(self, opening: rf.Opening) -> Sequence[float]:
-        moved = super().shifts(opening)
-        return [*moved[: self.static], *(0 for _ in moved[self.static :])]
 
     def weights(self, opening: rf.Opening, held: Sequence[int]) -> Sequence[float]:
         """The memory is hidden as long as its slots hold frames: until the window's first frame has left."""

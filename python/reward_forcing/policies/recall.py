@@ -49,6 +49,7 @@ class _RecalledState(MemoryState):
     """Keys of the state are without any rotation."""
 
     observes, resets = True, False
+    absorbing = 1
 
     def __init__(self, policy: RecalledFrames, spec: rf.CacheSpec):
         super().__init__(policy, spec)
@@ -66,10 +67,6 @@ class _RecalledState(MemoryState):
         """``[B, len(frames)]``, made on the device: a copy from the host would wait."""
         like = {"dtype": torch.int64, "device": self.spec.device}
         return torch.cat([torch.full((self.spec.batch, 1), frame, **like) for frame in frames], 1)
-
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        still = [[] for _ in range(self.spec.sink_frames - 1)]
-        return [*still, list(leaving)] if leaving else None
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         self.note_phase(layer, plan)

@@ -63,10 +63,9 @@ class _ShotState(MemoryState):
         S = self.spec.sink_frames
         return [S <= shot + i < opening.begin and shot + i not in window for i in range(P)]
 
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        P = self.policy.pinned
-        still = [[] for _ in range(self.spec.sink_frames - P)]
-        return [*still, *(list(leaving) for _ in range(P))] if leaving else None
+    @property
+    def absorbing(self) -> int:
+        return self.policy.pinned
 
     def shifts(self, opening: rf.Opening) -> Sequence[float]:
         if not self.turns:

@@ -39,7 +39,7 @@ class _StridedState(MemoryState):
     def __init__(self, policy: StridedMemory, spec: rf.CacheSpec):
         super().__init__(policy, spec)
         # R_t(j - i) between the phases of two memories.
-        M = policy.memories
+        M = self.absorbing = policy.memories
         steps = range(1 - M, M)
         self._between = {d: None for d in steps}
         if spec.rope is not None:
@@ -50,11 +50,6 @@ class _StridedState(MemoryState):
 
     def has_state(self) -> bool:
         return True
-
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        M = self.policy.memories
-        still = [[] for _ in range(self.spec.sink_frames - M)]
-        return [*still, *(list(leaving) for _ in range(M))] if leaving else None
 
     def leaving(self, opening: rf.Opening, excess: int) -> Sequence[int]:
         M, taps = self.policy.memories, self.policy.taps

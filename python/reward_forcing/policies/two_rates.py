@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import rf_kernels as rf
@@ -37,12 +36,10 @@ class TwoRateMemory(rf.SinkPolicy):
 
 
 class _TwoRateState(MemoryState):
+    absorbing = 2
+
     def has_state(self) -> bool:
         return True
-
-    def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        still = [[] for _ in range(self.spec.sink_frames - 2)]
-        return [*still, list(leaving), list(leaving)] if leaving else None
 
     def absorb(self, layer, k, v, plan) -> None:
         S, policy = self.spec.sink_frames, self.policy
