@@ -59,8 +59,8 @@ class Beside:
             ArgumentError: the policy answers nothing, or the layer was not written yet.
         """
         norms = {"q_norm": q_norm, "norm": norm, "eps": eps}
+        found = self._norms_of_q(**norms)
         if torch.compiler.is_compiling():
-            found = self._norms_of_q(**norms)
             if torch.is_grad_enabled() and any(
                 isinstance(t, Tensor) and t.requires_grad for t in (q, found.q_weight)
             ):
@@ -69,7 +69,6 @@ class Beside:
                 layer = integer("Chunk.beside", "layer", layer)
             answer, weight = compiled.beside(self._handle, layer, q, found.q_weight, found.norm, found.eps)
         else:
-            found = self._norms_of_q(**norms)
             answer, weight = self._answer(layer, q, found.q_weight, found.norm, found.eps)
         return answer if project is None else project(answer) * weight
 

@@ -51,10 +51,14 @@ def handle_of(chunk: Chunk | ChunkBatch) -> Tensor:
         return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
+def _number_or_index(layer: int | Tensor) -> tuple[int | None, Tensor | None]:
+    """A layer as the schemas take it."""
+    return (None, layer) if isinstance(layer, Tensor) else (layer, None)
+
+
 def attend(handle: Tensor, layer: int | Tensor, *arguments) -> Tensor:
     """The op's call. ``arguments``: from ``q`` on, in the order of the schema."""
-    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
-    return torch.ops.rf_kernels.attend.default(handle, number, index, *arguments)
+    return torch.ops.rf_kernels.attend.default(handle, *_number_or_index(layer), *arguments)
 
 
 @torch.library.impl(_library, "attend", "CompositeExplicitAutograd")
@@ -79,8 +83,7 @@ def _fake(handle, number, index, q, *others):
 
 def beside(handle: Tensor, layer: int | Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """As ``attend``, for ``Chunk.beside``: the answer and its weight."""
-    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
-    return torch.ops.rf_kernels.beside.default(handle, number, index, *arguments)
+    return torch.ops.rf_kernels.beside.default(handle, *_number_or_index(layer), *arguments)
 
 
 @torch.library.impl(_library, "beside", "CompositeExplicitAutograd")
@@ -98,8 +101,7 @@ def _fake_beside(handle, number, index, q, *_):
 
 def tell(handle: Tensor, layer: int | Tensor, text: Tensor) -> None:
     """As ``attend``, for ``Chunk.tell``."""
-    number, index = (None, layer) if isinstance(layer, Tensor) else (layer, None)
-    torch.ops.rf_kernels.tell.default(handle, number, index, text)
+    torch.ops.rf_kernels.tell.default(handle, *_number_or_index(layer), text)
 
 
 @torch.library.impl(_library, "tell", "CompositeExplicitAutograd")

@@ -41,10 +41,8 @@ class _ImportantState(MemoryState):
     def __init__(self, policy: ImportantTokens, spec: rf.CacheSpec):
         super().__init__(policy, spec)
         self.static = spec.sink_frames - policy.frames
-        wide = torch.promote_types(spec.dtype, torch.float32)
-        self.allocate("q_sum", wide, tokens=1)
-        for name in ("k_state", "v_state"):
-            self.allocate(name, wide, self.static * spec.frame_tokens, values=name == "v_state")
+        self.allocate("q_sum", torch.promote_types(spec.dtype, torch.float32), tokens=1)
+        self.allocate_frames(self.static)
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: rf.ChunkPlan) -> None:
         groups = q.unflatten(2, (self.spec.heads, -1)).to(self.tensors["q_sum"].dtype)

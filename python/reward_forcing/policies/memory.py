@@ -31,13 +31,17 @@ class MemoryState(rf.SinkState):
     def __init__(self, policy: rf.SinkPolicy, spec: rf.CacheSpec):
         super().__init__(policy, spec)
         if self.has_state():
-            for name in ("k_state", "v_state"):
-                wide = torch.promote_types(spec.dtype, torch.float32)
-                self.allocate(name, wide, values=name == "v_state")
+            self.allocate_frames(spec.sink_frames)
 
     def has_state(self) -> bool:
         """Whether the sink ever differs from its slots."""
         return self.spec.sink_frames > 0 and self.turns
+
+    def allocate_frames(self, frames: int) -> None:
+        """State for the keys and values of the first sink frames."""
+        wide, tokens = torch.promote_types(self.spec.dtype, torch.float32), frames * self.spec.frame_tokens
+        for name in ("k_state", "v_state"):
+            self.allocate(name, wide, tokens, values=name == "v_state")
 
     def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
         if not self.absorbing or not leaving:

@@ -67,9 +67,7 @@ class _PatchState(MemoryState):
         if policy.layer is not None:
             self.allocate_numbers("choice", torch.int64, policy.memory * policy.patches)
         if self.turns and self.static:
-            wide = torch.promote_types(spec.dtype, torch.float32)
-            for name in ("k_state", "v_state"):
-                self.allocate(name, wide, self.static * spec.frame_tokens, values=name == "v_state")
+            self.allocate_frames(self.static)
 
     def has_state(self) -> bool:
         return False

@@ -54,10 +54,8 @@ class _RecalledState(MemoryState):
     def __init__(self, policy: RecalledFrames, spec: rf.CacheSpec):
         super().__init__(policy, spec)
         self.static = spec.sink_frames - policy.frames
-        wide = self.tensors["k_state"].dtype
-        self.allocate("q_mean", wide, tokens=1)
-        numbers = torch.zeros(spec.layers, spec.batch, policy.frames, dtype=torch.int64, device=spec.device)
-        self.tensors["number"] = numbers
+        self.allocate("q_mean", self.tensors["k_state"].dtype, tokens=1)
+        self.allocate_numbers("number", torch.int64, policy.frames)
         self.allocate_phase()
 
     def has_state(self) -> bool:

@@ -42,6 +42,7 @@ class RoutedFrames(rf.SinkPolicy):
 
 class _RoutedState(MemoryState):
     hears, resets = True, False
+    absorbing = 1
     latent = False  # the text is told as keys of the model's heads
 
     def __init__(self, policy: RoutedFrames, spec: rf.CacheSpec):
@@ -53,8 +54,7 @@ class _RoutedState(MemoryState):
         )
 
     def sources(self, leaving: Sequence[int]) -> list[list[int]] | None:
-        come = [f for f in leaving if f % self.policy.every == 0]
-        return [*([] for _ in range(self.spec.sink_frames - 1)), come] if come else None
+        return super().sources([f for f in leaving if f % self.policy.every == 0])
 
     def hear(self, text: Tensor) -> Tensor:
         wide = torch.promote_types(text.dtype, torch.float32)
